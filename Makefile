@@ -1,0 +1,76 @@
+# make run | compare | test | lint | format | clean      more options for a run: make run ARGS="--layout tp --steps 50"
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.ONESHELL:
+.PHONY: install run compare test lint format types wheel clean
+
+PYTHON ?= python3
+NPROC ?= 2
+ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
+PY := .venv/bin/python
+TORCHRUN := $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(NPROC)
+export OMP_NUM_THREADS ?= 1
+# The type checker comes from constraints.txt; it should not talk about newer ones.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+STAMP := .venv/.installed
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: $(STAMP)
+	$(TORCHRUN) launch/train.py --out runs/main $(ARGS)
+
+compare: $(STAMP)
+	$(TORCHRUN) launch/compare.py --out runs/compare $(ARGS)
+
+test: lint types wheel
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(STAMP)
+	$(PY) -m pyright
+
+# The built wheel in a venv of its own, away from the source. The .pth line lends it torch and nothing else: the
+# .pth file of the editable install lies in the lent folder, and Python does not read those.
+wheel: $(STAMP)
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT
+	$(PY) -m build --wheel --no-isolation --outdir "$$tmp" . > "$$tmp/log" 2>&1 || { cat "$$tmp/log"; exit 1; }
+	$(PY) -m venv --without-pip "$$tmp/venv"
+	$(PY) -m pip --python "$$tmp/venv/bin/python" install --quiet --no-deps "$$tmp"/*.whl
+	lent=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo "$$lent" > "$$("$$tmp/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
+	cd "$$tmp" && venv/bin/python -I -c "$$CHECK_WHEEL"
+
+define CHECK_WHEEL
+import sys, pathlib, importlib.metadata as metadata
+import torch, distclip
+files = [str(path) for path in metadata.files("distclip")]
+assert pathlib.Path(distclip.__file__).is_relative_to(sys.prefix), distclip.__file__
+assert "distclip/py.typed" in files, files
+assert {path.split("/")[0].split("-")[0] for path in files} == {"distclip"}, files
+assert [need for need in metadata.requires("distclip") if "extra ==" not in need] == ["torch>=2.6"]
+weight = torch.nn.Parameter(torch.zeros(3))
+weight.grad = torch.tensor([10.0, 20.0, 30.0])
+norm = distclip.clip_grad_norm_([weight], 15.0)
+torch.testing.assert_close(norm, torch.tensor(1400.0).sqrt())
+torch.testing.assert_close(weight.grad, torch.tensor([10.0, 20.0, 30.0]) * 15 / 1400**0.5)
+print(f"wheel: {metadata.version('distclip')}, {len(files)} files; [10, 20, 30] -> {weight.grad.tolist()}")
+endef
+export CHECK_WHEEL
+
+clean:
+	rm -rf runs dist build .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Gradient clipping that is right and fast on any sharded PyTorch training."""
+
+from distclip.adapters.torch_api import clip_grad_norm_ as clip_grad_norm_
+from distclip.adapters.torch_api import clip_grad_value_ as clip_grad_value_
+from distclip.adapters.torch_api import clip_grads_with_norm_ as clip_grads_with_norm_
+from distclip.adapters.torch_api import get_total_norm as get_total_norm
+from distclip.clipper import Clipper as Clipper
+from distclip.errors import LayoutError as LayoutError
+from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
+from distclip.layout import Layout as Layout
+from distclip.plan import Plan as Plan
+from distclip.policies import ClipNorm as ClipNorm
+from distclip.policies import Policy as Policy
+from distclip.report import Report as Report
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""distclip for trainers and optimizers; each imports its framework only when used."""

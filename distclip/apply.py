@@ -1,0 +1,31 @@
+"""From limits to gradients: the coefficient, and the one pass that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distclip import kernels
+
+
+def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
+    """min(1, limit / norm); 1 up to the limit, also where both are zero or infinite; NaN where either is NaN."""
+    return torch.where(norm <= limit, 1.0, limit / norm)
+
+
+def scale_(values: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies dense values, on any devices, by a float64 scalar. On a CPU a factor of 1 writes nothing."""
+    for device in {v.device for v in values}:
+        kernels.scale_([v for v in values if v.device == device], factor.to(device))
+
+
+def clamp_(values: Sequence[Tensor], bound: float) -> None:
+    """Clamps dense values to [-bound, bound]; NaN stays NaN."""
+    if any(v.is_complex() for v in values):
+        raise ValueError(
+            "cannot clamp a complex gradient: complex numbers have no order, so that there is no largest value. "
+            "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
+        )
+    kernels.clamp_(values, bound)

@@ -1,0 +1,67 @@
+"""Each kernel as one obvious loop: the definition of correct."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Elements upcast at a time: 256 KiB of float64 stay in a core's cache.
+_CHUNK = 1 << 15
+
+
+def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+    """sum((|x| / scale)**p) of each tensor, or max(|x|) for p = inf, in float64.
+
+    Every element is a float64 before anything is done to it, so that no power under- or overflows for p <= 6.
+    NaN stays NaN; an empty tensor gives 0, and so does a scale of 0.
+
+    Shapes: scales and the result: [len(tensors)].
+    """
+    sums = [_power_sum(t, norm_type, None if scales is None else scales[i]) for i, t in enumerate(tensors)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiplies every element by `coefficient`, a float64 scalar. On a CPU a coefficient of 1 writes nothing."""
+    if coefficient.device.type != "cpu":
+        for tensor in tensors:
+            # A scalar on the device would be rounded to 16 bits before it is multiplied.
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            tensor.copy_(tensor.to(wide) * coefficient.to(wide))
+    elif (factor := coefficient.item()) != 1:
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """Clamps every element to [-bound, bound]; NaN stays NaN."""
+    for tensor in tensors:
+        tensor.clamp_(-bound, bound)
+
+
+def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    parts = [_chunk_sum(chunk, norm_type, scale) for chunk in torch.split(_flat(tensor), _CHUNK)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).amax() if math.isinf(norm_type) else torch.stack(parts).sum()
+
+
+def _chunk_sum(chunk: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
+    wide = chunk.to(torch.complex128).abs() if chunk.is_complex() else chunk.to(torch.float64)
+    if scale is not None:
+        wide = wide / torch.where(scale == 0, 1.0, scale)
+    if norm_type == 2:
+        return torch.dot(wide, wide)
+    return wide.abs().amax() if math.isinf(norm_type) else wide.abs().pow(norm_type).sum()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """One dim over all elements in the order of memory: a view wherever the elements lie dense."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).reshape(-1)

@@ -1,0 +1,248 @@
+"""Which ranks hold which elements of a gradient: the one room that knows kinds of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from distclip.errors import LayoutError
+from distclip.team import Team, axis_names, numbers, root_of
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the ranks of a mesh share one gradient: each axis shards it or replicates it.
+
+    Attributes:
+        sharded: axes whose ranks hold different elements. An axis whose ranks hold different
+            *tensors* (pipeline stages, experts) counts here.
+        replicated: axes whose ranks hold identical copies.
+
+    Raises:
+        LayoutError: an axis is named in both.
+    """
+
+    sharded: frozenset[str] = frozenset()
+    replicated: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if both := sorted(self.sharded & self.replicated):
+            raise LayoutError(
+                f"cannot make a Layout: the mesh axes {both} are given as sharded and as replicated, "
+                f"but the ranks along an axis hold either different elements or copies. Name each axis once."
+            )
+
+    def counted_at(self, coordinate: dict[str, int]) -> bool:
+        """Whether the rank at `coordinate` adds this tensor to the total.
+
+        Of the ranks that hold the same elements, the one at the origin of every replicated axis
+        counts them. Summed over the mesh, every element then counts once.
+        """
+        return all(coordinate[axis] == 0 for axis in self.replicated)
+
+    def __str__(self) -> str:
+        parts = (("sharded over", self.sharded), ("copies over", self.replicated))
+        return "; ".join(f"{verb} {', '.join(sorted(axes))}" for verb, axes in parts if axes) or "this rank alone"
+
+
+Layouts = Callable[[str, Tensor], Layout | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One parameter as this rank holds it.
+
+    Attributes:
+        counted: this rank adds its elements to the total. Other ranks that hold them add zero.
+    """
+
+    name: str
+    param: Tensor
+    layout: Layout
+    counted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What a tensor tells of itself: the ranks along each axis of its own mesh, and which axes shard it."""
+
+    lines: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
+    sharded: frozenset[str] = frozenset()
+
+
+def read_layouts(
+    named: Sequence[tuple[str, Tensor]],
+    module: nn.Module | None = None,
+    mesh: DeviceMesh | None = None,
+    distinct: tuple[str, ...] = ("pp",),
+    layouts: Layouts | None = None,
+) -> tuple[list[Held], Team | None]:
+    """How this rank holds each parameter, and the team that sums are reduced over: None if no rank shards any.
+
+    Raises:
+        LayoutError: the tensors and the declarations do not tell it.
+
+    Collective: see `Team.of`.
+    """
+    units = _fsdp1_units(module) if module is not None else {}
+    owns = [_own_axes(name, param, units) for name, param in named]
+    team = _team(named, bool(units), mesh, distinct)
+    held = [_held(name, p, own, team, layouts) for (name, p), own in zip(named, owns, strict=True)]
+    if team is None or _sharded_anywhere(held, team):
+        return held, team
+    return [Held(h.name, h.param, h.layout, counted=True) for h in held], None
+
+
+def local_gradient(param: Tensor) -> Tensor | None:
+    """The dense values of a parameter's gradient on this rank; what changes them changes the gradient.
+
+    A `Partial` gradient, or one laid out unlike its parameter, takes its parameter's layout first and keeps it
+    (`redistribute`: one collective for each such gradient); an uncoalesced sparse one is coalesced.
+    """
+    if (grad := param.grad) is None:
+        return None
+    settled = _settled(grad, like=param)
+    if settled is not grad:
+        param.grad = settled
+    return _dense(settled)
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """The dense values of a tensor on this rank, `Partial` ones reduced."""
+    return _dense(_settled(tensor, like=tensor))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A scalar that may come as a DTensor, as an ordinary tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _settled(tensor: Tensor, like: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        wanted = tuple(Replicate() if p.is_partial() else p for p in like.placements)
+        return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
+    return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        tensor = cast(Any, tensor)._local_tensor  # to_local() would record an autograd node
+        if type(tensor) is not Tensor and hasattr(tensor, "wait"):
+            tensor = cast(Any, tensor).wait()  # a tensor-parallel collective is still on its way
+    return tensor.values() if tensor.layout is torch.sparse_coo else tensor
+
+
+def _own_axes(name: str, param: Tensor, units: dict[int, _Own]) -> _Own:
+    if (own := units.get(id(param))) is not None:
+        return own
+    if isinstance(param, DTensor):
+        return _dtensor_axes(param)
+    if getattr(param, "_fsdp_flattened", False):
+        raise LayoutError(
+            f"cannot tell which ranks hold {name!r}: FullyShardedDataParallel has flattened it, and nothing on the "
+            f"tensor says how it is sharded, so that the norm would be that of this rank's shard alone. "
+            f"Pass the wrapped module, for example `clip_grad_norm_(model, ...)`, instead of its parameters."
+        )
+    return _Own()
+
+
+def _dtensor_axes(param: DTensor) -> _Own:
+    mesh, here = param.device_mesh, param.device_mesh.get_coordinate()
+    if here is None:
+        return _Own()  # not on its mesh: this rank holds no element of it
+    axes = axis_names(mesh)
+    lines = {axis: numbers(mesh.mesh[(*here[:i], slice(None), *here[i + 1 :])]) for i, axis in enumerate(axes)}
+    kinds = zip(axes, param.placements, strict=True)
+    return _Own(lines, frozenset(axis for axis, p in kinds if not (p.is_replicate() or p.is_partial())))
+
+
+def _fsdp1_units(module: nn.Module) -> dict[int, _Own]:
+    """What every FSDP1 unit inside `module` tells of its parameters, by their id."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    found: dict[int, _Own] = {}
+    for unit in cast(Any, FullyShardedDataParallel).fsdp_modules(module):
+        if (handle := unit._handle) is None:
+            continue
+        lines = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
+        if (across := getattr(unit, "_inter_node_pg", None)) is not None:
+            lines["fsdp_replicate"] = dist.get_process_group_ranks(across)
+        own = _Own(lines, frozenset({"fsdp"} if handle.uses_sharded_strategy else ()))
+        flat = handle.flat_param
+        for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
+            found[id(param)] = own
+    return found
+
+
+def _team(
+    named: Sequence[tuple[str, Tensor]], has_units: bool, mesh: DeviceMesh | None, distinct: tuple[str, ...]
+) -> Team | None:
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    chosen = mesh if mesh is not None else _widest_mesh([p for _, p in named])
+    axes = axis_names(chosen) if chosen is not None else ()
+    if unknown := sorted(set(distinct) - {"pp"} - set(axes)):
+        raise LayoutError(
+            f"cannot read `distinct={tuple(distinct)}`: no mesh has an axis {unknown}, the axes are {list(axes)}, so "
+            f"that nothing would be distinct along it. Correct the name, or pass the `mesh=` that has it."
+        )
+    if chosen is not None:
+        return Team.of(chosen, distinct)
+    if not named and not alone:
+        raise LayoutError(
+            "cannot tell which ranks train together: this rank was given no parameter, and a mesh is found through "
+            "parameters, so that the other ranks would wait for this one. "
+            "Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
+    device_types = {p.device.type for _, p in named} - {"cpu"} or {"cpu"}
+    return Team.world(device_types.pop()) if has_units and not alone else None
+
+
+def _widest_mesh(params: Sequence[Tensor]) -> DeviceMesh | None:
+    """Of the parameters' meshes and their roots: most ranks, then most axes, then the first; alike on every rank."""
+    meshes = {id(p.device_mesh): p.device_mesh for p in params if isinstance(p, DTensor)}
+    around = (*(root_of(mesh) for mesh in meshes.values()), *meshes.values())
+    mine = [mesh for mesh in around if mesh.get_coordinate() is not None]
+    return max(mine, key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
+
+
+def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layouts | None) -> Held:
+    outside = set[str]()
+    if team is not None:
+        outside = set(team.axes) - team.axes_along(own.lines.values(), name)
+    sizes = {axis: len(line) for axis, line in own.lines.items()}
+    coordinate = {axis: line.index(dist.get_rank()) for axis, line in own.lines.items()}
+    sharded = own.sharded
+    if team is not None:
+        sizes |= {axis: team.size(axis) for axis in outside}
+        coordinate |= {axis: team.coordinate[axis] for axis in outside}
+        sharded |= outside & team.distinct
+    declared = layouts(name, param) if layouts is not None else None
+    if declared is not None:
+        sharded = _overruled(name, sharded, declared, sorted(sizes))
+    real = {axis for axis, size in sizes.items() if size > 1}  # an axis of one rank divides nothing
+    layout = Layout(sharded & real, frozenset(real - sharded))
+    return Held(name, param, layout, layout.counted_at(coordinate))
+
+
+def _overruled(name: str, sharded: frozenset[str], declared: Layout, axes: list[str]) -> frozenset[str]:
+    """The axes that shard `name` by the declaration, and by what was read where it says nothing."""
+    if unknown := sorted((declared.sharded | declared.replicated) - set(axes)):
+        raise LayoutError(
+            f"cannot use the layout declared for {name!r}: it names the axes {unknown}, but the axes known are "
+            f"{axes}. Correct the names, or pass the `mesh=` that has these axes."
+        )
+    return (sharded - declared.replicated) | declared.sharded
+
+
+def _sharded_anywhere(held: Sequence[Held], team: Team) -> bool:
+    """Whether some rank of the team holds elements that another lacks; the same answer on every rank."""
+    if not held or any(team.size(axis) > 1 for axis in team.distinct):
+        return team.ranks.numel() > 1
+    return any(h.layout.sharded for h in held)

@@ -1,0 +1,48 @@
+"""One limit for the norm of all gradients together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.policies._policy import Scope, check_norm_type, check_not_negative
+
+
+@dataclass(frozen=True)
+class ClipNorm:
+    """Scales all gradients by min(1, max_norm / total norm).
+
+    The exact quotient, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to the rounding of
+    the gradients' dtype. `max_norm=math.inf` only measures and never writes.
+
+    Raises:
+        ValueError: `max_norm` is negative or NaN, or `norm_type` is not above 0.
+
+    Example:
+        >>> import torch, distclip
+        >>> weight = torch.zeros(3, requires_grad=True)
+        >>> weight.grad = torch.tensor([10.0, 20.0, 30.0])
+        >>> report = distclip.Clipper([weight], distclip.ClipNorm(15.0)).clip_()
+        >>> [round(x, 2) for x in weight.grad.tolist()]
+        [4.01, 8.02, 12.03]
+
+    Reference: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013
+        (arXiv:1211.5063), algorithm 1.
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_not_negative("max_norm", self.max_norm)
+        check_norm_type(self.norm_type)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    def limit(self, norms: Tensor) -> Tensor | None:
+        return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm)

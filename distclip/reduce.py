@@ -1,0 +1,43 @@
+"""From local to total: the one collective of a step, and the root that follows it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip import powers
+from distclip.plan import Plan
+
+
+def all_reduce_(sums: Tensor, plan: Plan) -> None:
+    """Joins the columns of all ranks in place; the same bits on every rank afterwards.
+
+    Shapes: sums: [columns of all groups], float64.
+    Collective: one all-reduce over the team; none if the plan has no team.
+    """
+    if plan.team is None:
+        return
+    maximum = any(math.isinf(group.norm_type) for group in plan.groups)
+    dist.all_reduce(sums, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=plan.team.group)
+
+
+def norms(sums: Tensor, plan: Plan) -> list[Tensor]:
+    """The norm of each group, from joined sums: float64 scalars."""
+    columns = torch.split(sums, [group.num_columns for group in plan.groups])
+    return [powers.root(c, group.norm_type) for c, group in zip(columns, plan.groups, strict=True)]
+
+
+def gathered(mine: Any, plan: Plan) -> list[Any]:
+    """`mine` of every rank, in the order of ranks. Only where something failed on all ranks together.
+
+    Collective: an all-gather of objects over the team; none if the plan has no team.
+    """
+    if plan.team is None:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(plan.team.group)
+    dist.all_gather_object(everyone, mine, group=plan.team.group)
+    return everyone

@@ -1,0 +1,101 @@
+"""Checkpoints that are whole or not there: written under another name, renamed when every rank is done."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import UserError, from_rank_0
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+KEPT = 2
+FACTS = "run.json"
+
+
+class Training(Stateful):
+    """Model and optimizer under names that do not depend on the layout: saved on one, they load on another."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+
+def save(folder: Path, step: int, parts: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Writes one checkpoint below `folder` and removes all but the last two.
+
+    Collective: every rank must call it, at the same step.
+    """
+    temporary = folder / f"unfinished-{step}"
+    dcp.save(parts, checkpoint_id=temporary)
+    # The name says that the checkpoint is complete: it may only appear when the last rank has written its part.
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (temporary / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
+        temporary.rename(folder / f"step-{step:07d}")
+        for old in complete(folder)[:-KEPT]:
+            shutil.rmtree(old)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, the newest last."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name))
+    return sorted((path for path in found if (path / FACTS).is_file()), key=lambda path: int(path.name[5:]))
+
+
+def clear(folder: Path, *, everything: bool) -> None:
+    """Removes what a killed run left half-written, or every checkpoint; nothing that has another name."""
+    for pattern in ("unfinished-*", "step-*") if everything else ("unfinished-*",):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def load(folder: Path, parts: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Fills `parts` from the last complete checkpoint; its step, or 0 where there is none.
+
+    Collective: every rank must call it.
+
+    Raises: UserError on every rank, where the checkpoint is of another run or damaged.
+    """
+    chosen = from_rank_0(lambda: _chosen(folder, facts))
+    if chosen is None:
+        return 0
+    path, step = chosen
+    try:
+        dcp.load(parts, checkpoint_id=path)
+    except CheckpointException as error:
+        reason = next((str(failure[0]) for failure in error.failures.values()), "no reason given")
+        raise UserError(f"checkpoint {path} does not fit this run: {reason.strip().splitlines()[0]}") from None
+    return step
+
+
+def _chosen(folder: Path, facts: dict[str, Any]) -> tuple[Path, int] | None:
+    paths = complete(folder)
+    if not paths:
+        return None
+    try:
+        saved = json.loads((paths[-1] / FACTS).read_text())
+        step = int(saved["step"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"checkpoint {paths[-1]}: its {FACTS} is damaged; remove that folder") from None
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"checkpoint {paths[-1]} is of a run with {name} {saved.get(name)} and this one has {name} {value}: "
+                "use the same, or another --out"
+            )
+    return paths[-1], step

@@ -1,0 +1,135 @@
+"""A pool of real ranks that lives as long as the test worker.
+
+A test hands over a module-level function; every rank calls it with the same arguments, and the test gets what
+each returned. A rank that raises, or does not answer in time, fails the test with the traceback of every rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+LIMIT_S = 60.0  # for one call on all ranks
+GRACE_S = 5.0  # for the others, once one rank has failed
+
+
+class RankError(AssertionError):
+    """What the failing ranks raised."""
+
+
+class Ranks:
+    """`size` processes in one process group, over gloo on CPUs, over NCCL where each has a GPU of its own."""
+
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self.size, self.device = size, device
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        atexit.register(self.stop)
+
+    def run(self, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
+        """What `function(*args)` returned on each rank, in order."""
+        self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = self._answers(time.monotonic() + limit_s)
+        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        silent = sorted(set(range(self.size)) - set(answers))
+        if failed or silent:
+            self.stop()  # the ranks may wait in different collectives: a new pool for the next test
+            texts = [f"--- rank {rank} ---\n{text}" for rank, text in sorted(failed.items())]
+            raise RankError("\n".join([f"{function.__name__}: no answer from ranks {silent}", *texts]))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < self.size and time.monotonic() < deadline:
+            for rank, pipe in enumerate(self._pipes):
+                if rank not in answers and pipe.poll(0 if answers else 0.002):
+                    try:
+                        answers[rank] = pipe.recv()
+                    except EOFError:
+                        answers[rank] = (False, "the process ended")
+                    if not answers[rank][0]:
+                        deadline = min(deadline, time.monotonic() + GRACE_S)
+        return answers
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        context = get_context("spawn")
+        store = tempfile.mktemp(prefix="distclip-ranks-")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, self.device, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        self._answers(time.monotonic() + LIMIT_S)  # each says that it is ready
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    own_gpu = device == "cuda" and torch.cuda.device_count() >= size
+    if device == "cuda":
+        torch.cuda.set_device(rank if own_gpu else 0)
+    dist.init_process_group(
+        "nccl" if own_gpu else "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LIMIT_S),
+    )
+    pipe.send((True, None))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)  # the test worker is gone
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+@functools.cache
+def mesh(shape: tuple[int, ...], axes: tuple[str, ...], device: str = "cpu") -> DeviceMesh:
+    """A mesh over all ranks, made once a rank: every new one would cost a process group an axis."""
+    return init_device_mesh(device, shape, mesh_dim_names=axes)
+
+
+def device_of(rank_device: str) -> torch.device:
+    return torch.device(rank_device, torch.cuda.current_device()) if rank_device == "cuda" else torch.device("cpu")
+
+
+def same_bits_everywhere(scalar: Tensor) -> bool:
+    """Whether every rank of the world has the same bits; NaN equals NaN."""
+    mine = scalar.detach().cpu().reshape(1).contiguous().view(torch.uint8)
+    dist.all_gather_object(gathered := [None] * dist.get_world_size(), mine)
+    return all(torch.equal(other, mine) for other in gathered)  # type: ignore[arg-type]

@@ -1,0 +1,22 @@
+"""Each method in at most eight lines of float64 on whole tensors: the definition that every layout must meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    wide = [g.to(torch.complex128).abs() if g.is_complex() else g.double().abs() for g in grads]
+    elements = torch.cat([torch.zeros(1, dtype=torch.float64), *(w.flatten().cpu() for w in wide)])
+    largest = elements.max()
+    if norm_type == float("inf") or largest == 0 or not largest.isfinite():
+        return largest
+    return largest * (elements / largest).pow(norm_type).sum() ** (1 / norm_type)
+
+
+def clip_norm(grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0, eps: float = 0.0) -> list[Tensor]:
+    factor = (max_norm / (total_norm(grads, norm_type) + eps)).clamp(max=1).item()
+    return [g * factor if g.is_complex() else g.double() * factor for g in grads]

@@ -1,0 +1,75 @@
+"""Real DDP, FSDP1, FSDP2, HSDP and tensor parallelism clip as the whole model in one process does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+import distclip
+from tests import reference
+from tests.ranks import Ranks, same_bits_everywhere
+from tests.wrapped import UNSHARDED, WRAPPERS, local, whole_gradients, with_gradients
+
+
+def clips_as_the_whole_model(kind: str, device: str) -> None:
+    for norm_type in (2.0, 1.0, torch.inf):
+        expected = reference.total_norm(whole_gradients(), norm_type)
+        max_norm = 0.3 * expected.item()
+        model = with_gradients(kind, device)
+        before = [None if p.grad is None else local(p.grad).clone() for p in model.parameters()]
+
+        with CommDebugMode() as comms:
+            norm = distclip.clip_grad_norm_(model, max_norm, norm_type)
+
+        assert comms.get_total_counts() == (0 if kind in UNSHARDED else 1)
+        torch.testing.assert_close(norm.cpu().double(), expected, rtol=1e-5, atol=0)
+        assert same_bits_everywhere(norm)
+        coefficient = max_norm / (norm.item() + 1e-6)
+        assert coefficient < 0.31  # it did clip
+        for param, was in zip(model.parameters(), before, strict=True):
+            assert (was is None) == (param.grad is None)
+            if was is not None:
+                torch.testing.assert_close(local(param.grad), was * coefficient, rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_wrapped_models_clip_as_the_whole_model(four_ranks: Ranks, kind: str) -> None:
+    four_ranks.run(clips_as_the_whole_model, kind, four_ranks.device)
+
+
+def bare_lists_are_refused(kind: str, device: str) -> None:
+    model = with_gradients(kind, device)
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    for call in (
+        lambda: distclip.clip_grad_norm_(list(model.parameters()), 1.0),
+        lambda: distclip.clip_grad_norm_((p for p in model.parameters()), 1.0),
+        lambda: distclip.Clipper(list(model.parameters())),
+    ):
+        with pytest.raises(distclip.LayoutError, match=r"Pass the wrapped module"):
+            call()
+    for param, was in zip(model.parameters(), before, strict=True):
+        assert (was is None and param.grad is None) or torch.equal(param.grad, was)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind.startswith("fsdp1")])
+def test_a_list_of_fsdp1_parameters_is_refused(four_ranks: Ranks, kind: str) -> None:
+    four_ranks.run(bare_lists_are_refused, kind, four_ranks.device)
+
+
+def every_rank_sees_the_nan(kind: str, device: str, rank: int, norm_type: float, value: float) -> None:
+    model = with_gradients(kind, device)
+    if torch.distributed.get_rank() == rank:
+        filled = [local(p.grad) for p in model.parameters() if p.grad is not None and local(p.grad).numel()]
+        filled[-1].view(-1)[0] = value
+    norm = distclip.clip_grad_norm_(model, 1.0, norm_type)
+    assert same_bits_everywhere(norm)
+    assert norm.isnan() if value != value else norm.isposinf()
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, torch.inf])
+@pytest.mark.parametrize("kind", ["fsdp1 FULL_SHARD original", "fsdp2", "hsdp", "tp", "fsdp2 x tp"])
+def test_nan_and_inf_on_any_rank_are_seen_on_every_rank(four_ranks: Ranks, kind: str, norm_type: float) -> None:
+    for rank in range(4):
+        for value in (torch.nan, torch.inf):
+            four_ranks.run(every_rank_sees_the_nan, kind, four_ranks.device, rank, norm_type, value)
