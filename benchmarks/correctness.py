@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from benchmarks.correctness_cases import LIBRARIES, Answer, Case
 from benchmarks.correctness_ranks import Job, ask_all
 
 NORM_TOLERANCE = 1.2e-7  # one float32 ulp
+LEGEND = "g: the gradient element furthest from zero, after clipping"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -127,7 +127,7 @@ def markdown(lines: list[list[str]], about: dict) -> str:
     facts = [f"- {name}: {value}" for name, value in about.items()]
     title = "# Gradient clipping: the right answer, torch's and distclip's"
     how = "Made by `python -m benchmarks.correctness --save`."
-    return "\n".join([title, "", *facts, "", *table, "", how, ""])
+    return "\n".join([title, "", *facts, "", *table, "", f"{LEGEND}.", how, ""])
 
 
 # Where it was measured ----------------------------------------------------------------------------
@@ -142,10 +142,8 @@ def cpu_name() -> str:
 
 
 def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    """The version that was asked, which need not be the one that is installed."""
+    return getattr(sys.modules.get(package), "__version__", "not asked")
 
 
 def about_this_run(seconds: float) -> dict:
@@ -193,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = ask_all(libraries)
     rows, about = rows_of(jobs), about_this_run(time.perf_counter() - begin)
     lines = [["case", "right answer", *libraries], *(row.cells() for row in rows)]
-    print(plain_text(lines), *(f"{name}: {value}" for name, value in about.items()), sep="\n")
+    print(plain_text(lines), LEGEND, *(f"{name}: {value}" for name, value in about.items()), sep="\n")
     if options.json:
         report = {**about, "rows": [row.as_json() for row in rows]}
         options.json.write_text(json.dumps(strict(report), indent=1, allow_nan=False))

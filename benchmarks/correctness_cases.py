@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def just_norm(answer: Answer) -> str:
 
 
 def norm_and_gradient(answer: Answer) -> str:
-    return f"{just_norm(answer)}, gradient {answer.largest:.3g}"
+    return f"{just_norm(answer)}, g {answer.largest:.3g}"
 
 
 def norm_and_nan(answer: Answer) -> str:
@@ -167,10 +168,8 @@ def torch_clip(handed: nn.Module | list[nn.Parameter], max_norm: float, norm_typ
 
 
 def distclip_clip(handed: nn.Module | list[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
-    # Imported here: the column of torch must print while distclip is missing or broken.
-    from distclip import clip_grad_norm_  # noqa: PLC0415
-
-    return clip_grad_norm_(handed, max_norm, norm_type)
+    # Not at the top of the file: the column of torch must print while distclip is missing or broken.
+    return import_module("distclip").clip_grad_norm_(handed, max_norm, norm_type)
 
 
 LIBRARIES = {"torch": torch_clip, "distclip": distclip_clip}
@@ -222,7 +221,7 @@ CASES = (
          partial(trained, partial(flat_shard, use_orig_params=False)), refusal=LIST_REFUSAL),
     Case("fsdp1_orig_list", "FSDP1, list of original parameters",
          partial(trained, partial(flat_shard, use_orig_params=True)), refusal=LIST_REFUSAL),
-    Case("fsdp1_module", "FSDP1, the module (torch: its method)",
+    Case("fsdp1_module", "FSDP1, module (torch: its method)",
          partial(trained, partial(flat_shard, use_orig_params=False), hand_module=True)),
     Case("empty_shard", "an empty FSDP2 shard, p=inf", partial(trained, shard_all, width=2),
          norm_type=math.inf, may_hang=True),
@@ -234,9 +233,10 @@ CASES = (
     Case("bf16", "24 bf16 layers of 256 x 256", normal(256, 256, tensors=24, dtype=torch.bfloat16), 1,
          grad_tolerance=8e-3),
     Case("large_tensor", "38M float32 values on the CPU", normal(38_000_000), 1),
-    Case("infinite_limit", "max_norm=inf, gradient [inf, 3, 4]", listed(math.inf, 3.0, 4.0), 1,
+    Case("infinite_limit", "max_norm=inf, g = [inf, 3, 4]", listed(math.inf, 3.0, 4.0), 1,
          max_norm=math.inf, show=norm_and_nan),
-    Case("twice", "one parameter [3, 4] given twice", listed(3.0, 4.0, times=2), 1, show=norm_and_gradient),
-    Case("negative_limit", "max_norm=-1, gradient [3, 4]", listed(3.0, 4.0), 1, max_norm=-1.0,
+    Case("twice", "a parameter given twice, g = [3, 4]", listed(3.0, 4.0, times=2), 1,
+         show=norm_and_gradient),
+    Case("negative_limit", "max_norm=-1, g = [3, 4]", listed(3.0, 4.0), 1, max_norm=-1.0,
          show=norm_and_gradient, refusal=("ValueError", "max_norm"), must_refuse=True),
 )  # fmt: skip

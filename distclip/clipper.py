@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import apply, measure, reduce
 from distclip.errors import LayoutError, NonFiniteGradientError
 from distclip.inputs import Parameters, named_tensors
-from distclip.layout import Layouts, local_gradient, local_values, plain, read_layouts
+from distclip.layout import Layouts, local_gradient, local_values, read_layouts
 from distclip.plan import Group, Plan
 from distclip.policies import ClipNorm, Policy, check_not_negative
 from distclip.report import Report
@@ -51,8 +51,8 @@ class Clipper:
     ) -> None:
         if on_nonfinite not in ("propagate", "raise"):
             raise ValueError(
-                f"cannot make a Clipper with on_nonfinite={on_nonfinite!r}: nothing is defined by that name. "
-                f'Pass "propagate" or "raise".'
+                f"cannot make a Clipper with on_nonfinite={on_nonfinite!r}: no behaviour has that name, so that it is "
+                f'not clear what a NaN should do. Pass "propagate" or "raise".'
             )
         self.policy = policy
         self._module = parameters if isinstance(parameters, nn.Module) else None
@@ -108,7 +108,7 @@ def total_norm_of(
 
 def scale_gradients_(parameters: Parameters, policy: Policy, total_norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
-    limit, factor = _limit(policy, plain(total_norm).double())
+    limit, factor = _limit(policy, local_values(total_norm).double())
     if limit is not None:
         apply.scale_(_gradients(parameters), factor)
 
@@ -145,7 +145,7 @@ def _nonfinite(norm: Tensor, values: Sequence[Tensor | None], plan: Plan) -> Non
     norms = measure.local_norms([v for _, v in here], plan.groups[0].norm_type, plan.device)
     ranked = [(_badness(float(n)), float(n), name) for (name, _), n in zip(here, norms, strict=True)]
     mine = max(ranked, key=lambda found: found[0], default=None)
-    everywhere = [(found, rank) for rank, found in enumerate(reduce.gathered(mine, plan)) if found is not None]
+    everywhere = [(found, rank) for rank, found in reduce.gathered(mine, plan).items() if found is not None]
     (_, worst, name), rank = max(everywhere, key=lambda f: (f[0][0], -f[1]))
     return NonFiniteGradientError(
         f"cannot clip to a total norm of {norm.item()}: the worst gradient is that of {name!r}, whose norm on rank "

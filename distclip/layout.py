@@ -119,11 +119,6 @@ def local_values(tensor: Tensor) -> Tensor:
     return _dense(_settled(tensor, like=tensor))
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """A scalar that may come as a DTensor, as an ordinary tensor."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         wanted = tuple(Replicate() if p.is_partial() else p for p in like.placements)

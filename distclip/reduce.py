@@ -31,13 +31,14 @@ def norms(sums: Tensor, plan: Plan) -> list[Tensor]:
     return [powers.root(c, group.norm_type) for c, group in zip(columns, plan.groups, strict=True)]
 
 
-def gathered(mine: Any, plan: Plan) -> list[Any]:
-    """`mine` of every rank, in the order of ranks. Only where something failed on all ranks together.
+def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
+    """`mine` of every rank, by global rank. For what happens rarely: after a failure on all ranks together.
 
     Collective: an all-gather of objects over the team; none if the plan has no team.
     """
     if plan.team is None:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size(plan.team.group)
+        return {dist.get_rank() if dist.is_initialized() else 0: mine}
+    ranks = dist.get_process_group_ranks(plan.team.group)
+    everyone: list[Any] = [None] * len(ranks)
     dist.all_gather_object(everyone, mine, group=plan.team.group)
-    return everyone
+    return dict(zip(ranks, everyone, strict=True))

@@ -49,6 +49,8 @@ def wrap(model: nn.Module, layout: str, precision: str, device: torch.device) ->
 
     Collective: every rank must call it, with the same model.
     """
+    # torch warns of in-place writes to what a sharded module returns (a view, for an LSTM): there are none here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(layout, device)
     model, dtype = model.to(device), DTYPES[precision]
     wrappers = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2, "hsdp": _fsdp2, "tp": _tp, "fsdp2+tp": _fsdp2_tp}

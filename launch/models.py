@@ -102,7 +102,10 @@ class LSTM(nn.Module):
         return self.head(x)
 
 
-def build(model: str, width: int, depth: int, heads: int, seed: int) -> nn.Module:
+def build(model: str, width: int, depth: int, heads: int, precision: str, seed: int) -> nn.Module:
     """A model whose weights depend on the seed alone: every rank starts from the same ones."""
     torch.manual_seed(seed)
+    if model == "lstm" and precision != "fp32":
+        # oneDNN has an LSTM in bf16 and fp16 for newer CPUs only, and on the others fails instead of stepping aside.
+        torch.backends.mkldnn.set_flags(False)
     return GPT(width, depth, heads) if model == "gpt" else LSTM(width, depth)

@@ -148,6 +148,8 @@ def _check_numbers(options: Options[Any]) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: a finite number above 0")
     if width < 1 or depth < 1:
         raise UserError(f"--width {width} --depth {depth}: both at least 1")
+    if options.model == "lstm" and options.precision == "fp16" and "tp" in options.layout:
+        raise UserError("--model lstm --layout tp: torch's GradScaler refuses DTensors beside plain tensors; use bf16")
     if options.model == "gpt" and width % (2 * HEADS):
         raise UserError(f"--width {width}: a gpt of {HEADS} heads needs a multiple of {2 * HEADS}")
 

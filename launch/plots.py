@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from metrics import Row, last_loss, norms, number
 
 BLUE, ORANGE, GREY, RED = "#2864a8", "#e07b1a", "#8a8f98", "#c0282d"
@@ -21,6 +21,7 @@ def report(rows: Sequence[Row], title: str, path: Path) -> None:
     _loss_panel(axes[0], rows)
     _norm_panel(axes[1], rows)
     _coefficient_panel(axes[2], rows)
+    figure.align_ylabels(axes)
     axes[2].set_xlabel("step")
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
@@ -45,14 +46,14 @@ def _norm_panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.plot(steps, limits, color=RED, linewidth=1.6, linestyle="--", label="limit")
     _mark_lost(axes, rows)
     if norms(list(rows)):
-        axes.set_yscale("log")
+        _log_scale(axes)
     axes.legend(loc="upper right", ncols=4, framealpha=0.95)
 
 
 def _coefficient_panel(axes: Axes, rows: Sequence[Row]) -> None:
     values = _column(rows, "coefficient")
     least = min((value for value in values if math.isfinite(value)), default=math.nan)
-    finding = f"At most, clipping left {least:.0%} of the gradient" if least < 1 else "Clipping changed no gradient"
+    finding = f"The strongest clip left {least:.0%} of the gradient" if least < 1 else "Clipping changed no gradient"
     _dress(axes, finding, "coefficient")
     axes.fill_between(_steps(rows), values, 1.0, color=ORANGE, alpha=0.35, linewidth=0)
     axes.plot(_steps(rows), values, color=ORANGE, linewidth=1.2)
@@ -71,7 +72,8 @@ def compare(runs: dict[str, Sequence[Row]], title: str, path: Path) -> None:
         lower.plot(_steps(rows), _column(rows, "total_norm"), color=color, linewidth=1.0, label=name)
         _mark_lost(upper, rows)
     for axes in (upper, lower):
-        axes.set_yscale("log")
+        _log_scale(axes)
+    figure.align_ylabels([upper, lower])
     upper.legend(loc="upper right", framealpha=0.95)
     lower.set_xlabel("step")
     _save(figure, path)
@@ -84,6 +86,17 @@ def _loss_finding(runs: dict[str, Sequence[Row]]) -> str:
 def _norm_finding(runs: dict[str, Sequence[Row]]) -> str:
     largest = {name: max(norms(list(rows)), default=math.nan) for name, rows in runs.items()}
     return "Largest gradient norm: " + ", ".join(f"{name} {number(value)}" for name, value in largest.items())
+
+
+def _log_scale(axes: Axes) -> None:
+    """Plain numbers at the ticks, and room for the legend above the data."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.18)
+    few = high / low < 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_lost(axes: Axes, rows: Sequence[Row]) -> None:

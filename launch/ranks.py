@@ -81,7 +81,7 @@ def leave(error: UserError) -> NoReturn:
     """Ends this rank with exit code 2; rank 0 says why, and no rank goes before it has."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)  # noqa: PTH119
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
     if dist.is_initialized():
         dist.barrier()
@@ -97,5 +97,5 @@ def _tell_torchrun(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"timestamp": str(int(time.time()))}
-        with open(path, "w") as file:  # noqa: PTH123
+        with open(path, "w") as file:
             json.dump({"message": {"message": line, "extraInfo": extra}}, file)

@@ -99,7 +99,7 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
 
     Collective: every rank must call it.
     """
-    model = models.build(**options.shape, heads=HEADS, seed=options.seed)
+    model = models.build(**options.shape, heads=HEADS, precision=options.precision, seed=options.seed)
     wrapped = layouts.wrap(model, options.layout, options.precision, device)
     params = list(wrapped.model.parameters())
     kinds = {isinstance(param, DTensor) for param in params}
@@ -187,7 +187,8 @@ def opening(run: Run, done: int) -> str:
 def describe(run: Run) -> str:
     options = run.options
     where = f"{dist.get_world_size()} x {run.device.type}, {options.precision}"
-    return f"{options.model}, {options.layout} on {where}, {options.policy}"
+    settings = ", ".join(f"{name} {value:g}" for name, value in vars(options.policy).items())
+    return f"{options.model}, {options.layout} on {where}, {options.policy_name} ({settings})"
 
 
 def finish(run: Run, rows: list[Row], console: Console) -> None:

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 180  # seconds; about 35 on two free cores, of which 10 are the wait for the hang
+LIMIT = 240  # seconds; about 25 on two free cores, of which 10 are the wait for the hang
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
@@ -74,7 +74,7 @@ def hangs_after_an_error(cell: dict, right: dict) -> bool:
 
 
 def every_gradient_nan(cell: dict, right: dict) -> bool:
-    return all(answer["num_nan"] == answer["numel"] == 3 for answer in cell["answers"])
+    return all(0 < answer["numel"] == answer["num_nan"] for answer in cell["answers"])
 
 
 # What the README tells of torch, as (row of the benchmark, claim, check).

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from tests import reference
 from tests.ranks import Ranks, same_bits_everywhere
-from tests.wrapped import UNSHARDED, WRAPPERS, local, whole_gradients, with_gradients
+from tests.wrapped import HAS_PARTIAL, UNSHARDED, WRAPPERS, is_partial, local, whole_gradients, with_gradients
+
+
+def reduce_partial(grad: Tensor | None) -> Tensor | None:
+    if grad is None or not is_partial(grad):
+        return grad
+    return grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
 
 
 def clips_as_the_whole_model(kind: str, device: str) -> None:
@@ -17,12 +30,16 @@ def clips_as_the_whole_model(kind: str, device: str) -> None:
         expected = reference.total_norm(whole_gradients(), norm_type)
         max_norm = 0.3 * expected.item()
         model = with_gradients(kind, device)
-        before = [None if p.grad is None else local(p.grad).clone() for p in model.parameters()]
+        partial = [is_partial(p.grad) for p in model.parameters()]
+        assert any(partial) == (kind in HAS_PARTIAL)
+        reduced = [reduce_partial(p.grad) for p in model.parameters()]
+        before = [None if g is None else local(g).clone() for g in reduced]
 
         with CommDebugMode() as comms:
             norm = distclip.clip_grad_norm_(model, max_norm, norm_type)
 
-        assert comms.get_total_counts() == (0 if kind in UNSHARDED else 1)
+        # A Partial gradient has no values until it is reduced, once.
+        assert comms.get_total_counts() == (0 if kind in UNSHARDED else 1) + sum(partial)
         torch.testing.assert_close(norm.cpu().double(), expected, rtol=1e-5, atol=0)
         assert same_bits_everywhere(norm)
         coefficient = max_norm / (norm.item() + 1e-6)
@@ -57,19 +74,24 @@ def test_a_list_of_fsdp1_parameters_is_refused(four_ranks: Ranks, kind: str) -> 
     four_ranks.run(bare_lists_are_refused, kind, four_ranks.device)
 
 
-def every_rank_sees_the_nan(kind: str, device: str, rank: int, norm_type: float, value: float) -> None:
+def every_rank_sees_it(kind: str, device: str) -> None:
     model = with_gradients(kind, device)
-    if torch.distributed.get_rank() == rank:
-        filled = [local(p.grad) for p in model.parameters() if p.grad is not None and local(p.grad).numel()]
-        filled[-1].view(-1)[0] = value
-    norm = distclip.clip_grad_norm_(model, 1.0, norm_type)
-    assert same_bits_everywhere(norm)
-    assert norm.isnan() if value != value else norm.isposinf()
+    clean = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    last = [name for name, grad in clean.items() if local(grad).numel()][-1]
+    for value, rank, norm_type in itertools.product((math.nan, math.inf), range(4), (1.0, 2.0, 8.0, math.inf)):
+        here = dist.get_rank() == rank
+        for name, param in model.named_parameters():
+            param.grad = clean[name].clone() if name in clean else None
+            if here and name == last:
+                local(param.grad).view(-1)[0] = value
+        named = re.escape(last) if here else ".*"
+        with pytest.raises(distclip.NonFiniteGradientError, match=rf"'{named}'.*rank {rank} is {value}"):
+            distclip.clip_grad_norm_(model, 1.0, norm_type, error_if_nonfinite=True)
+        norm = distclip.clip_grad_norm_(model, 1.0, norm_type)
+        assert same_bits_everywhere(norm)
+        assert norm.isnan() if math.isnan(value) else norm.isposinf()
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, torch.inf])
 @pytest.mark.parametrize("kind", ["fsdp1 FULL_SHARD original", "fsdp2", "hsdp", "tp", "fsdp2 x tp"])
-def test_nan_and_inf_on_any_rank_are_seen_on_every_rank(four_ranks: Ranks, kind: str, norm_type: float) -> None:
-    for rank in range(4):
-        for value in (torch.nan, torch.inf):
-            four_ranks.run(every_rank_sees_the_nan, kind, four_ranks.device, rank, norm_type, value)
+def test_nan_and_inf_on_any_rank_raise_on_every_rank(four_ranks: Ranks, kind: str) -> None:
+    four_ranks.run(every_rank_sees_it, kind, four_ranks.device)

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -26,8 +27,8 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 3 * width)
-        self.down = nn.Linear(3 * width, width)
+        self.up = nn.Linear(width, 16)
+        self.down = nn.Linear(16, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.up(self.norm(x)).relu())
@@ -80,9 +81,7 @@ def _ddp(model: nn.Module, device: str) -> nn.Module:
 
 def _fsdp1(strategy: str, originals: bool, nested: tuple[str, ...] = ()) -> Wrap:
     def wrap(model: nn.Module, device: str) -> nn.Module:
-        unit = functools.partial(
-            FullyShardedDataParallel, use_orig_params=originals, device_id=device_of(device)
-        )
+        unit = functools.partial(FullyShardedDataParallel, use_orig_params=originals, device_id=device_of(device))
         for index, inner in enumerate(nested):
             model.blocks[index] = unit(model.blocks[index], **_fsdp1_kind(inner, device))
         return unit(model, **_fsdp1_kind(strategy, device))
@@ -129,9 +128,13 @@ def _fsdp2_tp(model: nn.Module, device: str) -> nn.Module:
 def _tensor_parallel(model: nn.Module, tp: object) -> nn.Module:
     """Column, row and sequence parallel; the embedding and the head stay plain tensors."""
     for block in model.blocks:
+        split = PrepareModuleInput(
+            input_layouts=(Replicate(),), desired_input_layouts=(Shard(0),), use_local_output=False
+        )
+        parallelize_module(block.norm, tp, split)
         plan = {
-            "norm": SequenceParallel(sequence_dim=0, use_local_output=False),
-            "up": ColwiseParallel(),
+            "norm": SequenceParallel(sequence_dim=0),  # its gradients come as Partial
+            "up": ColwiseParallel(input_layouts=Shard(0)),
             "down": RowwiseParallel(output_layouts=Replicate()),
         }
         parallelize_module(block, tp, plan)
@@ -154,6 +157,7 @@ def _kinds() -> dict[str, tuple[Wrap, int]]:
 
 
 WRAPPERS = _kinds()
+HAS_PARTIAL = {"tp"}  # FSDP2 reduces those of its own parameters
 UNSHARDED = {"ddp", "fsdp1 NO_SHARD flat", "fsdp1 NO_SHARD original"}
 
 
@@ -168,4 +172,8 @@ def with_gradients(kind: str, device: str) -> nn.Module:
 
 
 def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_partial(grad: Tensor | None) -> bool:
+    return isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements)

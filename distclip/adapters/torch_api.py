@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.clipper import Clipper, clamp_gradients_, scale_gradients_, total_norm_of
-from distclip.inputs import Parameters
-from distclip.policies import ClipNorm
+from distclip.clipper import ClipNorm, Clipper, Parameters, clamp_gradients_, scale_gradients_, total_norm_of
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
