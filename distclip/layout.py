@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from distclip.errors import LayoutError
-from distclip.team import Team, axis_names, numbers, root_of
+from distclip.team import Team, axis_names, check_mesh, numbers, widest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Layout:
     replicated: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        for field_name in ("sharded", "replicated"):
+            object.__setattr__(self, field_name, _axes(field_name, getattr(self, field_name)))
         if both := sorted(self.sharded & self.replicated):
             raise LayoutError(
                 f"cannot make a Layout: the mesh axes {both} are given as sharded and as replicated, "
@@ -52,6 +54,17 @@ class Layout:
         return "; ".join(f"{verb} {', '.join(sorted(axes))}" for verb, axes in parts if axes) or "this rank alone"
 
 
+def _axes(field_name: str, given: Any) -> frozenset[str]:
+    """`given` as a set of axis names, for users who write a tuple or a list."""
+    listed: list[Any] = [] if isinstance(given, str) else list(given)
+    if isinstance(given, str) or not all(isinstance(axis, str) for axis in listed) or len(set(listed)) < len(listed):
+        raise LayoutError(
+            f"cannot make a Layout with {field_name}={given!r}: it must be a set of names of mesh axes, each once, "
+            f"since an axis shards a tensor or does not. Pass, for example, `{field_name}=frozenset({{'tp'}})`."
+        )
+    return frozenset(listed)
+
+
 Layouts = Callable[[str, Tensor], Layout | None]
 
 
@@ -60,12 +73,14 @@ class Held:
     """One parameter as this rank holds it.
 
     Attributes:
-        counted: this rank adds its elements to the total. Other ranks that hold them add zero.
+        coordinate: where this rank stands on the axes of the layout.
+        counted: this rank adds the elements to the total. Other ranks that hold them add zero.
     """
 
     name: str
     param: Tensor
     layout: Layout
+    coordinate: dict[str, int]
     counted: bool
 
 
@@ -97,7 +112,7 @@ def read_layouts(
     held = [_held(name, p, own, team, layouts) for (name, p), own in zip(named, owns, strict=True)]
     if team is None or _sharded_anywhere(held, team):
         return held, team
-    return [Held(h.name, h.param, h.layout, counted=True) for h in held], None
+    return [replace(h, counted=True) for h in held], None
 
 
 def local_gradient(param: Tensor) -> Tensor | None:
@@ -179,32 +194,21 @@ def _fsdp1_units(module: nn.Module) -> dict[int, _Own]:
 def _team(
     named: Sequence[tuple[str, Tensor]], has_units: bool, mesh: DeviceMesh | None, distinct: tuple[str, ...]
 ) -> Team | None:
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    chosen = mesh if mesh is not None else _widest_mesh([p for _, p in named])
-    axes = axis_names(chosen) if chosen is not None else ()
-    if unknown := sorted(set(distinct) - {"pp"} - set(axes)):
-        raise LayoutError(
-            f"cannot read `distinct={tuple(distinct)}`: no mesh has an axis {unknown}, the axes are {list(axes)}, so "
-            f"that nothing would be distinct along it. Correct the name, or pass the `mesh=` that has it."
-        )
-    if chosen is not None:
+    meshes = {id(p.device_mesh): p.device_mesh for _, p in named if isinstance(p, DTensor)}
+    found = widest([m for m in meshes.values() if m.get_coordinate() is not None])
+    check_mesh(mesh, found, distinct)
+    if (chosen := mesh if mesh is not None else found) is not None:
         return Team.of(chosen, distinct)
-    if not named and not alone:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    if not named:
         raise LayoutError(
             "cannot tell which ranks train together: this rank was given no parameter, and a mesh is found through "
             "parameters, so that the other ranks would wait for this one. "
             "Pass `mesh=` with a DeviceMesh over all ranks that train together."
         )
     device_types = {p.device.type for _, p in named} - {"cpu"} or {"cpu"}
-    return Team.world(device_types.pop()) if has_units and not alone else None
-
-
-def _widest_mesh(params: Sequence[Tensor]) -> DeviceMesh | None:
-    """Of the parameters' meshes and their roots: most ranks, then most axes, then the first; alike on every rank."""
-    meshes = {id(p.device_mesh): p.device_mesh for p in params if isinstance(p, DTensor)}
-    around = (*(root_of(mesh) for mesh in meshes.values()), *meshes.values())
-    mine = [mesh for mesh in around if mesh.get_coordinate() is not None]
-    return max(mine, key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
+    return Team.world(device_types.pop()) if has_units else None
 
 
 def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layouts | None) -> Held:
@@ -218,12 +222,20 @@ def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layou
         sizes |= {axis: team.size(axis) for axis in outside}
         coordinate |= {axis: team.coordinate[axis] for axis in outside}
         sharded |= outside & team.distinct
-    declared = layouts(name, param) if layouts is not None else None
-    if declared is not None:
+    if layouts is not None and (declared := _declared(name, layouts(name, param))) is not None:
         sharded = _overruled(name, sharded, declared, sorted(sizes))
     real = {axis for axis, size in sizes.items() if size > 1}  # an axis of one rank divides nothing
     layout = Layout(sharded & real, frozenset(real - sharded))
-    return Held(name, param, layout, layout.counted_at(coordinate))
+    return Held(name, param, layout, coordinate, layout.counted_at(coordinate))
+
+
+def _declared(name: str, given: Any) -> Layout | None:
+    if given is None or isinstance(given, Layout):
+        return given
+    raise LayoutError(
+        f"cannot use the layout declared for {name!r}: `layouts=` returned {given!r}, which says nothing about "
+        f"mesh axes. Return a `distclip.Layout(sharded=..., replicated=...)`, or None to read the tensor itself."
+    )
 
 
 def _overruled(name: str, sharded: frozenset[str], declared: Layout, axes: list[str]) -> frozenset[str]:

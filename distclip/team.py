@@ -45,20 +45,11 @@ class Team:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, distinct: Iterable[str]) -> Team:
-        """The team on `mesh`.
-
-        Raises:
-            LayoutError: `mesh` does not contain this rank.
+        """The team on `mesh`, which contains this rank.
 
         Collective: the making of a process group, once a mesh, if `mesh` has several axes and leaves out ranks.
         """
         axes = axis_names(mesh)
-        if mesh.get_coordinate() is None:
-            raise LayoutError(
-                f"cannot use the mesh with axes {list(axes)}: this process is rank {dist.get_rank()}, but the mesh "
-                f"holds the ranks {_listed(mesh.mesh)}, so that this rank's gradients would not be counted. "
-                f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
-            )
         return cls(mesh.mesh, axes, frozenset(distinct) & set(axes), _group(mesh), mesh.device_type)
 
     @classmethod
@@ -101,6 +92,40 @@ class Team:
         return torch.unravel_index(places, self.ranks.shape)
 
 
+def widest(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
+    """Of `meshes` and their roots: most ranks, then most axes, then the first; alike on every rank."""
+    around = [root for root in map(_root, meshes) if root.get_coordinate() is not None]
+    return max((*around, *meshes), key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
+
+
+def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequence[str]) -> None:
+    """Raises LayoutError unless a mesh given by hand holds this rank and all those of the mesh found from parameters.
+
+    A mesh over a part of the world is right only where the parameters lie on no wider one.
+    """
+    chosen = mesh if mesh is not None else found
+    axes = axis_names(chosen) if chosen is not None else ()
+    if unknown := sorted(set(distinct) - {"pp"} - set(axes)):
+        raise LayoutError(
+            f"cannot read `distinct={tuple(distinct)}`: no mesh has an axis {unknown}, the axes are {list(axes)}, so "
+            f"that nothing would be distinct along it. Correct the name, or pass the `mesh=` that has it."
+        )
+    if mesh is not None and mesh.get_coordinate() is None:
+        raise LayoutError(
+            f"cannot use the mesh with axes {list(axes)}: this process is rank {dist.get_rank()}, but the mesh holds "
+            f"the ranks {_listed(mesh.mesh)}, so that this rank's gradients would not be counted. "
+            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
+    need = found.size() if found is not None else dist.get_world_size() if mesh is not None else 0
+    if mesh is not None and mesh.size() < need:
+        whose = f"the mesh of the parameters, {list(axis_names(found))}," if found is not None else "the world"
+        raise LayoutError(
+            f"cannot use the mesh with axes {list(axes)}: it holds the {mesh.size()} ranks {_listed(mesh.mesh)}, "
+            f"but {need} ranks may train together ({whose} has them), and what the others hold would not be counted. "
+            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
+
+
 def numbers(ranks: Tensor) -> list[int]:
     return [int(rank) for rank in ranks.flatten()]
 
@@ -109,7 +134,7 @@ def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
     return tuple(mesh.mesh_dim_names or (f"axis{i}" for i in range(mesh.ndim)))
 
 
-def root_of(mesh: DeviceMesh) -> DeviceMesh:
+def _root(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that `mesh` was sliced from."""
     if hasattr(mesh, "_get_root_mesh"):
         return cast(Any, mesh)._get_root_mesh()

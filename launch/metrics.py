@@ -50,8 +50,8 @@ def read(path: Path) -> list[Row]:
 
 def _line(row: Row) -> str:
     # JSON has no NaN and no inf, and many readers refuse Python's spelling of them.
-    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    lost = {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(row | lost, allow_nan=False) + "\n"
 
 
 class Display:
@@ -98,7 +98,7 @@ def summary(rows: list[Row], title: str) -> Table:
     tokens = sum(row["tokens"] for row in rows)
     lines = {
         "steps": f"{len(rows)} in {seconds:.1f} s, {tokens / seconds:,.0f} tokens a second",
-        "loss": f"{number(rows[0]['loss'])} at first, {number(last_loss(rows))} over the last {min(len(rows), NUM_LAST)}",
+        "loss": f"{number(rows[0]['loss'])} at first, {number(last_loss(rows))} over the last {len(rows[-NUM_LAST:])}",
         "total norm": f"median {number(statistics.median(seen))}, largest {number(max(seen))}",
         "clipped": f"{sum(bool(row['clipped']) for row in rows)} of {len(rows)} steps",
         "not finite": f"{sum(not row['finite'] for row in rows)} of {len(rows)} steps",

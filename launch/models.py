@@ -102,7 +102,7 @@ class LSTM(nn.Module):
         return self.head(x)
 
 
-def build(model: str, width: int, depth: int, heads: int, precision: str, seed: int) -> nn.Module:
+def build(*, model: str, width: int, depth: int, heads: int, precision: str, seed: int) -> nn.Module:
     """A model whose weights depend on the seed alone: every rank starts from the same ones."""
     torch.manual_seed(seed)
     if model == "lstm" and precision != "fp32":

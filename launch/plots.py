@@ -40,9 +40,9 @@ def _norm_panel(axes: Axes, rows: Sequence[Row]) -> None:
     lost = f"; not finite in {num_lost}" if num_lost else ""
     _dress(axes, f"The gradient was clipped in {num_clipped} of {len(rows)} steps{lost}", "total norm (log scale)")
     steps, seen, limits = _steps(rows), _column(rows, "total_norm"), _column(rows, "limit")
-    axes.plot(steps, seen, color=GREY, linewidth=1.0, label="norm, within the limit")
+    axes.plot(steps, seen, color=GREY, linewidth=1.0, label="total norm")
     over = [value if row["clipped"] else math.nan for row, value in zip(rows, seen, strict=True)]
-    axes.plot(steps, over, color=ORANGE, linestyle="none", marker="o", markersize=3.5, label="norm, clipped")
+    axes.plot(steps, over, color=ORANGE, linestyle="none", marker="o", markersize=3.5, label="clipped")
     axes.plot(steps, limits, color=RED, linewidth=1.6, linestyle="--", label="limit")
     _mark_lost(axes, rows)
     if norms(list(rows)):
@@ -80,23 +80,28 @@ def compare(runs: dict[str, Sequence[Row]], title: str, path: Path) -> None:
 
 
 def _loss_finding(runs: dict[str, Sequence[Row]]) -> str:
-    return "Loss at the end: " + ", ".join(f"{name} {number(last_loss(list(rows)))}" for name, rows in runs.items())
+    return "Loss at the end: " + _ends({name: last_loss(list(rows)) for name, rows in runs.items()})
 
 
 def _norm_finding(runs: dict[str, Sequence[Row]]) -> str:
-    largest = {name: max(norms(list(rows)), default=math.nan) for name, rows in runs.items()}
-    return "Largest gradient norm: " + ", ".join(f"{name} {number(value)}" for name, value in largest.items())
+    return "Largest norm: " + _ends({name: max(norms(list(rows)), default=math.nan) for name, rows in runs.items()})
+
+
+def _ends(values: dict[str, float]) -> str:
+    """The lowest and the highest of the values, whose names all stand in the legend; NaN is worse than any number."""
+    order = sorted(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
+    return ", ".join(f"{number(values[name])} {name}" for name in dict.fromkeys((order[0], order[-1])))
 
 
 def _log_scale(axes: Axes) -> None:
-    """Plain numbers at the ticks, and room for the legend above the data."""
+    """Room for the legend above the data, and plain numbers at the ticks where they stay short."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.18)
-    few = high / low < 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if high / low < 1000:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_lost(axes: Axes, rows: Sequence[Row]) -> None:
@@ -111,6 +116,7 @@ def _dress(axes: Axes, title: str, label: str) -> None:
     axes.set_ylabel(label)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
 
 
 def _steps(rows: Sequence[Row]) -> list[int]:

@@ -16,7 +16,8 @@ USER_ERROR = 2
 
 def run() -> None:
     # What torchrun logs of a failed rank stands in its closing table too, which is shown unless the user was at fault.
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
+    for name in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:

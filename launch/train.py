@@ -1,8 +1,8 @@
 """Trains a small language model with distclip, on any layout and under any policy.
 
-    torchrun --standalone --nproc-per-node=2 launch/train.py --out runs/main
-    torchrun --standalone --nproc-per-node=4 launch/train.py --layout fsdp2+tp --policy clip-norm --policy.max-norm 0.5
-    python launch/train.py --model lstm --steps 50
+torchrun --standalone --nproc-per-node=2 launch/train.py --out runs/main
+torchrun --standalone --nproc-per-node=4 launch/train.py --layout fsdp2+tp --policy clip-norm --policy.max-norm 0.5
+python launch/train.py --model lstm --steps 50
 """
 
 import contextlib
@@ -105,7 +105,10 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
     kinds = {isinstance(param, DTensor) for param in params}
     # A foreach kernel refuses DTensors beside plain tensors (an LSTM under tp has both).
     settings: dict[str, Any] = {"lr": options.lr, "foreach": False if len(kinds) > 1 else None}
-    optimizer = (torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.SGD)(params, **settings)
+    if options.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), **settings)
+    else:
+        optimizer = torch.optim.SGD(params, **settings)
     # FSDP1's flat shards are plain tensors: only its own scaler knows that an overflow on one rank is everybody's.
     scaler_type = ShardedGradScaler if options.layout == "fsdp1" else GradScaler
     scaler = scaler_type(device.type, enabled=options.precision == "fp16")
@@ -164,7 +167,7 @@ def local_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_over_ranks(loss: torch.Tensor) -> float:
-    # Over all ranks and not only the data ranks: along a tp axis all hold the same loss, which leaves the mean as it is.
+    # Over all ranks and not only the data ranks: along a tp axis all hold the same loss, and the mean stays what it is.
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()

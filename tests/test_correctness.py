@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds; about 25 on two free cores, of which 10 are the wait for the hang
+LIMIT = 240  # seconds; about 35 on two cores, of which 10 are the wait for the hang
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
