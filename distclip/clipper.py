@@ -59,7 +59,7 @@ class Clipper:
         self._on_nonfinite = on_nonfinite
         named = named_tensors(parameters)
         held, team = read_layouts(named, self._module, mesh, tuple(distinct), layouts)
-        self.plan = Plan(held, team, [Group("all", slice(0, len(held)), policy.norm_type)])
+        self.plan = Plan(held, team, [Group("all", slice(0, len(held)), policy.norm_type, repr(policy))])
 
     @torch.no_grad()
     def clip_(self) -> Report:

@@ -74,6 +74,7 @@ class Held:
 
     Attributes:
         coordinate: where this rank stands on the axes of the layout.
+        mesh: the sizes of those axes and how far apart their ranks lie; alike on ranks that hold copies.
         counted: this rank adds the elements to the total. Other ranks that hold them add zero.
     """
 
@@ -81,6 +82,7 @@ class Held:
     param: Tensor
     layout: Layout
     coordinate: dict[str, int]
+    mesh: str
     counted: bool
 
 
@@ -215,18 +217,18 @@ def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layou
     outside = set[str]()
     if team is not None:
         outside = set(team.axes) - team.axes_along(own.lines.values(), name)
-    sizes = {axis: len(line) for axis, line in own.lines.items()}
-    coordinate = {axis: line.index(dist.get_rank()) for axis, line in own.lines.items()}
+    lines = dict(own.lines)
     sharded = own.sharded
     if team is not None:
-        sizes |= {axis: team.size(axis) for axis in outside}
-        coordinate |= {axis: team.coordinate[axis] for axis in outside}
+        lines |= {axis: team.line(axis) for axis in outside}
         sharded |= outside & team.distinct
+    coordinate = {axis: line.index(dist.get_rank()) for axis, line in lines.items()}
     if layouts is not None and (declared := _declared(name, layouts(name, param))) is not None:
-        sharded = _overruled(name, sharded, declared, sorted(sizes))
-    real = {axis for axis, size in sizes.items() if size > 1}  # an axis of one rank divides nothing
+        sharded = _overruled(name, sharded, declared, sorted(lines))
+    real = {axis for axis, line in lines.items() if len(line) > 1}  # an axis of one rank divides nothing
     layout = Layout(sharded & real, frozenset(real - sharded))
-    return Held(name, param, layout, coordinate, layout.counted_at(coordinate))
+    mesh = ", ".join(f"{axis}={len(lines[axis])}/{lines[axis][1] - lines[axis][0]}" for axis in sorted(real))
+    return Held(name, param, layout, coordinate, mesh, layout.counted_at(coordinate))
 
 
 def _declared(name: str, given: Any) -> Layout | None:

@@ -60,6 +60,11 @@ class Team:
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 
+    def line(self, axis: str) -> list[int]:
+        """The ranks along `axis` through this one."""
+        place = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
+        return numbers(self.ranks[tuple(place)])
+
     def axes_along(self, lines: Iterable[Sequence[int]], name: str) -> set[str]:
         """The axes that `lines` move along, each line being the ranks on one axis of another mesh.
 
@@ -127,7 +132,7 @@ def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequ
 
 
 def numbers(ranks: Tensor) -> list[int]:
-    return [int(rank) for rank in ranks.flatten()]
+    return cast("list[int]", ranks.flatten().tolist())
 
 
 def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -45,13 +45,13 @@ class Options(Generic[PolicyT]):
     """What the forward pass computes in; parameters and gradients stay in float32."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or plain SGD as the LSTM papers on exploding gradients use."""
-    steps: int = 200
+    steps: int = 300
     """Where training ends, counted from the very first step (also with --resume)."""
     batch: int = 16
     """Sequences a step, shared out over the data-parallel ranks: the same training on any number of ranks."""
-    context: int = 128
+    context: int = 64
     """Bytes a sequence."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Peak learning rate, after the warm-up; a cosine leads it down to a tenth."""
     warmup: int = 20
     """Steps in which the learning rate rises from nothing to --lr."""

@@ -32,6 +32,12 @@ def four_ranks(device: str) -> Ranks:
     return pool(4, device)
 
 
+@pytest.fixture
+def eight_ranks() -> Ranks:
+    """For models in three dimensions. On CPUs alone: gloo cannot send between pipeline stages on one GPU."""
+    return pool(8)
+
+
 def pool(size: int, device: str = "cpu") -> Ranks:
     return _pools.setdefault((size, device), Ranks(size, device))
 
