@@ -17,7 +17,6 @@ from typing import Any
 import checkpoint
 import layouts
 import models
-import plots
 import ranks
 import torch
 import torch.distributed as dist
@@ -196,6 +195,8 @@ def describe(run: Run) -> str:
 
 def finish(run: Run, rows: list[Row], console: Console) -> None:
     """The picture, the table, and where everything is."""
+    import plots  # matplotlib takes a second, which the other ranks and a mistaken option need not wait for
+
     out: Path = run.options.out
     plots.report(rows, describe(run), out / "report.png")
     console.print(summary(rows, describe(run)))

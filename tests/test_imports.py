@@ -15,7 +15,7 @@ PUBLIC = "distclip"  # the names of distclip/__init__.py
 CORE = {"layout", "plan", "measure", "reduce", "apply", "report", "policies", "kernels"}
 
 # A room is a file or a folder directly in distclip/; these files are parts of a room that another file names.
-PART_OF = {"errors": "layout", "team": "layout", "powers": "plan", "inputs": "clipper"}
+PART_OF = {"errors": "layout", "team": "layout", "powers": "plan", "verify": "plan", "inputs": "clipper"}
 
 # room -> the other rooms it may import.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -50,9 +50,9 @@ TORCH: dict[str, set[str]] = {
 }
 
 # Calls that make ranks talk -> the rooms that may make them. Setup may communicate, a step only in reduce.
-STEP = """all_reduce all_reduce_coalesced all_gather all_gather_into_tensor all_gather_tensor all_to_all
+STEP = """all_reduce all_reduce_coalesced all_gather_into_tensor all_gather_tensor all_to_all
     all_to_all_single reduce_scatter reduce_scatter_tensor full_tensor"""
-SETUP = "all_gather_object gather_object broadcast_object_list scatter_object_list monitored_barrier"
+SETUP = "all_gather all_gather_object gather_object broadcast_object_list scatter_object_list monitored_barrier"
 CALLS: dict[str, set[str]] = {
     **{name: {"reduce"} for name in STEP.split()},
     **{name: {"layout", "plan", "reduce"} for name in SETUP.split()},
