@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from distclip.layout import Layouts, local_gradient, local_values, read_layouts
 from distclip.plan import Group, Plan
 from distclip.policies import ClipNorm, Policy, check_not_negative
 from distclip.report import Report
+
+_STATE_VERSION = 1
 
 
 class Clipper:
@@ -78,6 +81,22 @@ class Clipper:
         if limit is not None:
             apply.scale_([v for v in values if v is not None], factor)
         return _report(norm, limit, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the policy remembers: tensors and numbers, whatever the number of ranks; empty for `ClipNorm`."""
+        return {"version": _STATE_VERSION}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: a state of another version; nothing is loaded.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"cannot load the state of a Clipper: its version is {state.get('version')!r}, but this is version "
+                f"{_STATE_VERSION}, whose keys mean other things. Load it with the distclip that wrote it."
+            )
 
     def _check_fresh(self, module: nn.Module) -> None:
         known = {id(h.param) for h in self.plan.held}
