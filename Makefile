@@ -10,7 +10,6 @@ NPROC ?= 2
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 PY := .venv/bin/python
-TORCHRUN := $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(NPROC)
 export OMP_NUM_THREADS ?= 1
 # The type checker comes from constraints.txt; it should not talk about newer ones.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -18,16 +17,17 @@ STAMP := .venv/.installed
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/peers.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt
 	touch $@
 
 run: $(STAMP)
-	$(TORCHRUN) launch/train.py --out runs/main $(ARGS)
+	$(PY) launch/run.py --standalone --nproc-per-node=$(NPROC) launch/train.py --out runs/main $(ARGS)
 
 compare: $(STAMP)
-	$(TORCHRUN) launch/compare.py --out runs/compare $(ARGS)
+	$(PY) launch/compare.py --out runs/compare $(ARGS)
 
 test: lint types wheel
 	$(PY) -m pytest $(PYTEST_ARGS)

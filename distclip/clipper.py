@@ -22,6 +22,8 @@ from distclip.plan import Group, Plan
 from distclip.policies import ClipNorm, Policy, Scope, check_not_negative
 from distclip.report import Report
 
+_STATE_VERSION = 1
+
 
 class Clipper:
     """Clips the gradients of a model, however it is sharded.
@@ -184,6 +186,22 @@ class Clipper:
         if self._module is not None and all(v is None for v in values):
             self._check_fresh(self._module)
         return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the policy remembers: tensors and numbers, whatever the number of ranks; empty for `ClipNorm`."""
+        return {"version": _STATE_VERSION}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: a state of another version; nothing is loaded.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"cannot load the state of a Clipper: its version is {state.get('version')!r}, but this is version "
+                f"{_STATE_VERSION}, whose keys mean other things. Load it with the distclip that wrote it."
+            )
 
     def _check_fresh(self, module: nn.Module) -> None:
         known = {id(h.param) for h in self.plan.held}

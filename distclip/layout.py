@@ -23,7 +23,9 @@ class Layout:
     Attributes:
         sharded: axes whose ranks hold different elements. An axis whose ranks hold different
             *tensors* (pipeline stages, experts) counts here.
-        replicated: axes whose ranks hold identical copies.
+        replicated: axes whose ranks hold identical copies, of which the one at index 0 counts. Where that rank holds
+            none (a weight tied between two inner pipeline stages), let the rank that is to count declare the axis as
+            sharded, and the others as replicated.
 
     Raises:
         LayoutError: an axis is named in both.
@@ -88,10 +90,15 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """What a tensor tells of itself: the ranks along each axis of its own mesh, and which axes shard it."""
+    """What a tensor tells of itself: the ranks along each axis of its own mesh, and which axes shard it.
+
+    Attributes:
+        device_type: where FSDP1 computes, and its process group works; offloaded parameters lie elsewhere.
+    """
 
     lines: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
     sharded: frozenset[str] = frozenset()
+    device_type: str = "cpu"
 
 
 def read_layouts(
@@ -110,7 +117,7 @@ def read_layouts(
     """
     units = _fsdp1_units(module) if module is not None else {}
     owns = [_own_axes(name, param, units) for name, param in named]
-    team = _team(named, bool(units), mesh, distinct)
+    team = _team(named, {own.device_type for own in units.values()}, mesh, distinct)
     held = [_held(name, p, own, team, layouts) for (name, p), own in zip(named, owns, strict=True)]
     if team is None or _sharded_anywhere(held, team):
         return held, team
@@ -186,7 +193,8 @@ def _fsdp1_units(module: nn.Module) -> dict[int, _Own]:
         lines = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
         if (across := getattr(unit, "_inter_node_pg", None)) is not None:
             lines["fsdp_replicate"] = dist.get_process_group_ranks(across)
-        own = _Own(lines, frozenset({"fsdp"} if handle.uses_sharded_strategy else ()))
+        sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
+        own = _Own(lines, sharded, unit.compute_device.type)
         flat = handle.flat_param
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             found[id(param)] = own
@@ -194,14 +202,14 @@ def _fsdp1_units(module: nn.Module) -> dict[int, _Own]:
 
 
 def _team(
-    named: Sequence[tuple[str, Tensor]], has_units: bool, mesh: DeviceMesh | None, distinct: tuple[str, ...]
+    named: Sequence[tuple[str, Tensor]], unit_devices: set[str], mesh: DeviceMesh | None, distinct: tuple[str, ...]
 ) -> Team | None:
     meshes = {id(p.device_mesh): p.device_mesh for _, p in named if isinstance(p, DTensor)}
     found = widest([m for m in meshes.values() if m.get_coordinate() is not None])
     check_mesh(mesh, found, distinct)
     if (chosen := mesh if mesh is not None else found) is not None:
-        return Team.of(chosen, distinct)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Team.of(chosen, distinct, given=mesh is not None)
+    if _alone():
         return None
     if not named:
         raise LayoutError(
@@ -209,8 +217,11 @@ def _team(
             "parameters, so that the other ranks would wait for this one. "
             "Pass `mesh=` with a DeviceMesh over all ranks that train together."
         )
-    device_types = {p.device.type for _, p in named} - {"cpu"} or {"cpu"}
-    return Team.world(device_types.pop()) if has_units else None
+    return Team.world((unit_devices - {"cpu"} or unit_devices).pop()) if unit_devices else None
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
 def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layouts | None) -> Held:
@@ -242,7 +253,8 @@ def _declared(name: str, given: Any) -> Layout | None:
 
 def _overruled(name: str, sharded: frozenset[str], declared: Layout, axes: list[str]) -> frozenset[str]:
     """The axes that shard `name` by the declaration, and by what was read where it says nothing."""
-    if unknown := sorted((declared.sharded | declared.replicated) - set(axes)):
+    unknown = sorted((declared.sharded | declared.replicated) - set(axes))
+    if unknown and not _alone():  # one process needs no mesh to hold everything itself
         raise LayoutError(
             f"cannot use the layout declared for {name!r}: it names the axes {unknown}, but the axes known are "
             f"{axes}. Correct the names, or pass the `mesh=` that has these axes."

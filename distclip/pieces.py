@@ -82,17 +82,22 @@ class Run:
         if dim is None:
             yield run, None, 0
             return
-        # The rest of a line that began on another rank, whole lines, and the beginning of one that ends elsewhere.
+        # The end of a line that began on another rank, whole lines, the beginning of one that ends elsewhere.
         width = self._column if dim else self._row
         head = min(-self.first % width, self.size)
-        whole = (self.size - head) // width * width
-        line = (self.first + head) // width
-        for part, row in ((run[:head], self.first // width), (run[head + whole :], line + whole // width)):
-            if len(part):
-                column = (self.first if part.data_ptr() == run.data_ptr() and head else 0) % width
-                yield (part, 0, column) if dim else (part.view(1, -1), 0, row)
-        if whole:
-            yield run[head : head + whole].view(-1, width), (1 if dim else 0), (0 if dim else line)
+        lines = (self.size - head) // width
+        tail = head + lines * width
+        yield from self._rest(run[:head], self.first, dim, width)
+        if lines:
+            first = 0 if dim else (self.first + head) // width
+            yield run[head:tail].view(lines, width), (1 if dim else 0), first
+        yield from self._rest(run[tail:], self.first + tail, dim, width)
+
+    def _rest(self, part: Tensor, first: int, dim: int, width: int) -> Iterator[View]:
+        if part.numel() and dim:
+            yield part, 0, first % width
+        elif part.numel():
+            yield part.view(1, -1), 0, first // width
 
     def cut_units(self, dim: int | None) -> Sequence[int]:
         inside = [b for b in self.boundaries if 0 < b < prod(self.shape)]

@@ -25,6 +25,7 @@ class Team:
         distinct: the axes whose ranks hold different parameters.
         group: the process group over all of `ranks`.
         device_type: where the group's collectives run.
+        given: by hand, so that it must be the same on all ranks; found meshes may differ between pipeline stages.
         coordinate: where this rank stands, by axis.
     """
 
@@ -33,6 +34,7 @@ class Team:
     distinct: frozenset[str]
     group: dist.ProcessGroup
     device_type: str
+    given: bool = False
     coordinate: dict[str, int] = field(init=False)
     _places: Tensor = field(init=False)
 
@@ -44,13 +46,13 @@ class Team:
         object.__setattr__(self, "coordinate", dict(zip(self.axes, here, strict=True)))
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, distinct: Iterable[str]) -> Team:
+    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], given: bool) -> Team:
         """The team on `mesh`, which contains this rank.
 
         Collective: the making of a process group, once a mesh, if `mesh` has several axes and leaves out ranks.
         """
         axes = axis_names(mesh)
-        return cls(mesh.mesh, axes, frozenset(distinct) & set(axes), _group(mesh), mesh.device_type)
+        return cls(mesh.mesh, axes, frozenset(distinct) & set(axes), _group(mesh), mesh.device_type, given)
 
     @classmethod
     def world(cls, device_type: str) -> Team:
@@ -98,7 +100,7 @@ class Team:
 
 
 def widest(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
-    """Of `meshes` and their roots: most ranks, then most axes, then the first; alike on every rank."""
+    """Of `meshes` and their roots: most ranks, then most axes, then the first."""
     around = [root for root in map(_root, meshes) if root.get_coordinate() is not None]
     return max((*around, *meshes), key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
 

@@ -186,9 +186,13 @@ def _policies(plan: Plan) -> str:
 def _mesh(plan: Plan) -> str:
     if plan.team is None:
         return "nothing sharded"
-    axes = " x ".join(f"{axis}={plan.team.size(axis)}" for axis in plan.team.axes)
-    order = _digest(str(numbers(plan.team.ranks)))
-    return f"mesh {axes} (ranks in order {order:x}), distinct {sorted(plan.team.distinct)}"
+    team, ranks = plan.team, numbers(plan.team.ranks)
+    if not team.given:  # the stages of a pipeline may find meshes that differ in other axes
+        lines = {axis: team.line(axis) for axis in sorted(team.distinct)}
+        apart = {axis: (len(line), line[-1] - line[0]) for axis, line in lines.items()}
+        return f"{len(ranks)} ranks from {ranks[0]} (digest {_digest(str(sorted(ranks))):x}), distinct axes {apart}"
+    axes = " x ".join(f"{axis}={team.size(axis)}" for axis in team.axes)
+    return f"mesh {axes} (ranks in order {_digest(str(ranks)):x}), distinct {sorted(team.distinct)}"
 
 
 def _sum(statements: Sequence[_Statement]) -> int:

@@ -3,8 +3,10 @@
     python launch/compare.py --out runs/compare
     python launch/compare.py --policies none "clip-norm --policy.max-norm 0.25" "clip-norm --policy.max-norm 1.0"
 
-The setting is an LSTM under plain SGD, at the learning rate of 30 and the limit of 0.25 of a well-known LSTM
-language model: Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017 (arXiv:1708.02182).
+The setting is an LSTM under plain SGD with the limit of 0.25 and about the learning rate (30 there, 20 here) of
+Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017 (arXiv:1708.02182). Over the seeds
+0, 1 and 2 the last losses were 9.6, 4.1 and 7.2 not clipped (at their highest 448, 110 and 204) and 1.66, 1.68 and
+1.62 clipped.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ class Options:
     """What follows --policy in each run, quoted where it has options of its own."""
     setting: str = "--model lstm --width 128 --depth 2 --context 64 --batch 16 --optimizer sgd --warmup 5"
     """Options of train.py that all runs share."""
-    lr: float = 30.0
+    lr: float = 20.0
     """Peak learning rate."""
     steps: int = 400
     """Steps of each run."""

@@ -20,6 +20,7 @@ from tests.parallel_models import (
     stage_of,
     tensor_parallel,
     tokens_and_targets,
+    verify,
     whole_gradients,
 )
 from tests.ranks import Ranks, mesh
@@ -66,6 +67,7 @@ def dtensors_find_the_pipeline_axis(num_stages: int) -> None:
     params = named(sharded_stages(model, num_stages))
     wholes = whole_gradients(model)
     assert all(p.grad is not None for p in params.values())
+    verify(params)
     for norm_type in (2.0, 1.0, 8.0, torch.inf):
         check_clip(params, wholes, norm_type)
 
@@ -76,3 +78,79 @@ def test_a_pipeline_of_dtensors(eight_ranks: Ranks) -> None:
 
 def test_an_interleaved_pipeline_of_dtensors(eight_ranks: Ranks) -> None:
     eight_ranks.run(dtensors_find_the_pipeline_axis, 4)
+
+
+def frozen_last_stage() -> None:
+    model = make_model(dense_blocks)
+    for frozen in (model.blocks["2"], model.blocks["3"], model.head):
+        frozen.requires_grad_(False)
+    params = named(sharded_stages(model, 2))
+    first = three_axes()["pp"].get_local_rank() == 0
+    assert {p.grad is None for p in params.values()} == {not first}
+    check_clip(params, whole_gradients(model))
+
+
+def test_a_stage_without_gradients_takes_part(eight_ranks: Ranks) -> None:
+    eight_ranks.run(frozen_last_stage)
+
+
+def plain_stages(model: Model) -> tuple[dict[str, Tensor], DeviceMesh]:
+    """The parameters of this rank's stage, plain tensors under DDP, after a step; and the mesh of all ranks."""
+    root = mesh((4, 2), ("pp", "dp"))
+    index = root["pp"].get_local_rank()
+    parts = {index: DistributedDataParallel(stage_of(model, index, 4), process_group=root["dp"].get_group())}
+    backward(parts, 4, root["pp"], tokens_and_targets(2, root["dp"].get_local_rank()))
+    return named(parts), root
+
+
+def plain_tensors_are_told_the_mesh() -> None:
+    model = make_model(dense_blocks)
+    params, root = plain_stages(model)
+    wholes = whole_gradients(model)
+    verify(params, mesh=root)
+    for norm_type in (2.0, 1.0, 8.0, torch.inf):
+        check_clip(params, wholes, norm_type, mesh=root)
+    norm = distclip.get_total_norm([p.grad for p in params.values()], mesh=root)
+    torch.testing.assert_close(norm, distclip.get_total_norm(list(wholes.values())), rtol=1e-7, atol=0)
+    assert norm > 1.1 * distclip.get_total_norm([p.grad for p in params.values()])  # each stage adds to it
+
+
+def test_a_pipeline_of_plain_tensors(eight_ranks: Ranks) -> None:
+    eight_ranks.run(plain_tensors_are_told_the_mesh)
+
+
+TIED = {"embed.weight", "head.weight"}
+
+
+def tied_over_pp(name: str, param: Tensor) -> distclip.Layout | None:
+    return distclip.Layout(replicated=frozenset({"pp"})) if name in TIED else None
+
+
+def add_tied_gradients(params: dict[str, Tensor], whole: Tensor, pp: DeviceMesh) -> None:
+    """As Megatron does: each of the two stages gets the sum of both gradients. The others add zeros here."""
+    held = [local(p.grad) for name, p in params.items() if name in TIED]
+    dist.all_reduce(held[0] if held else torch.zeros_like(whole), group=pp.get_group())
+
+
+def tied_embedding_counts_once(as_dtensors: bool) -> None:
+    model = make_model(dense_blocks, tied=True)
+    if as_dtensors:
+        params, root, where = named(sharded_stages(model, 4)), three_axes(), {}
+    else:
+        params, root = plain_stages(model)
+        where = {"mesh": root}
+    wholes = whole_gradients(model)
+    assert TIED & set(wholes) == {"embed.weight"}
+    add_tied_gradients(params, wholes["embed.weight"], root["pp"])
+    tied = {name.replace("head", "embed"): p for name, p in params.items()}
+    verify(tied, layouts=tied_over_pp, **where)
+    for norm_type in (2.0, 1.0):
+        check_clip(tied, wholes, norm_type, layouts=tied_over_pp, **where)
+
+
+def test_a_tied_embedding_of_plain_tensors_counts_once(eight_ranks: Ranks) -> None:
+    eight_ranks.run(tied_embedding_counts_once, False)
+
+
+def test_a_tied_embedding_of_dtensors_counts_once(eight_ranks: Ranks) -> None:
+    eight_ranks.run(tied_embedding_counts_once, True)

@@ -21,13 +21,15 @@ SECONDS = 100
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(distclip.__file__).parents[1]}:{LAUNCH}"}
 # Most of a tiny run is the import of torch on every rank: the layouts of as many ranks share one torchrun.
 ONE_AFTER_ANOTHER = """
-import sys, train
-from options import MIN_RANKS
-options = [word for word in sys.argv[1:] if word not in MIN_RANKS]
-out = options[options.index("--out") + 1]
+import sys, torch, train, ranks
+from options import MIN_RANKS, read_options
+words = [word for word in sys.argv[1:] if word not in MIN_RANKS]
+out = words[words.index("--out") + 1]
+device = torch.device("cpu")
+ranks.join(device, timeout=60.0)
 for layout in [word for word in sys.argv[1:] if word in MIN_RANKS]:
-    sys.argv = ["train.py", *options, "--layout", layout, "--out", f"{out}/{layout}"]
-    train.main()
+    train.train(read_options([*words, "--layout", layout, "--out", f"{out}/{layout}"]), device)
+torch.distributed.destroy_process_group()
 """
 ROW = {"step", "loss", "total_norm", "limit", "coefficient", "clipped", "finite", "lr", "seconds", "tokens"}
 # Measured: 4e-7 after six steps. Ranks add in another order, and AdamW makes large steps of small differences.
@@ -64,7 +66,13 @@ def train(num_ranks, text, out, *options):
 
 
 def run(words):
-    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False, env=ENVIRONMENT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=ENVIRONMENT, **pipes) as parent:
+        try:
+            out, err = parent.communicate(timeout=SECONDS)
+        finally:
+            kill(parent)
+    return subprocess.CompletedProcess(words, parent.returncode, out, err)
 
 
 def rows_of(out):
@@ -124,10 +132,18 @@ def kill_after(num_lines, words, path):
     """Starts a run and kills torchrun and its ranks with SIGKILL as soon as the file has that many lines."""
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
         deadline = time.monotonic() + SECONDS
-        while not path.exists() or path.read_text().count("\n") < num_lines:
-            assert time.monotonic() < deadline
-            assert parent.poll() is None
-            time.sleep(0.02)
+        try:
+            while not path.exists() or path.read_text().count("\n") < num_lines:
+                assert time.monotonic() < deadline
+                assert parent.poll() is None
+                time.sleep(0.02)
+        finally:
+            kill(parent)
+
+
+def kill(parent):
+    """Ends a run that still goes on, and the ranks that torchrun would leave behind."""
+    if parent.poll() is None:
         for pid in [*children_of(parent.pid), parent.pid]:
             os.kill(pid, signal.SIGKILL)
 
