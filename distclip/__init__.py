@@ -9,8 +9,15 @@ from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.layout import Layout as Layout
 from distclip.plan import Plan as Plan
+from distclip.policies import AGC as AGC
+from distclip.policies import AdaGC as AdaGC
+from distclip.policies import AutoClip as AutoClip
+from distclip.policies import ClipBlockRMS as ClipBlockRMS
 from distclip.policies import ClipNorm as ClipNorm
+from distclip.policies import ClipTensorNorm as ClipTensorNorm
+from distclip.policies import ClipValue as ClipValue
 from distclip.policies import Policy as Policy
+from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
 
 __version__ = "0.1.0"

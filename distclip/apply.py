@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
+from distclip.units import Units
 
 
 def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
@@ -27,11 +28,24 @@ def zero_(values: Sequence[Tensor], where: Tensor) -> None:
         kernels.zero_([v for v in values if v.device == device], where.to(device))
 
 
-def clamp_(values: Sequence[Tensor], bound: float) -> None:
+def clamp_(values: Sequence[Tensor], bound: Tensor) -> None:
     """Clamps dense values to [-bound, bound]; NaN stays NaN."""
     if any(v.is_complex() for v in values):
         raise ValueError(
             "cannot clamp a complex gradient: complex numbers have no order, so that there is no largest value. "
             "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
         )
-    kernels.clamp_(values, bound)
+    for device in {v.device for v in values}:
+        kernels.clamp_([v for v in values if v.device == device], bound.to(device))
+
+
+def scale_units_(values: Sequence[Tensor | None], factors: Tensor, units: Units) -> None:
+    """Multiplies the elements of each unit by its factor. Shapes: values by parameter; factors: [units.num]."""
+    for span in units.spans:
+        if (held := values[span.held]) is None:
+            continue
+        for (part, dim, _), base in span.views(held):
+            if dim is None:
+                kernels.scale_([part], factors[base].to(part.device))
+            else:
+                kernels.scale_units_(part, dim, factors[base : base + part.shape[dim]].to(part.device))

@@ -76,7 +76,7 @@ class Attached:
         if clipper.folds([optimizer]):
             fused.fold_(optimizer, decision.factor, clipper.found_inf(decision, scaled))
             self._folded = not scaled  # the scaler takes its attributes away itself
-            self.report = report_of(decision, clipper.plan)
+            self.report = report_of(decision)
             return
         if scaled:
             fused.fold_(optimizer, None, None)
@@ -87,7 +87,7 @@ class Attached:
         found_inf = self._clipper.found_inf(decision, scaled)
         if found_inf is not None and bool(found_inf):
             self._hide()
-        self.report = report_of(decision, self._clipper.plan)
+        self.report = report_of(decision)
 
     def _hide(self) -> None:
         """Nothing inside `step()` can leave the step out, but an optimizer steps no parameter without a gradient."""

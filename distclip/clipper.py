@@ -11,18 +11,16 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distclip import amp, apply, fused, nonfinite, optimizers
+from distclip import amp, apply, fused, inputs, nonfinite, optimizers, state
 from distclip.attach import Attached
-from distclip.decide import Decision, decide, limit_of, report_of, total_norm, write_
+from distclip.decide import Decision, decide, kept, norms, report_of, write_
 from distclip.errors import LayoutError
-from distclip.inputs import Parameters, named_tensors
+from distclip.inputs import Parameters, ParamGroups, named_tensors
 from distclip.layout import Layouts, local_gradient, local_values, read_layouts
 from distclip.optimizers import Optimizers
-from distclip.plan import Group, Plan
-from distclip.policies import ClipNorm, Policy, Scope, check_not_negative
+from distclip.plan import make_plan
+from distclip.policies import About, ClipNorm, NoState, Policy, Scope, check_not_negative
 from distclip.report import Report
-
-_STATE_VERSION = 1
 
 
 class Clipper:
@@ -50,7 +48,7 @@ class Clipper:
 
     def __init__(
         self,
-        parameters: Parameters,
+        parameters: Parameters | ParamGroups,
         policy: Policy = ClipNorm(1.0),  # noqa: B008 - frozen
         *,
         mesh: DeviceMesh | None = None,
@@ -61,13 +59,14 @@ class Clipper:
     ) -> None:
         nonfinite.check_rule(on_nonfinite, max_consecutive_skips)
         self.policy = policy
-        self._module = parameters if isinstance(parameters, nn.Module) else None
         self._on_nonfinite = on_nonfinite
         self._skips = nonfinite.Skips(max_consecutive_skips)
         self._agreed: set[tuple[Optimizer, ...]] = set()
-        named = named_tensors(parameters)
-        held, team = read_layouts(named, self._module, mesh, tuple(distinct), layouts)
-        self.plan = Plan(held, team, [Group("all", slice(0, len(held)), policy.norm_type, repr(policy))])
+        given = inputs.read(parameters, policy)
+        self._modules = given.modules
+        held, team = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
+        self.plan = make_plan(held, team, given.groups)
+        self._states = state.start(self.plan)
 
     @property
     def skipped(self) -> Tensor:
@@ -93,7 +92,7 @@ class Clipper:
         """
         decision = self.decide(optimizers.listed(optimizer), scaler)
         write_(decision)
-        return report_of(decision, self.plan)
+        return report_of(decision)
 
     def step(
         self, optimizer: Optimizers, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None
@@ -125,7 +124,7 @@ class Clipper:
                     optimizers.step(each, scaler)
             elif found_inf is None or amp.is_on(scaler) or not bool(found_inf):
                 optimizers.step(each, scaler)
-        return report_of(decision, self.plan)
+        return report_of(decision)
 
     def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> Attached:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours; `.remove()` ends it.
@@ -150,17 +149,22 @@ class Clipper:
         if inverse_scale is not None and tuple(stepped) not in self._agreed:
             optimizers.check_same_parameters(stepped, self.plan)
             self._agreed.add(tuple(stepped))
-        decision = decide(self._values(), self.plan, self.policy, inverse_scale, self._on_nonfinite)
+        decision = decide(self._values(), self.plan, self._states, inverse_scale, self._on_nonfinite)
         amp.record(scaler, stepped, decision.finite)
         too_many = self._on_nonfinite in ("skip", "zero") and self._skips.count_(decision.finite)
         if too_many or (self._on_nonfinite == "raise" and not bool(decision.finite)):
             in_a_row = self._skips.most_in_a_row if too_many else None
             raise nonfinite.error(decision.norm, decision.local, self.plan, in_a_row)
+        self._states = kept(decision, self._states)
         return decision
 
     def folds(self, stepped: Sequence[Optimizer]) -> bool:
         """Whether the optimizers can do the multiplication. May differ between ranks: the result does not."""
-        one_factor = len(self.plan.groups) == 1 and self.policy.scope is Scope.MODEL and self._on_nonfinite != "zero"
+        one_factor = (
+            len(self.plan.groups) == 1
+            and self.plan.groups[0].policy.scope is Scope.MODEL
+            and self._on_nonfinite != "zero"
+        )
         return one_factor and optimizers.fold(stepped, self.plan)
 
     def found_inf(self, decision: Decision, scaled: bool) -> Tensor | None:
@@ -183,25 +187,25 @@ class Clipper:
 
     def _values(self) -> list[Tensor | None]:
         values = [local_gradient(h.param) for h in self.plan.held]
-        if self._module is not None and all(v is None for v in values):
-            self._check_fresh(self._module)
+        if all(v is None for v in values):
+            for module in self._modules:
+                self._check_fresh(module)
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """What the policy remembers: tensors and numbers, whatever the number of ranks; empty for `ClipNorm`."""
-        return {"version": _STATE_VERSION}
+        """What the policies remember: tensors and numbers, by the names of groups, policies and parameters.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
+        The same on every rank (of a pipeline stage), however many ranks there are and however they share the model.
+        """
+        return state.to_dict(self.plan, self._states)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave, on any number of ranks.
 
         Raises:
-            ValueError: a state of another version; nothing is loaded.
+            ValueError: a state of another version, another policy or other parameters; nothing is loaded.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"cannot load the state of a Clipper: its version is {state.get('version')!r}, but this is version "
-                f"{_STATE_VERSION}, whose keys mean other things. Load it with the distclip that wrote it."
-            )
+        self._states = state.from_dict(self.plan, self._states, saved)
 
     def _check_fresh(self, module: nn.Module) -> None:
         known = {id(h.param) for h in self.plan.held}
@@ -226,7 +230,8 @@ def total_norm_of(
     """The total norm of the values of `tensors`, or of a module's gradients; see `get_total_norm`."""
     plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    norm, local = total_norm([read(h.param) for h in plan.held], plan)
+    (joined,), local = norms([read(h.param) for h in plan.held], plan)
+    norm = joined.total
     if error_if_nonfinite and not bool(norm.float().isfinite()):
         raise nonfinite.error(norm, local, plan)
     return norm.float()
@@ -234,15 +239,16 @@ def total_norm_of(
 
 def scale_gradients_(parameters: Parameters, policy: Policy, norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
-    limit, factor = limit_of(policy, local_values(norm).double())
+    norm = local_values(norm).double()
+    limit, _ = policy.limit(norm, NoState(), About(torch.ones_like(norm), None, norm))
     if limit is not None:
-        apply.scale_(_gradients(parameters), factor)
+        apply.scale_(_gradients(parameters), apply.coefficient(norm, limit))
 
 
 def clamp_gradients_(parameters: Parameters, clip_value: float) -> None:
     """See `clip_grad_value_`."""
     check_not_negative("clip_value", clip_value)
-    apply.clamp_(_gradients(parameters), clip_value)
+    apply.clamp_(_gradients(parameters), torch.tensor(clip_value, dtype=torch.float64))
 
 
 def _gradients(parameters: Parameters) -> list[Tensor]:

@@ -6,14 +6,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distclip import apply, measure, nonfinite, reduce
-from distclip.plan import Plan
-from distclip.policies import Policy
+from distclip.plan import Group, Plan
+from distclip.policies import About, Scope
 from distclip.report import Report
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the policy of one group says.
+
+    Attributes:
+        norm: of the whole group, float64; without the loss scale, as limits are.
+        limits, coefficients: float64; scalars, or one for each unit on this rank. No limits: the policy only measures.
+        state: of the policy, if this step counts.
+    """
+
+    norm: Tensor
+    limits: Tensor | None
+    coefficients: Tensor
+    state: Any
 
 
 @dataclass(frozen=True)
@@ -23,65 +40,126 @@ class Decision:
     Attributes:
         values: of the gradients on this rank; None where a parameter has none.
         local: what this rank measured.
-        norm: float64; without the loss scale, as the limit is.
-        finite: whether the norm is, as a float32.
-        limit: None where the policy only measures.
-        coefficient: float64; as `rule`, the clipper's `on_nonfinite`, wants it.
-        factor: the coefficient times the inverse loss scale; None where nothing is to be multiplied.
+        norm: of everything, float64.
+        finite: whether it is, as a float32.
+        inverse: of the loss scale.
+        rule: the clipper's `on_nonfinite`.
     """
 
+    plan: Plan
     values: Sequence[Tensor | None]
     local: measure.Local
     norm: Tensor
     finite: Tensor
-    limit: Tensor | None
-    coefficient: Tensor
-    factor: Tensor | None
+    verdicts: Sequence[Verdict]
+    inverse: Tensor | None
     rule: str
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What everything is multiplied by, if that is one number; None where nothing is to be multiplied."""
+        return self.factor_of(self.verdicts[0])
+
+    def factor_of(self, verdict: Verdict) -> Tensor | None:
+        if verdict.limits is None and self.inverse is None:
+            return None
+        factor = verdict.coefficients if self.inverse is None else verdict.coefficients * self.inverse
+        return nonfinite.ruled(factor, self.finite, self.rule)
 
 
 def decide(
-    values: Sequence[Tensor | None], plan: Plan, policy: Policy, inverse_scale: Tensor | None, rule: str
+    values: Sequence[Tensor | None], plan: Plan, states: Sequence[Any], inverse_scale: Tensor | None, rule: str
 ) -> Decision:
     """Reads every gradient once, and changes none. Collective: see `reduce.all_reduce_`."""
-    norm, local = total_norm(values, plan)
-    inverse = None if inverse_scale is None else inverse_scale.to(norm.device)
-    norm = norm if inverse is None else norm * inverse
-    finite = norm.float().isfinite()
-    limit, coefficient = limit_of(policy, norm)
-    factor = coefficient if inverse is None else coefficient * inverse
-    ruled = nonfinite.ruled(factor, finite, rule)
-    untouched = limit is None and inverse is None
-    coefficient = nonfinite.ruled(coefficient, finite, rule)
-    return Decision(values, local, norm, finite, limit, coefficient, None if untouched else ruled, rule)
+    joined, local = norms(values, plan)
+    inverse = None if inverse_scale is None else inverse_scale.to(plan.device).double()
+    if inverse is not None:
+        joined = [j.times(inverse) for j in joined]
+    total = total_norm(joined, plan)
+    verdicts = [_verdict(j, group, state) for j, group, state in zip(joined, plan.groups, states, strict=True)]
+    return Decision(plan, values, local, total, total.float().isfinite(), verdicts, inverse, rule)
+
+
+def norms(values: Sequence[Tensor | None], plan: Plan) -> tuple[list[reduce.Joined], measure.Local]:
+    """The norms of every group, float64, the same on every rank that keeps them; and what this rank measured."""
+    local = measure.local(values, plan)
+    numbers = local.numbers.clone()
+    reduce.all_reduce_(numbers, plan)
+    return reduce.norms(numbers, local.units, local.weights, plan), local
+
+
+def total_norm(joined: Sequence[reduce.Joined], plan: Plan) -> Tensor:
+    """The norm over all groups, of the first one's norm_type: the p-norm of the groups' norms, without overflow."""
+    if len(joined) == 1:
+        return joined[0].total
+    each = torch.stack([j.total for j in joined])
+    largest = each.amax()
+    if math.isinf(norm_type := plan.groups[0].norm_type):
+        return largest
+    within = ((each / largest) ** norm_type).sum() ** (1 / norm_type)
+    return torch.where((largest == 0) | largest.isinf(), largest, largest * within)
+
+
+def _verdict(joined: reduce.Joined, group: Group, state: Any) -> Verdict:
+    units = group.units
+    each = joined.total if joined.units is None else joined.units
+    sizes = units.sizes if units is not None else torch.ones_like(each)
+    limits, new = group.policy.limit(each, state, About(sizes, joined.weights, joined.total))
+    if limits is None:
+        return Verdict(joined.total, None, torch.ones_like(each), new)
+    if units is not None:
+        limits = torch.where(units.limited, limits, math.inf)
+    return Verdict(joined.total, limits, apply.coefficient(each, limits), new)
 
 
 def write_(decision: Decision) -> None:
     """The one pass that writes; with "zero" on an accelerator there is another."""
-    values = [v for v in decision.values if v is not None]
-    if decision.factor is not None:
-        apply.scale_(values, decision.factor)
+    for group, verdict in zip(decision.plan.groups, decision.verdicts, strict=True):
+        _write_group_(decision, group, verdict)
     if decision.rule == "zero":
-        apply.zero_(values, ~decision.finite)
+        apply.zero_([v for v in decision.values if v is not None], ~decision.finite)
 
 
-def report_of(decision: Decision, plan: Plan) -> Report:
-    norm, coefficient = decision.norm.float(), decision.coefficient.float()
-    limit = torch.full_like(norm, math.inf) if decision.limit is None else decision.limit.float()
-    search = partial(nonfinite.offenders, decision.local, plan)
-    return Report({"all": norm}, {"all": limit}, {"all": coefficient}, total_norm=norm, search=search)
+def _write_group_(decision: Decision, group: Group, verdict: Verdict) -> None:
+    values = decision.values[group.members]
+    here = [v for v in values if v is not None]
+    if group.policy.scope is Scope.ELEMENT:
+        if decision.inverse is not None:
+            apply.scale_(here, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
+        if verdict.limits is not None:
+            apply.clamp_(here, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
+    elif (factor := decision.factor_of(verdict)) is not None:
+        if group.units is None:
+            apply.scale_(here, factor)
+        else:
+            apply.scale_units_(values, factor, group.units)
 
 
-def total_norm(values: Sequence[Tensor | None], plan: Plan) -> tuple[Tensor, measure.Local]:
-    """The norm, float64, the same on every rank; and what this rank measured for it."""
-    local = measure.local(values, plan)
-    sums = local.columns.clone()
-    reduce.all_reduce_(sums, plan)
-    (norm,) = reduce.norms(sums, plan)
-    return norm, local
+def report_of(decision: Decision) -> Report:
+    plan = decision.plan
+    named = list(zip((group.name for group in plan.groups), decision.verdicts, strict=True))
+    ruled = {n: nonfinite.ruled(v.coefficients, decision.finite, decision.rule) for n, v in named}
+    return Report(
+        {name: verdict.norm.float() for name, verdict in named},
+        {name: _least(verdict.limits, math.inf, decision.norm) for name, verdict in named},
+        {name: _least(coefficients, 1.0, decision.norm) for name, coefficients in ruled.items()},
+        total_norm=decision.norm.float(),
+        search=partial(nonfinite.offenders, decision.local, plan),
+    )
 
 
-def limit_of(policy: Policy, norm: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The limit and the coefficient for a total norm; without a limit nothing is to be written."""
-    limit = policy.limit(norm)
-    return limit, torch.ones_like(norm) if limit is None else apply.coefficient(norm, limit)
+def _least(numbers: Tensor | None, without: float, like: Tensor) -> Tensor:
+    if numbers is None or numbers.numel() == 0:
+        return torch.full_like(like, without).float()
+    return numbers.amin().float()
+
+
+def kept(decision: Decision, old: Sequence[Any]) -> list[Any]:
+    """The policies' states after the step: the old ones where the norm was not finite."""
+    return [_where(decision.finite, v.state, state) for v, state in zip(decision.verdicts, old, strict=True)]
+
+
+def _where(finite: Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return torch.where(finite.to(new.device), new, old)
+    return type(new)(*(_where(finite, a, b) for a, b in zip(new, old, strict=True)))

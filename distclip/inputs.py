@@ -5,11 +5,62 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
+from distclip.policies import Policy
+
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+ParamGroups: TypeAlias = Iterable[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Everything that users hand over, in the order of groups: (name, members of `named`, policy)."""
+
+    named: list[tuple[str, Tensor]]
+    groups: list[tuple[str, slice, Policy]]
+    modules: list[nn.Module]
+
+
+def read(given: Parameters | ParamGroups, policy: Policy) -> Given:
+    """Parameters with one policy, or groups `{"params", "policy", "name"}` with one each, by default `policy`.
+
+    Raises:
+        ValueError: a parameter or a name stands in two groups; what `named_tensors` raises.
+    """
+    if not isinstance(given, nn.Module | Tensor | types.GeneratorType):
+        listed = list(cast("Iterable[Any]", given))
+        if listed and all(isinstance(group, dict) for group in listed):
+            return _read_groups(listed, policy)
+        given = cast("Iterable[Tensor]", listed)
+    named = named_tensors(cast(Parameters, given))
+    modules = [given] if isinstance(given, nn.Module) else []
+    return Given(named, [("all", slice(0, len(named)), policy)], modules)
+
+
+def _read_groups(groups: list[dict[str, Any]], policy: Policy) -> Given:
+    found = Given([], [], [])
+    taken: dict[int, str] = {}
+    for place, group in enumerate(groups):
+        name = str(group.get("name", f"group{place}"))
+        members = named_tensors(group["params"])
+        twice = [n for n, tensor in members if id(tensor) in taken]
+        if twice or name in (other for other, _, _ in found.groups):
+            raise ValueError(
+                f"cannot make the parameter group {name!r}: {f'{twice[0]!r} is' if twice else 'its name is that'} of "
+                f"an earlier group, and one limit would follow another. Put each parameter into one group, and give "
+                f"each group a name of its own."
+            )
+        taken |= {id(tensor): name for _, tensor in members}
+        first = len(found.named)
+        prefix = "" if isinstance(group["params"], nn.Module) else f"{name}."
+        found.named.extend((f"{prefix}{n}" if n.startswith("#") else n, tensor) for n, tensor in members)
+        found.groups.append((name, slice(first, len(found.named)), group.get("policy", policy)))
+        found.modules.extend([group["params"]] if isinstance(group["params"], nn.Module) else [])
+    return found
 
 
 def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from distclip.errors import LayoutError
-from distclip.team import Team, axis_names, check_mesh, numbers, widest
+from distclip.pieces import Part, spread
+from distclip.shards import Own, fsdp1_units, read
+from distclip.team import Team, check_mesh, widest
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Held:
         coordinate: where this rank stands on the axes of the layout.
         mesh: the sizes of those axes and how far apart their ranks lie; alike on ranks that hold copies.
         counted: this rank adds the elements to the total. Other ranks that hold them add zero.
+        parts: the tensors of the model that it holds elements of.
     """
 
     name: str
@@ -86,24 +90,12 @@ class Held:
     coordinate: dict[str, int]
     mesh: str
     counted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Own:
-    """What a tensor tells of itself: the ranks along each axis of its own mesh, and which axes shard it.
-
-    Attributes:
-        device_type: where FSDP1 computes, and its process group works; offloaded parameters lie elsewhere.
-    """
-
-    lines: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
-    sharded: frozenset[str] = frozenset()
-    device_type: str = "cpu"
+    parts: tuple[Part, ...]
 
 
 def read_layouts(
     named: Sequence[tuple[str, Tensor]],
-    module: nn.Module | None = None,
+    modules: Sequence[nn.Module] = (),
     mesh: DeviceMesh | None = None,
     distinct: tuple[str, ...] = ("pp",),
     layouts: Layouts | None = None,
@@ -115,8 +107,8 @@ def read_layouts(
 
     Collective: see `Team.of`.
     """
-    units = _fsdp1_units(module) if module is not None else {}
-    owns = [_own_axes(name, param, units) for name, param in named]
+    units = {key: own for module in modules for key, own in fsdp1_units(module).items()}
+    owns = [read(name, param, units) for name, param in named]
     team = _team(named, {own.device_type for own in units.values()}, mesh, distinct)
     held = [_held(name, p, own, team, layouts) for (name, p), own in zip(named, owns, strict=True)]
     if team is None or _sharded_anywhere(held, team):
@@ -158,49 +150,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.layout is torch.sparse_coo else tensor
 
 
-def _own_axes(name: str, param: Tensor, units: dict[int, _Own]) -> _Own:
-    if (own := units.get(id(param))) is not None:
-        return own
-    if isinstance(param, DTensor):
-        return _dtensor_axes(param)
-    if getattr(param, "_fsdp_flattened", False):
-        raise LayoutError(
-            f"cannot tell which ranks hold {name!r}: FullyShardedDataParallel has flattened it, and nothing on the "
-            f"tensor says how it is sharded, so that the norm would be that of this rank's shard alone. "
-            f"Pass the wrapped module, for example `clip_grad_norm_(model, ...)`, instead of its parameters."
-        )
-    return _Own()
-
-
-def _dtensor_axes(param: DTensor) -> _Own:
-    mesh, here = param.device_mesh, param.device_mesh.get_coordinate()
-    if here is None:
-        return _Own()  # not on its mesh: this rank holds no element of it
-    axes = axis_names(mesh)
-    lines = {axis: numbers(mesh.mesh[(*here[:i], slice(None), *here[i + 1 :])]) for i, axis in enumerate(axes)}
-    kinds = zip(axes, param.placements, strict=True)
-    return _Own(lines, frozenset(axis for axis, p in kinds if not (p.is_replicate() or p.is_partial())))
-
-
-def _fsdp1_units(module: nn.Module) -> dict[int, _Own]:
-    """What every FSDP1 unit inside `module` tells of its parameters, by their id."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    found: dict[int, _Own] = {}
-    for unit in cast(Any, FullyShardedDataParallel).fsdp_modules(module):
-        if (handle := unit._handle) is None:
-            continue
-        lines = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
-        if (across := getattr(unit, "_inter_node_pg", None)) is not None:
-            lines["fsdp_replicate"] = dist.get_process_group_ranks(across)
-        sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
-        own = _Own(lines, sharded, unit.compute_device.type)
-        flat = handle.flat_param
-        for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
-            found[id(param)] = own
-    return found
-
-
 def _team(
     named: Sequence[tuple[str, Tensor]], unit_devices: set[str], mesh: DeviceMesh | None, distinct: tuple[str, ...]
 ) -> Team | None:
@@ -224,22 +173,26 @@ def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
-def _held(name: str, param: Tensor, own: _Own, team: Team | None, layouts: Layouts | None) -> Held:
+def _held(name: str, param: Tensor, own: Own, team: Team | None, layouts: Layouts | None) -> Held:
     outside = set[str]()
     if team is not None:
         outside = set(team.axes) - team.axes_along(own.lines.values(), name)
     lines = dict(own.lines)
-    sharded = own.sharded
+    sharded, parts = own.sharded, own.parts
     if team is not None:
         lines |= {axis: team.line(axis) for axis in outside}
         sharded |= outside & team.distinct
     coordinate = {axis: line.index(dist.get_rank()) for axis, line in lines.items()}
     if layouts is not None and (declared := _declared(name, layouts(name, param))) is not None:
         sharded = _overruled(name, sharded, declared, sorted(lines))
+        apart = sharded - own.sharded - (team.distinct if team is not None else frozenset())
+        parts = (
+            tuple(spread(part, prod(len(lines.get(axis, ())) for axis in apart)) for part in parts) if apart else parts
+        )
     real = {axis for axis, line in lines.items() if len(line) > 1}  # an axis of one rank divides nothing
     layout = Layout(sharded & real, frozenset(real - sharded))
     mesh = ", ".join(f"{axis}={len(lines[axis])}/{lines[axis][1] - lines[axis][0]}" for axis in sorted(real))
-    return Held(name, param, layout, coordinate, mesh, layout.counted_at(coordinate))
+    return Held(name, param, layout, coordinate, mesh, layout.counted_at(coordinate), parts)
 
 
 def _declared(name: str, given: Any) -> Layout | None:

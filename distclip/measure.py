@@ -10,28 +10,39 @@ import torch
 from torch import Tensor
 
 from distclip import kernels, powers
+from distclip.layout import Held, local_values
 from distclip.plan import Group, Plan
+from distclip.units import Units
 
 
 class Local(NamedTuple):
     """What this rank measured.
 
     Attributes:
-        columns: of every group, one after the other: float64 [plan.num_columns].
-        names, each: the parameters that have a gradient, and a number for each, float64: the sum of its powers or
+        numbers: what travels: of every group the columns of its total, then those of its cut units; float64, flat.
+        names, each: of every parameter that has a gradient, or unit, a number, float64: the sum of its powers or
             its norm, not finite where the gradient is not.
+        units, weights: the columns of every unit on this rank, [num, num_columns], by group; None where the group
+            has no units, or its policy does not ask for weights.
     """
 
-    columns: Tensor
+    numbers: Tensor
     names: list[str]
     each: Tensor
+    units: list[Tensor | None]
+    weights: list[Tensor | None]
 
 
 def local(values: Sequence[Tensor | None], plan: Plan) -> Local:
-    """Reads every gradient once."""
-    measured = [_group(values, group, plan) for group in plan.groups]
-    names = [name for group in measured for name in group.names]
-    return Local(torch.cat([m.columns for m in measured]), names, torch.cat([m.each for m in measured]))
+    """Reads every gradient once, and every weight where a policy asks for its norm."""
+    parts = [_group(values[group.members], plan.held[group.members], group, plan.device) for group in plan.groups]
+    return Local(
+        torch.cat([part.numbers for part in parts]),
+        [name for part in parts for name in part.names],
+        torch.cat([part.each for part in parts]),
+        [units for part in parts for units in part.units],
+        [weights for part in parts for weights in part.weights],
+    )
 
 
 def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -45,26 +56,76 @@ def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
     return torch.where(maxima.isinf(), maxima, norms)
 
 
-def _group(values: Sequence[Tensor | None], group: Group, plan: Plan) -> Local:
-    here = [(h, v) for h, v in zip(plan.held[group.members], values[group.members], strict=True) if v is not None]
+def _group(values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device) -> Local:
+    if group.units is not None:
+        return _units(values, members, group, group.units, device)
+    here = [(h, v) for h, v in zip(members, values, strict=True) if v is not None]
     here.sort(key=lambda found: not found[0].counted)  # a slice of what is measured needs no index on the device
     num_counted = sum(h.counted for h, _ in here)
-    each = _each([v for _, v in here], group.norm_type, plan.device)
+    each = _each([v for _, v in here], group.norm_type, device)
     # Copies add zero, unless one is broken: a NaN must be seen whichever rank has it.
     copies = each[num_counted:]
     added = torch.cat([each[:num_counted], torch.where(copies.isfinite(), 0.0, copies)])
-    return Local(_columns(added, group.norm_type), [h.name for h, _ in here], each)
+    total = powers.joined(powers.columns(added, group.norm_type), group.norm_type)
+    return Local(total, [h.name for h, _ in here], each, [None], [None])
+
+
+def _units(
+    values: Sequence[Tensor | None], members: Sequence[Held], group: Group, units: Units, device: torch.device
+) -> Local:
+    columns = _unit_columns(values, group.norm_type, units, device)
+    counted = units.counted.unsqueeze(1)
+    added = columns
+    if not math.isinf(group.norm_type):  # a maximum does not mind copies
+        added = torch.where(counted | ~columns.isfinite(), columns, 0.0)
+    travel, weights = [powers.joined(added, group.norm_type), _cut(added, group, units)], None
+    if group.policy.needs_weights:
+        params = [local_values(h.param.detach()) for h in members]
+        weights = _unit_columns(params, group.norm_type, units, device)
+        travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
+    each = powers.root(columns, group.norm_type)
+    return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights])
+
+
+def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
+    travelling = columns.new_zeros(group.num_slots, columns.shape[1])
+    travelling[group.first_slot + units.slots] = columns[units.cut]
+    return travelling
+
+
+def _unit_columns(values: Sequence[Tensor | None], norm_type: float, units: Units, device: torch.device) -> Tensor:
+    columns = torch.zeros(units.num, powers.num_columns(norm_type), dtype=torch.float64, device=device)
+    whole: list[tuple[Tensor, int]] = []
+    for span in units.spans:
+        if (held := values[span.held]) is None:
+            continue
+        for (part, dim, _), base in span.views(held):
+            if dim is None:
+                whole.append((part, base))
+                continue
+            rows = torch.arange(base, base + part.shape[dim], device=device)
+            powers.add_(columns, rows, powers.columns(_rows(part, dim, norm_type).to(device), norm_type), norm_type)
+    if whole:
+        index = torch.tensor([base for _, base in whole], device=device)
+        each = _each([part for part, _ in whole], norm_type, device)
+        powers.add_(columns, index, powers.columns(each, norm_type), norm_type)
+    return columns
+
+
+def _rows(part: Tensor, dim: int, norm_type: float) -> Tensor:
+    """As `_each`, of every index of `dim`."""
+    if norm_type <= powers.PLAIN_UP_TO:
+        return kernels.unit_power_sums(part, dim, norm_type)
+    maxima = kernels.unit_power_sums(part, dim, math.inf)
+    if math.isinf(norm_type):
+        return maxima
+    norms = maxima * kernels.unit_power_sums(part, dim, norm_type, maxima) ** (1 / norm_type)
+    return torch.where(maxima.isinf(), maxima, norms)
 
 
 def _each(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     sums = norm_type <= powers.PLAIN_UP_TO
     return _power_sums(values, norm_type, device) if sums else local_norms(values, norm_type, device)
-
-
-def _columns(each: Tensor, norm_type: float) -> Tensor:
-    if norm_type <= powers.PLAIN_UP_TO:
-        return each.sum(0, keepdim=True)
-    return powers.maximum(each) if math.isinf(norm_type) else powers.binned(each, norm_type)
 
 
 def _power_sums(

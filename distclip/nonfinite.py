@@ -39,6 +39,11 @@ def ruled(factor: Tensor, finite: Tensor, rule: str) -> Tensor:
     return torch.where(finite, factor, 0.0 if rule == "zero" else 1.0)
 
 
+def bound(limit: Tensor, finite: Tensor, rule: str) -> Tensor:
+    """What the gradients are clamped to, once `rule` has been heard."""
+    return limit if rule == "propagate" else torch.where(finite, limit, math.inf)
+
+
 class Skips:
     """Counts, on the device, the steps whose norm was not finite."""
 
@@ -80,6 +85,7 @@ class Skips:
 def offenders(local: Local, plan: Plan) -> dict[str, list[int]]:
     """See `Report.offenders`. Collective: an all-gather of names; all ranks of the team must call."""
     mine = [name for name, number in zip(local.names, local.each.cpu(), strict=True) if not math.isfinite(number)]
+    mine = list(dict.fromkeys(mine))
     found: dict[str, list[int]] = {}
     for rank, names in reduce.gathered(mine[:_MOST_NAMES], plan).items():
         for name in names:

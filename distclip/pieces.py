@@ -110,11 +110,22 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of the model, as far as it lies in one parameter on this rank."""
+    """One tensor of the model, as far as it lies in one parameter on this rank.
+
+    Attributes:
+        numel: of the whole tensor.
+    """
 
     name: str
+    numel: int
     piece: Box | Run
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.piece.shape
+
+
+def spread(part: Part, ranks: int) -> Part:
+    """A part that is declared to lie on `ranks` ranks, as equal shards along a dim that nobody told."""
+    piece = part.piece
+    return Part(part.name, part.numel * ranks, Box(piece.shape, (0,) * len(piece.shape), piece.shape, cut=None))

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 
 from distclip import powers
 from distclip.layout import Held, local_values
+from distclip.policies import Policy, Scope
 from distclip.team import Team
-from distclip.verify import verify
+from distclip.units import Units, make_units
+from distclip.verify import gathered, verify
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share one norm: `plan.held[members]`."""
+    """Parameters with a policy of their own: `plan.held[members]`.
+
+    Attributes:
+        units: where the policy's scope is smaller than the group.
+        num_slots, first_slot: how many units travel, from all pipeline stages, and where those of this one begin.
+    """
 
     name: str
     members: slice
-    norm_type: float
-    policy: str
+    policy: Policy
+    units: Units | None = None
+    num_slots: int = 0
+    first_slot: int = 0
 
     @property
-    def num_columns(self) -> int:
-        return powers.num_columns(self.norm_type)
+    def norm_type(self) -> float:
+        return self.policy.norm_type
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers travel: the total's, the cut units', and those of their weights."""
+        return powers.num_columns(self.norm_type) * (1 + self.num_slots * (2 if self.policy.needs_weights else 1))
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,7 @@ class Plan:
     held: Sequence[Held]
     team: Team | None
     groups: Sequence[Group]
-
-    @cached_property
-    def device(self) -> torch.device:
-        types = [self.team.device_type] if self.team is not None else [h.param.device.type for h in self.held]
-        found = next((t for t in types if t != "cpu"), "cpu")
-        if found in ("cpu", "meta"):
-            return torch.device(found)
-        return torch.device(found, torch.get_device_module(found).current_device())
+    device: torch.device
 
     def verify(self) -> None:
         """Compares the plans of all ranks, and the bits of parameters that are laid out as copies.
@@ -70,7 +76,7 @@ class Plan:
             by_layout: dict[str, list[Held]] = {}
             for held in self.held[group.members]:
                 by_layout.setdefault(str(held.layout), []).append(held)
-            rows += [[group.name, group.policy, layout, *_totals(held)] for layout, held in by_layout.items()]
+            rows += [[group.name, str(group.policy), layout, *_totals(held)] for layout, held in by_layout.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self._collective()])
@@ -78,9 +84,48 @@ class Plan:
     def _collective(self) -> str:
         if self.team is None:
             return "no collective: no rank holds elements that another lacks"
-        numbers = sum(group.num_columns for group in self.groups)
+        numbers = sum(group.num_numbers for group in self.groups)
         axes = " x ".join(f"{axis}={self.team.size(axis)}" for axis in self.team.axes)
         return f"one all-reduce of {numbers} float64 ({8 * numbers} bytes) over {axes}, on {self.device}"
+
+
+def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[str, slice, Policy]]) -> Plan:
+    """The plan for groups (name, members, policy) of `held`.
+
+    Raises:
+        LayoutError, ValueError: the policy's units cannot be told.
+
+    Collective: where pipeline stages have units of their own, an all-gather of a few numbers over the team.
+    """
+    device = _device(held, team)
+    made = [_group(name, members, policy, held, device) for name, members, policy in groups]
+    if team is not None and team.distinct and any(group.units is not None for group in made):
+        made = _after_other_stages(made, team)
+    return Plan(held, team, made, device)
+
+
+def _group(name: str, members: slice, policy: Policy, held: Sequence[Held], device: torch.device) -> Group:
+    if policy.scope in (Scope.MODEL, Scope.ELEMENT):
+        return Group(name, members, policy)
+    units = make_units(held[members], policy, device)
+    return Group(name, members, policy, units, units.num_slots)
+
+
+def _after_other_stages(groups: Sequence[Group], team: Team) -> list[Group]:
+    """The stages of a pipeline have different units: each gets slots of its own, in the order of stages."""
+    stage = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
+    stages = dict(gathered((stage, [group.num_slots for group in groups]), team.group).values())
+    before = [sum(slots[i] for s, slots in stages.items() if s < stage) for i in range(len(groups))]
+    total = [sum(slots[i] for slots in stages.values()) for i in range(len(groups))]
+    return [replace(g, num_slots=n, first_slot=b) for g, n, b in zip(groups, total, before, strict=True)]
+
+
+def _device(held: Sequence[Held], team: Team | None) -> torch.device:
+    types = [team.device_type] if team is not None else [h.param.device.type for h in held]
+    found = next((t for t in types if t != "cpu"), "cpu")
+    if found in ("cpu", "meta"):
+        return torch.device(found)
+    return torch.device(found, torch.get_device_module(found).current_device())
 
 
 def _totals(held: Sequence[Held]) -> list[str]:

@@ -3,7 +3,7 @@
 | norm_type   | columns                                     | joined by |
 |-------------|---------------------------------------------|-----------|
 | p <= 6      | the sum                                     | SUM       |
-| p > 6       | the sum, split by magnitude (see `binned`)  | SUM       |
+| p > 6       | the sum, split by magnitude (see `_binned`) | SUM       |
 | inf         | the maximum, and whether a NaN was seen     | MAX       |
 """
 
@@ -26,18 +26,49 @@ def num_columns(norm_type: float) -> int:
     return 1 if norm_type <= PLAIN_UP_TO else len(_centres(norm_type, torch.device("cpu")))
 
 
-def maximum(maxima: Tensor) -> Tensor:
-    """The columns of an inf norm, from maxima of shape [n], NaN where a NaN was seen.
+def columns(each: Tensor, norm_type: float) -> Tensor:
+    """From one number for each set of elements: its sum of powers for p <= 6, else its norm.
 
-    A MAX reduction may drop a NaN (gloo compares with `<`), so that it travels as a number of its own.
+    Shapes: each: [n]; the result: [n, num_columns].
     """
-    lost = maxima.isnan()
-    largest = torch.where(lost, math.inf, maxima).amax() if len(maxima) else maxima.new_zeros(())
-    return torch.stack([largest, lost.any().to(maxima.dtype)])
+    if norm_type <= PLAIN_UP_TO:
+        return each.unsqueeze(1)
+    if math.isinf(norm_type):
+        # A MAX reduction may drop a NaN (gloo compares with `<`), so that it travels as a number of its own.
+        return torch.stack([torch.where(each.isnan(), math.inf, each), each.isnan().to(each.dtype)], dim=1)
+    return _binned(each, norm_type)
 
 
-def binned(norms: Tensor, norm_type: float) -> Tensor:
-    """The columns for p > 6, from p-norms of shape [n]: each bin sums (norm / its centre)**p.
+def joined(columns: Tensor, norm_type: float) -> Tensor:
+    """The columns of several sets together. Shapes: [n, num_columns] to [num_columns]; zeros for n = 0."""
+    if not len(columns):
+        return columns.new_zeros(columns.shape[1])
+    return columns.amax(0) if math.isinf(norm_type) else columns.sum(0)
+
+
+def add_(columns: Tensor, index: Tensor, more: Tensor, norm_type: float) -> None:
+    """Joins each row of `more` into the row of `columns` that `index` names."""
+    if math.isinf(norm_type):
+        columns.index_reduce_(0, index, more, "amax")
+    else:
+        columns.index_add_(0, index, more)
+
+
+def root(columns: Tensor, norm_type: float) -> Tensor:
+    """The norms, float64, from joined columns. Shapes: [..., num_columns] to [...]."""
+    if math.isinf(norm_type):
+        return torch.where(columns[..., 1] > 0, math.nan, columns[..., 0])
+    if norm_type <= PLAIN_UP_TO:
+        return columns[..., 0] ** (1 / norm_type)
+    norms = columns ** (1 / norm_type) * _centres(norm_type, columns.device)
+    largest = norms.amax(-1, keepdim=True)
+    within = ((norms / largest) ** norm_type).sum(-1, keepdim=True)
+    plain = largest * within ** (1 / norm_type)
+    return torch.where((largest == 0) | largest.isinf(), largest, plain).squeeze(-1)
+
+
+def _binned(norms: Tensor, norm_type: float) -> Tensor:
+    """For p > 6: each norm in the bin whose centre is nearest, as (norm / centre)**p.
 
     The p-th power of a small or a large norm has no float64, but that of its distance to the nearest centre has.
     """
@@ -45,20 +76,7 @@ def binned(norms: Tensor, norm_type: float) -> Tensor:
     width = 2 * _REACH / norm_type
     nearest = ((norms.log2() - _LOWEST) / width).nan_to_num(nan=0.0).clamp(0, len(centres) - 1).long()
     powers = (norms / centres[nearest]) ** norm_type
-    return norms.new_zeros(len(centres)).index_add(0, nearest, powers)
-
-
-def root(columns: Tensor, norm_type: float) -> Tensor:
-    """The norm, a float64 scalar, from its joined columns of shape [num_columns]."""
-    if math.isinf(norm_type):
-        return torch.where(columns[1] > 0, math.nan, columns[0])
-    if norm_type <= PLAIN_UP_TO:
-        return columns[0] ** (1 / norm_type)
-    norms = columns ** (1 / norm_type) * _centres(norm_type, columns.device)
-    largest = norms.amax()
-    within = (norms / largest) ** norm_type
-    plain = largest * within.sum() ** (1 / norm_type)
-    return torch.where((largest == 0) | largest.isinf(), largest, plain)
+    return norms.new_zeros(len(norms), len(centres)).scatter_(1, nearest.unsqueeze(1), powers.unsqueeze(1))
 
 
 def _centres(norm_type: float, device: torch.device) -> Tensor:

@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip import powers
-from distclip.plan import Plan
+from distclip import powers, verify
+from distclip.plan import Group, Plan
 
 
-def all_reduce_(sums: Tensor, plan: Plan) -> None:
-    """Joins the columns of all ranks in place; the same bits on every rank afterwards.
+def all_reduce_(numbers: Tensor, plan: Plan) -> None:
+    """Joins the numbers of all ranks in place; the same bits on every rank afterwards.
 
-    Shapes: sums: [columns of all groups], float64.
-    Collective: one all-reduce over the team; none if the plan has no team.
+    Shapes: numbers: those of all groups, float64, flat.
+    Collective: one over the team: an all-reduce, or an all-gather where some groups take sums and others maxima;
+        none if the plan has no team.
     """
     if plan.team is None:
         return
-    maximum = any(math.isinf(group.norm_type) for group in plan.groups)
-    dist.all_reduce(sums, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=plan.team.group)
+    maxima = [math.isinf(group.norm_type) for group in plan.groups]
+    if all(maxima) or not any(maxima):
+        dist.all_reduce(numbers, dist.ReduceOp.MAX if any(maxima) else dist.ReduceOp.SUM, group=plan.team.group)
+        return
+    everyone = numbers.new_empty(dist.get_world_size(plan.team.group), len(numbers))
+    dist.all_gather(list(everyone.unbind()), numbers, group=plan.team.group)
+    parts = torch.split(everyone, [group.num_numbers for group in plan.groups], dim=1)
+    joined = [part.amax(0) if maximum else part.sum(0) for part, maximum in zip(parts, maxima, strict=True)]
+    numbers.copy_(torch.cat(joined))
 
 
-def norms(sums: Tensor, plan: Plan) -> list[Tensor]:
-    """The norm of each group, from joined sums: float64 scalars."""
-    columns = torch.split(sums, [group.num_columns for group in plan.groups])
-    return [powers.root(c, group.norm_type) for c, group in zip(columns, plan.groups, strict=True)]
+class Joined(NamedTuple):
+    """The norms of one group, float64: its total, and those of its units and of their weights, if it has any."""
+
+    total: Tensor
+    units: Tensor | None
+    weights: Tensor | None
+
+    def times(self, inverse_scale: Tensor) -> Joined:
+        """As if the gradients had been unscaled before."""
+        units = None if self.units is None else self.units * inverse_scale
+        return Joined(self.total * inverse_scale, units, self.weights)
+
+
+def norms(
+    numbers: Tensor, units: Sequence[Tensor | None], weights: Sequence[Tensor | None], plan: Plan
+) -> list[Joined]:
+    """The norms of each group, from joined numbers and the columns of this rank's own units."""
+    parts = torch.split(numbers, [group.num_numbers for group in plan.groups])
+    return [_joined(*each) for each in zip(plan.groups, parts, units, weights, strict=True)]
+
+
+def _joined(group: Group, numbers: Tensor, units: Tensor | None, weights: Tensor | None) -> Joined:
+    columns = numbers.view(-1, powers.num_columns(group.norm_type))
+    total = powers.root(columns[0], group.norm_type)
+    travelled = torch.split(columns[1:], group.num_slots) if group.num_slots else (columns[1:], columns[1:])
+    return Joined(
+        total,
+        None if units is None else _complete(units, travelled[0], group),
+        None if weights is None else _complete(weights, travelled[1], group),
+    )
+
+
+def _complete(columns: Tensor, travelled: Tensor, group: Group) -> Tensor:
+    """The norms of this rank's units, those of cut ones from all ranks."""
+    assert group.units is not None
+    complete = columns.clone()
+    complete[group.units.cut] = travelled[group.first_slot + group.units.slots]
+    return powers.root(complete, group.norm_type)
 
 
 def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
@@ -38,7 +81,4 @@ def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
     """
     if plan.team is None:
         return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    ranks = dist.get_process_group_ranks(plan.team.group)
-    everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, mine, group=plan.team.group)
-    return dict(zip(ranks, everyone, strict=True))
+    return verify.gathered(mine, plan.team.group)

@@ -67,10 +67,15 @@ class _Circle:
         return {rank: [int(n) for n in row] for rank, row in zip(self.ranks, rows, strict=True)}
 
     def objects(self, mine: Any) -> dict[int, Any]:
-        """A small object of every rank, by global rank."""
-        everyone: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return dict(zip(self.ranks, everyone, strict=True))
+        return gathered(mine, self.group)
+
+
+def gathered(mine: Any, group: dist.ProcessGroup) -> dict[int, Any]:
+    """A small object of every rank, by global rank."""
+    ranks = dist.get_process_group_ranks(group)
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, mine, group=group)
+    return dict(zip(ranks, everyone, strict=True))
 
 
 def verify(plan: Plan) -> None:

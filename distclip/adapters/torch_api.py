@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.clipper import ClipNorm, Clipper, Parameters, clamp_gradients_, scale_gradients_, total_norm_of
+from distclip.clipper import (
+    About,
+    ClipNorm,
+    Clipper,
+    NoState,
+    Parameters,
+    clamp_gradients_,
+    scale_gradients_,
+    total_norm_of,
+)
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
@@ -24,9 +33,9 @@ _EPS = 1e-6  # torch.nn.utils.clip_grad
 class _TorchNorm(ClipNorm):
     """`ClipNorm` with torch's coefficient, max_norm / (norm + 1e-6)."""
 
-    def limit(self, norms: Tensor) -> Tensor | None:
+    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
         # The limit whose quotient by the norm is torch's coefficient, at zero and infinity too.
-        return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms)
+        return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 
 
 def clip_grad_norm_(

@@ -44,10 +44,11 @@ def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
             tensor.masked_fill_(where, 0)  # a product with zero would leave NaN and turn infinities into NaN
 
 
-def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
-    """Clamps every element to [-bound, bound]; NaN stays NaN."""
+def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
+    """Clamps every element to [-bound, bound], a float64 scalar; NaN stays NaN."""
     for tensor in tensors:
-        tensor.clamp_(-bound, bound)
+        at = bound.to(tensor.dtype)
+        tensor.clamp_(-at, at)
 
 
 def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
@@ -72,3 +73,32 @@ def _flat(tensor: Tensor) -> Tensor:
     """One dim over all elements in the order of memory: a view wherever the elements lie dense."""
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     return tensor.permute(order).reshape(-1)
+
+
+def unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None = None) -> Tensor:
+    """`power_sums` of every index of `dim`. Shapes: scales and the result: [tensor.shape[dim]]."""
+    rows = tensor.movedim(dim, 0)
+    step = max(1, _CHUNK * len(rows) // max(1, tensor.numel()))
+    parts = [
+        _row_sums(rows[i : i + step], norm_type, None if scales is None else scales[i : i + step])
+        for i in range(0, len(rows), step)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=tensor.device)
+
+
+def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+    """Multiplies index i of `dim` by coefficients[i], float64. On a CPU it writes nothing where all are 1."""
+    if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
+        return
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+    tensor.copy_(
+        tensor.to(wide) * coefficients.to(torch.float64 if wide == torch.float64 else torch.float32).view(shape)
+    )
+
+
+def _row_sums(rows: Tensor, norm_type: float, scales: Tensor | None) -> Tensor:
+    wide = rows.to(torch.complex128 if rows.is_complex() else torch.float64).abs().flatten(1)
+    if scales is not None:
+        wide = wide / torch.where(scales == 0, 1.0, scales).unsqueeze(1)
+    return wide.amax(1) if math.isinf(norm_type) else wide.pow(norm_type).sum(1)

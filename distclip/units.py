@@ -1,0 +1,147 @@
+"""Groups of elements smaller than the model: where the norm of each lies in one vector, and which norms travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distclip.errors import LayoutError
+from distclip.layout import Held
+from distclip.pieces import Box, Part, View
+from distclip.policies import Policy, Scope, exclude_of, unit_dim_of
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The units of one tensor that this rank holds elements of: norms[base : base + count].
+
+    Attributes:
+        held: the place of the parameter in its group.
+        dim: of the tensor, whose indices are units; None if the tensor is one.
+        first: the unit that norms[base] belongs to.
+    """
+
+    held: int
+    part: Part
+    dim: int | None
+    base: int
+    first: int
+    count: int
+
+    def views(self, values: Tensor) -> Iterator[tuple[View, int]]:
+        """The pieces of a parameter's values in which units lie along one dim, and where their norms begin."""
+        for view in self.part.piece.views(values, self.dim):
+            yield view, self.base + view[2] - self.first
+
+
+@dataclass(frozen=True)
+class Units:
+    """All spans of a group, and what is known of every norm that this rank keeps: tensors of shape [num].
+
+    Attributes:
+        counted: this rank adds the unit's elements to sums.
+        limited: the policy does not leave the unit out.
+        sizes: how many elements the unit has over all ranks; float64.
+        cut: the places of the norms that travel, because a boundary between ranks cuts their unit.
+        slots: the place of each of these among all that travel, in this pipeline stage.
+        num_slots: how many units are cut on this rank or on others of its stage.
+    """
+
+    spans: Sequence[Span]
+    num: int
+    num_slots: int
+    counted: Tensor
+    limited: Tensor
+    sizes: Tensor
+    cut: Tensor
+    slots: Tensor
+
+    @cached_property
+    def row_names(self) -> list[str]:
+        return [span.part.name for span in self.spans for _ in range(span.count)]
+
+
+def make_units(members: Sequence[Held], policy: Policy, device: torch.device) -> Units:
+    """The units of a policy's scope.
+
+    Raises:
+        LayoutError: a boundary between ranks may cut units, and nothing tells which.
+        ValueError: `exclude` names nothing.
+    """
+    spans: list[Span] = []
+    num = num_slots = 0
+    for place, held in enumerate(members):
+        for part in held.parts:
+            dim = _unit_dim(part, policy)
+            first, count = part.piece.span(dim)
+            spans.append(Span(place, part, dim, num, first, count))
+            num += count
+    cut: list[int] = []
+    slots: list[int] = []
+    for span in spans:
+        travelling = span.part.piece.cut_units(span.dim)
+        here = [(i, unit) for i, unit in enumerate(travelling) if span.first <= unit < span.first + span.count]
+        cut += [span.base + unit - span.first for _, unit in here]
+        slots += [num_slots + i for i, _ in here]
+        num_slots += len(travelling)
+    left_out = _excluded(members, exclude_of(policy))
+    counts = torch.tensor([span.count for span in spans], dtype=torch.int64)
+
+    def of_spans(numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(counts).to(device)
+
+    return Units(
+        spans,
+        num,
+        num_slots,
+        counted=of_spans([float(members[span.held].counted) for span in spans]) > 0,
+        limited=of_spans([float(span.part.name not in left_out) for span in spans]) > 0,
+        sizes=of_spans([span.part.numel / _num_units(span) for span in spans]),
+        cut=torch.tensor(cut, dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, dtype=torch.int64, device=device),
+    )
+
+
+def _num_units(span: Span) -> int:
+    return 1 if span.dim is None else max(1, span.part.shape[span.dim])
+
+
+def _unit_dim(part: Part, policy: Policy) -> int | None:
+    if policy.scope is Scope.TENSOR or len(part.shape) < 2:
+        return None
+    if isinstance(part.piece, Box) and part.piece.cut is None:
+        raise LayoutError(
+            f"cannot clip the units of {part.name!r}: its layout is declared by axes, which do not tell along which "
+            f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
+            f"tell it, or give it a policy of another scope."
+        )
+    return unit_dim_of(policy) % len(part.shape)
+
+
+def _excluded(members: Sequence[Held], exclude: Sequence[Any]) -> set[str]:
+    """The names that `exclude` leaves out: patterns of names, names of modules, or modules."""
+    names = {part.name for held in members for part in held.parts}
+    left_out: set[str] = set()
+    for wanted in exclude:
+        if isinstance(wanted, nn.Module):
+            inside = {id(param) for param in wanted.parameters()}
+            found = {part.name for held in members if id(held.param) in inside for part in held.parts}
+        else:
+            found = {n for n in names if fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")}
+        if not found:
+            raise ValueError(
+                f"cannot exclude {wanted!r}: no parameter of the group has such a name or lies in such a module; it "
+                f"has {_listed(sorted(names))}. Pass a pattern of names such as 'head.*', a module's name, or a module."
+            )
+        left_out |= found
+    return left_out
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])
