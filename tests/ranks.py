@@ -87,7 +87,9 @@ class Ranks:
         self._store = tempfile.mktemp(prefix="distclip-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, self.device, self._store, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, self.device, self._store, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -1,61 +1,117 @@
-"""Per-tensor and per-unit policies give on every layout what they give on whole tensors."""
+"""Per-tensor, per-unit and per-element policies give on every layout what they give on whole tensors."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip.policies.tensor import ClipTensorNorm
-from tests.layouts import LAYOUTS, lay_out, random_wholes, whole
-from tests.ranks import Ranks
-from tests.tolerances import TOLERANCES
-from torch.distributed.tensor.debug import CommDebugMode
-from tests.wrapped import WRAPPERS, local, whole_gradients, with_gradients
+from distclip import AGC, ClipBlockRMS, Clipper, ClipTensorNorm, ClipValue, Policy
+from tests import reference
+from tests.layouts import LAYOUTS, Placed, lay_out, random_wholes, whole
+from tests.ranks import Ranks, same_bits_everywhere
+from tests.wrapped import WRAPPERS, Model, local, make_model, with_gradients
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+UNIT_LAYOUTS = {
+    **LAYOUTS,
+    "dim 1": [Placed((5, 7), (S1,), (4,), ("fsdp",)), Placed((3, 6, 2), (S1,), (4,), ("fsdp",))],
+    "conv": [Placed((6, 3, 2, 2), (S0, S1)), Placed((5, 4, 3, 3), (S1, R)), Placed((6,), (S0, R))],
+    "both dims twice": [Placed((9, 4), (S0, S0)), Placed((4, 9), (S1, S1)), Placed((3, 3), (S1, S0))],
+}
+
+Reference = Callable[[Tensor, Tensor], Tensor]  # gradient, weight -> clipped gradient
+POLICIES: dict[str, tuple[Policy, Reference]] = {
+    "tensor": (ClipTensorNorm(0.5), lambda g, w: reference.clip_tensor_norm(g, 0.5)),
+    "tensor, p = 1": (ClipTensorNorm(0.5, 1.0), lambda g, w: reference.clip_tensor_norm(g, 0.5, 1.0)),
+    "tensor, p = 8": (ClipTensorNorm(0.2, 8.0), lambda g, w: reference.clip_tensor_norm(g, 0.2, 8.0)),
+    "tensor, p = inf": (ClipTensorNorm(0.1, math.inf), lambda g, w: reference.clip_tensor_norm(g, 0.1, math.inf)),
+    "block rms": (ClipBlockRMS(0.1), lambda g, w: reference.clip_block_rms(g, 0.1)),
+    "agc": (AGC(0.05), lambda g, w: reference.agc(g, w, 0.05)),
+    "agc, p = 8": (AGC(0.05, norm_type=8.0), lambda g, w: reference.agc(g, w, 0.05, norm_type=8.0)),
+    "agc, p = inf": (AGC(0.05, norm_type=math.inf), lambda g, w: reference.agc(g, w, 0.05, norm_type=math.inf)),
+    "agc, last dim": (AGC(0.05, unit_dim=-1), lambda g, w: reference.agc(g, w, 0.05, unit_dim=-1)),
+    "value": (ClipValue(0.3), lambda g, w: g.double().clamp(-0.3, 0.3)),
+}
 
 
-def tensors_clip(layout: str, norm_type: float, device: str) -> None:
-    wholes = random_wholes(LAYOUTS[layout], seed=7)
-    params = lay_out(wholes, LAYOUTS[layout], device)
-    with CommDebugMode() as comms:
-        report = distclip.Clipper(params, ClipTensorNorm(0.5, norm_type)).clip_()
-    assert comms.get_total_counts() <= 1
-    for param, want in zip(params, wholes, strict=True):
-        norm = torch.linalg.vector_norm(want.double(), norm_type)
-        want = want * min(1.0, 0.5 / norm.item())
-        torch.testing.assert_close(whole(param.grad), want, rtol=2e-7, atol=0)
+def clips_as_the_reference(layout: str, device: str) -> None:
+    placed = UNIT_LAYOUTS[layout]
+    wholes = random_wholes(placed, seed=7)
+    weights = random_wholes(placed, seed=8)
+    weights[0] *= 0  # zero-initialised weights learn all the same
+    for name, (policy, expected) in POLICIES.items():
+        params = lay_out(wholes, placed, device)
+        for param, weight in zip(params, lay_out(weights, placed, device), strict=True):
+            local(param.data).copy_(local(weight.grad))
+        with CommDebugMode() as comms:
+            report = Clipper(params, policy).clip_()
+        assert comms.get_total_counts() <= 1, name
+        total = reference.total_norm(wholes, policy.norm_type).float()
+        torch.testing.assert_close(report.total_norm.cpu(), total, rtol=1e-6, atol=0)
+        assert same_bits_everywhere(report.total_norm)
+        for param, g, w in zip(params, wholes, weights, strict=True):
+            want = expected(g, w)
+            assert not torch.equal(want.float(), g) or name == "value", name
+            torch.testing.assert_close(
+                whole(param.grad).double(), want, rtol=1e-6, atol=1e-12, msg=f"{name}, {g.shape}"
+            )
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, math.inf])
-def test_tensor_norm(four_ranks: Ranks, norm_type: float) -> None:
-    for layout in LAYOUTS:
-        four_ranks.run(tensors_clip, layout, norm_type, four_ranks.device)
+@pytest.mark.parametrize("layout", UNIT_LAYOUTS)
+def test_smaller_scopes_clip_as_the_reference(four_ranks: Ranks, layout: str) -> None:
+    four_ranks.run(clips_as_the_reference, layout, four_ranks.device)
 
 
-def wrapped_clip(kind: str, device: str) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel as F
-    model = with_gradients(kind, device)
-    before = [None if p.grad is None else local(p.grad).clone() for p in model.parameters()]
-    clipper = distclip.Clipper(model, ClipTensorNorm(0.05))
-    clipper.clip_()
-    names = [s.part.name for s in clipper.plan.groups[0].units.spans]
-    from tests.wrapped import make_model
-    wholes = dict(zip([n for n, _ in make_model().named_parameters()], whole_gradients(), strict=True))
-    coefs = {n: min(1.0, 0.05 / g.norm().item()) for n, g in wholes.items()}
-    for span in clipper.plan.groups[0].units.spans:
-        held = clipper.plan.held[span.held]
-        i = [id(p) for p in model.parameters()].index(id(held.param))
-        if before[i] is None:
-            continue
-        for (now, _), (was, _) in zip(span.views(local(held.param.grad)), span.views(before[i]), strict=True):
-            name = span.part.name.removeprefix("module.")
-            torch.testing.assert_close(now[0], was[0] * coefs[name], rtol=1e-4, atol=1e-9)
+def wrapped_clips(kind: str, device: str) -> None:
+    """The same elements, whatever the wrapper: a second model beside it, whose gradients are laid out the same."""
+    whole_model = make_model(device)
+    for name, (policy, expected) in POLICIES.items():
+        model = with_gradients(kind, device)
+        distclip.clip_grad_norm_(model, math.inf)  # reduces Partial gradients
+        whole_grads = gathered(model, whole_model)
+        Clipper(model, policy).clip_()
+        for found, (param_name, weight), grad in zip(
+            gathered(model, whole_model), whole_model.named_parameters(), whole_grads, strict=True
+        ):
+            want = expected(grad, weight.detach())
+            message = f"{kind}, {name}, {param_name}"
+            torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-9, msg=message)
+
+
+def gathered(model: nn.Module, whole_model: Model) -> list[Tensor]:
+    """The whole gradients of a wrapped model, by the names and shapes of the bare one."""
+    plan = Clipper(model, ClipTensorNorm(1.0)).plan
+    shapes = {name: p.shape for name, p in whole_model.named_parameters()}
+    mine: dict[str, tuple[str, Tensor]] = {}
+    for span in plan.groups[0].units.spans:
+        held = plan.held[span.held]
+        grad = held.param.grad
+        name = span.part.name
+        if isinstance(grad, DTensor):
+            mine[name] = ("whole", grad.full_tensor())
+        elif grad is not None:
+            piece = span.part.piece
+            run = hasattr(piece, "first")
+            values = grad.reshape(-1)[piece.offset : piece.offset + piece.size] if run else grad
+            mine[name] = (f"at {piece.first}", values) if run else ("whole", values)
+    everyone: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    wholes = {name: torch.zeros(shape).reshape(-1) for name, shape in shapes.items()}
+    for name, (where, values) in itertools.chain.from_iterable(each.items() for each in everyone):
+        first = 0 if where == "whole" else int(where.removeprefix("at "))
+        wholes[name][first : first + values.numel()] = values.reshape(-1)
+    return [wholes[name].reshape(shape) for name, shape in shapes.items()]
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_wrapped(four_ranks: Ranks, kind: str) -> None:
-    four_ranks.run(wrapped_clip, kind, four_ranks.device)
+def test_smaller_scopes_in_every_wrapper(four_ranks: Ranks, kind: str) -> None:
+    four_ranks.run(wrapped_clips, kind, four_ranks.device)

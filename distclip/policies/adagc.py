@@ -16,7 +16,7 @@ class Followed(NamedTuple):
     """The moving average of each tensor's clipped norm, float64 [num_groups]; the number of steps, int64."""
 
     norms: Tensor
-    count: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class AdaGC(Combines):
         return Followed(norms, torch.zeros((), dtype=torch.int64, device=device))
 
     def limit(self, norms: Tensor, state: Followed, about: About) -> tuple[Tensor | None, Followed]:
-        warming = state.count < self.warmup_steps
+        warming = state.seen < self.warmup_steps
         share = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
         limits = torch.where(warming, share * norms, self.ratio * state.norms)
         clipped = torch.minimum(norms, limits)
         followed = torch.lerp(clipped, state.norms, self.beta)
         new = torch.where(warming, torch.minimum(state.norms, clipped), followed)
-        return limits, Followed(new, state.count + 1)
+        return limits, Followed(new, state.seen + 1)

@@ -15,7 +15,7 @@ class Past(NamedTuple):
     """The latest norms, float64 [history], in a ring; and how many there have been, int64."""
 
     norms: Tensor
-    count: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class AutoClip(Combines):
 
     def limit(self, norms: Tensor, state: Past, about: About) -> tuple[Tensor | None, Past]:
         del about
-        place = (state.count % self.history).reshape(1)
-        past = Past(state.norms.index_copy(0, place, norms.reshape(1)), state.count + 1)
-        known = torch.arange(self.history, device=norms.device) < past.count
+        place = (state.seen % self.history).reshape(1)
+        past = Past(state.norms.index_copy(0, place, norms.reshape(1)), state.seen + 1)
+        known = torch.arange(self.history, device=norms.device) < past.seen
         ordered = torch.where(known, past.norms, torch.inf).sort().values
-        rank = (past.count.clamp(max=self.history) - 1) * (self.percentile / 100)
+        rank = (past.seen.clamp(max=self.history) - 1) * (self.percentile / 100)
         low, high = (ordered.gather(0, end.long().reshape(1)).squeeze(0) for end in (rank.floor(), rank.ceil()))
         return low + (high - low) * (rank - rank.floor()), past

@@ -19,7 +19,7 @@ class Running(NamedTuple):
     mean: Tensor
     variance: Tensor
     warm_up: Tensor
-    count: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ZClip(Combines):
 
     def limit(self, norms: Tensor, state: Running, about: About) -> tuple[Tensor | None, Running]:
         del about
-        warming = state.count < self.warmup_steps
+        warming = state.seen < self.warmup_steps
         deviation = state.variance.sqrt()
         z = (norms - state.mean) / (deviation + _EPS)
         pulled = state.mean + self.z_thresh**2 * deviation / z
@@ -67,11 +67,11 @@ class ZClip(Combines):
         return passed.clamp(max=self.max_norm), self._after(passed, warming, state)
 
     def _after(self, passed: Tensor, warming: Tensor, state: Running) -> Running:
-        place = state.count.clamp(max=self.warmup_steps - 1).reshape(1)
+        place = state.seen.clamp(max=self.warmup_steps - 1).reshape(1)
         warm_up = torch.where(warming, state.warm_up.index_copy(0, place, passed.reshape(1)), state.warm_up)
         mean = torch.lerp(passed, state.mean, self.alpha)
         variance = torch.lerp((passed - mean).square(), state.variance, self.alpha)
-        last = state.count == self.warmup_steps - 1
+        last = state.seen == self.warmup_steps - 1
         mean = torch.where(last, warm_up.mean(), torch.where(warming, state.mean, mean))
         variance = torch.where(last, warm_up.var(unbiased=False), torch.where(warming, state.variance, variance))
-        return Running(mean, variance, warm_up, state.count + 1)
+        return Running(mean, variance, warm_up, state.seen + 1)
