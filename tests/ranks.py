@@ -7,6 +7,7 @@ each returned. A rank that raises, or does not answer in time, fails the test wi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import tempfile
@@ -46,6 +47,7 @@ class Ranks:
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         self.size, self.device = size, device
+        self._store = ""
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         atexit.register(self.stop)
@@ -82,10 +84,12 @@ class Ranks:
             return
         context = get_context("forkserver")  # imports torch once a test worker, not once a rank
         context.set_forkserver_preload(PRELOAD)
-        store = tempfile.mktemp(prefix="distclip-ranks-")
+        self._store = tempfile.mktemp(prefix="distclip-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, self.device, store, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, self.device, self._store, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -100,6 +104,8 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._store)
 
 
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
