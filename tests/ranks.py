@@ -25,6 +25,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 LIMIT_S = 60.0  # for one call on all ranks
+PRELOAD = [
+    "pytest",
+    "hypothesis",
+    "tests.ranks",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.pipelining",
+]
 GRACE_S = 5.0  # for the others, once one rank has failed
 
 
@@ -71,7 +80,8 @@ class Ranks:
     def _start(self) -> None:
         if self._processes:
             return
-        context = get_context("spawn")
+        context = get_context("forkserver")  # imports torch once a test worker, not once a rank
+        context.set_forkserver_preload(PRELOAD)
         store = tempfile.mktemp(prefix="distclip-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
