@@ -86,7 +86,7 @@ def test_as_torch_clips_and_steps(name: str, scaled: bool) -> None:
     make = (FUSED | OTHERS)[name]
     overflows = (0, 2) if scaled else ()
     control = make_scaler(scaled)
-    expected, expected_optimizer = train_as_torch(make, control, overflows=overflows)
+    expected, expected_optimizer, norm = train_as_torch(make, control, overflows=overflows)
     for way in ("step", "attach", "clip_"):
         if way == "clip_" and scaled and name in ("SGD, fused, with dampening", "mixed groups of a fused optimizer"):
             continue  # torch's own scaler.step fails on them
@@ -94,6 +94,7 @@ def test_as_torch_clips_and_steps(name: str, scaled: bool) -> None:
         with counted_writes() as written:
             model, optimizer, reports = train(way, make, scaler, overflows=overflows)
         assert reports[-1].clipped
+        torch.testing.assert_close(reports[-1].total_norm, norm, rtol=1e-5, atol=0)  # without the scale
         assert 0 < reports[-1].coefficient < 0.5
         assert math.isclose(reports[-1].limit, MAX_NORM)
         folds = name in FUSED and way != "clip_"
@@ -115,7 +116,7 @@ def test_skip_and_zero_without_a_scaler(name: str, rule: str) -> None:
             assert weights(model).isfinite().all()
             assert [float(r.coefficient) for r in reports[::2]] == [0, 0]
             continue
-        expected, expected_optimizer = train_as_torch(make, make_scaler(False), overflows=(0, 2))
+        expected, expected_optimizer, _ = train_as_torch(make, make_scaler(False), overflows=(0, 2))
         torch.testing.assert_close(weights(model), weights(expected), **CLOSE)
         torch.testing.assert_close(states(optimizer), states(expected_optimizer), **CLOSE)
 

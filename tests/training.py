@@ -66,7 +66,7 @@ def train(
 
 def train_as_torch(
     make: Make, scaler: GradScaler, steps: int = 4, overflows: tuple[int, ...] = ()
-) -> tuple[nn.Module, Optimizer]:
+) -> tuple[nn.Module, Optimizer, Tensor]:
     """unscale_, clip_grad_norm_, and a step that the host leaves out where the norm is not finite."""
     model = make_model()
     optimizer = make(model)
@@ -83,7 +83,7 @@ def train_as_torch(
         if scaler.is_enabled():
             scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
         scaler.update()
-    return model, optimizer
+    return model, optimizer, norm
 
 
 def states(optimizer: Optimizer) -> list[dict[str, object]]:
