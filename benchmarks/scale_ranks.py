@@ -94,18 +94,18 @@ def simulated(case: Case, rank: int) -> Iterator[Meshes]:
 
 def sharded_stage(case: Case, meshes: Meshes, stage: int, device: str = "meta") -> nn.Module:
     """One pipeline stage as torch shards it: `distribute_tensor` over tp or ep, then `fully_shard` of each unit."""
-    return nn.ModuleList([_sharded_unit(case, meshes, unit, device) for unit in case.units(stage)])
+    # Sliced once: torch compares and hashes all ranks of each new slice.
+    slices = {e: (mesh[_axes(e)[1:3]], mesh[_axes(e)[3]]) for e, mesh in meshes.items()}
+    return nn.ModuleList([_sharded_unit(case, *slices[unit[0].expert], unit, device) for unit in case.units(stage)])
 
 
-def _sharded_unit(case: Case, meshes: Meshes, unit: Unit, device: str) -> nn.Module:
-    expert, module = unit[0].expert, nn.Module()
-    axes = _axes(expert)
+def _sharded_unit(case: Case, outer: DeviceMesh, inner: DeviceMesh, unit: Unit, device: str) -> nn.Module:
+    module, dim = nn.Module(), case.fsdp_dim(unit[0])
     for weight in unit:
         values = torch.ones(weight.shape, device=device)
-        placed = distribute_tensor(values, meshes[expert][axes[3]], [_inner(weight)], src_data_rank=None)
+        placed = distribute_tensor(values, inner, [_inner(weight)], src_data_rank=None)
         module.register_parameter(weight.name, nn.Parameter(placed))
-    dim = case.fsdp_dim(unit[0])
-    return fully_shard(module, mesh=meshes[expert][axes[1:3]], shard_placement_fn=lambda _: Shard(dim))
+    return fully_shard(module, mesh=outer, shard_placement_fn=lambda _: Shard(dim))
 
 
 def _inner(weight: Weight) -> Placement:

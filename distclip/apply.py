@@ -21,6 +21,12 @@ def scale_(values: Sequence[Tensor], factor: Tensor) -> None:
         kernels.scale_([v for v in values if v.device == device], factor.to(device))
 
 
+def zero_(values: Sequence[Tensor], where: Tensor) -> None:
+    """Sets dense values, on any devices, to zero if the bool scalar `where` is true: NaN and infinities too."""
+    for device in {v.device for v in values}:
+        kernels.zero_([v for v in values if v.device == device], where.to(device))
+
+
 def clamp_(values: Sequence[Tensor], bound: float) -> None:
     """Clamps dense values to [-bound, bound]; NaN stays NaN."""
     if any(v.is_complex() for v in values):

@@ -1,21 +1,25 @@
-"""The rooms in order: measure, reduce, limit, apply, report."""
+"""The object that users hold, and what stands behind torch's functions."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
-from distclip import apply, measure, reduce
-from distclip.errors import LayoutError, NonFiniteGradientError
+from distclip import amp, apply, fused, nonfinite, optimizers
+from distclip.attach import Attached
+from distclip.decide import Decision, decide, limit_of, report_of, total_norm, write_
+from distclip.errors import LayoutError
 from distclip.inputs import Parameters, named_tensors
 from distclip.layout import Layouts, local_gradient, local_values, read_layouts
+from distclip.optimizers import Optimizers
 from distclip.plan import Group, Plan
-from distclip.policies import ClipNorm, Policy, check_not_negative
+from distclip.policies import ClipNorm, Policy, Scope, check_not_negative
 from distclip.report import Report
 
 _STATE_VERSION = 1
@@ -32,7 +36,9 @@ class Clipper:
         distinct: the mesh axes whose ranks hold different parameters.
         layouts: for sharding that tensors do not show: `(name, parameter) -> Layout`, or None to read the tensor.
         on_nonfinite: when the total norm is NaN or infinite: "propagate" scales by limit / norm, as torch does;
-            "raise" raises on every rank and leaves the gradients as they are.
+            "raise" raises on every rank and leaves the gradients as they are; "skip" leaves them as they are, and
+            `step` leaves the optimizer's step out; "zero" makes them zero.
+        max_consecutive_skips: with "skip" and "zero", how many steps in a row may be so before a call raises.
 
     Raises:
         LayoutError: it cannot be told which ranks hold which elements.
@@ -51,36 +57,135 @@ class Clipper:
         distinct: Sequence[str] = ("pp",),
         layouts: Layouts | None = None,
         on_nonfinite: str = "propagate",
+        max_consecutive_skips: int = 20,
     ) -> None:
-        if on_nonfinite not in ("propagate", "raise"):
-            raise ValueError(
-                f"cannot make a Clipper with on_nonfinite={on_nonfinite!r}: no behaviour has that name, so that it is "
-                f'not clear what a NaN should do. Pass "propagate" or "raise".'
-            )
+        nonfinite.check_rule(on_nonfinite, max_consecutive_skips)
         self.policy = policy
         self._module = parameters if isinstance(parameters, nn.Module) else None
         self._on_nonfinite = on_nonfinite
+        self._skips = nonfinite.Skips(max_consecutive_skips)
+        self._agreed: set[tuple[Optimizer, ...]] = set()
         named = named_tensors(parameters)
         held, team = read_layouts(named, self._module, mesh, tuple(distinct), layouts)
         self.plan = Plan(held, team, [Group("all", slice(0, len(held)), policy.norm_type, repr(policy))])
 
+    @property
+    def skipped(self) -> Tensor:
+        """How many calls so far found a norm that was not finite, with "skip" or "zero"; int64, on the device."""
+        return self._skips.total.clone()
+
     @torch.no_grad()
-    def clip_(self) -> Report:
+    def clip_(self, optimizer: Optimizers | None = None, scaler: GradScaler | None = None) -> Report:
         """Scales the gradients in place: call it after backward, on every rank, before `optimizer.step()`.
+
+        With a scaler the gradients are unscaled as well, in the same pass; `scaler.step(optimizer)` and
+        `scaler.update()` follow as always. An overflow on any rank makes all of them skip. Give all optimizers that
+        step what the clipper holds: `clip_([first, second], scaler=scaler)`. Where `scaler.unscale_` was called
+        before, nothing is unscaled again. Without a scaler the optimizer has no meaning.
 
         Raises:
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together.
+            ValueError: the optimizers do not step the parameters that the clipper holds.
+            RuntimeError, AssertionError: torch's own, where `scaler.unscale_(optimizer)` would raise them.
 
-        Collective: one all-reduce of a few numbers; none where nothing is sharded.
+        Collective: one all-reduce of a few numbers; none where nothing is sharded. The first time with a scaler and
+            these optimizers, an all-gather of a short text as well.
         """
+        decision = self.decide(optimizers.listed(optimizer), scaler)
+        write_(decision)
+        return report_of(decision, self.plan)
+
+    def step(
+        self, optimizer: Optimizers, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None
+    ) -> Report:
+        """`clip_` and `optimizer.step()`, or `scaler.step(optimizer)`; `scaler.update()` remains yours.
+
+        Optimizers with `fused=True` get the coefficient and the loss scale as one number (`grad_scale`), and their
+        kernels write the gradients; others step after `clip_`. The result is the same up to rounding, except that a
+        coefficient below 1e-38 folds into zero. Not folded: subclasses, groups that are not all fused, optimizers
+        that do not step what the clipper holds, on_nonfinite="zero". Where the norm is not finite, a scaler skips the
+        step, and so does on_nonfinite="skip": on the device if folded, else on the host, which waits for the norm.
+
+        Args:
+            closure: as `optimizer.step` has it. The gradients of each evaluation are clipped.
+
+        Raises, Collective: as `clip_`.
+        """
+        stepped = optimizers.listed(optimizer)
+        if closure is not None:
+            return self._step_closure(stepped, scaler, closure)
+        with torch.no_grad():
+            decision = self.decide(stepped, scaler)
+            found_inf = self.found_inf(decision, amp.is_on(scaler))
+            if not (folds := self.folds(stepped)):
+                write_(decision)
+        for each in stepped:
+            if folds:
+                with fused.folded(each, decision.factor, found_inf):
+                    optimizers.step(each, scaler)
+            elif found_inf is None or amp.is_on(scaler) or not bool(found_inf):
+                optimizers.step(each, scaler)
+        return report_of(decision, self.plan)
+
+    def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> Attached:
+        """Clips whenever `optimizer.step()` runs, for loops that are not yours; `.remove()` ends it.
+
+        A pre-hook does what `step` does, also under `GradScaler.step` with fused optimizers: the gradients are then
+        still scaled. Give the scaler as well where overflow on one rank may be unseen on others (several meshes,
+        pipelines, plain experts): all ranks then skip and halve the scale. With optimizers that are not fused a
+        scaler decides before the hook runs, so that ranks of which some skip would wait for each other: use `step`.
+
+        `.report` of what is returned is that of the latest step. The attributes that fold the coefficient are gone
+        after the step; after one that raises, with the next step or `.remove()`.
+
+        Collective: each step, as `clip_`; all ranks must step.
+        """
+        return Attached(self, optimizer, scaler)
+
+    def decide(
+        self, stepped: Sequence[Optimizer], scaler: GradScaler | None, inverse_scale: Tensor | None = None
+    ) -> Decision:
+        """Measures, decides, tells the scaler; raises on all ranks together. Changes no gradient."""
+        inverse_scale = amp.inverse_scale(scaler, stepped) if inverse_scale is None else inverse_scale
+        if inverse_scale is not None and tuple(stepped) not in self._agreed:
+            optimizers.check_same_parameters(stepped, self.plan)
+            self._agreed.add(tuple(stepped))
+        decision = decide(self._values(), self.plan, self.policy, inverse_scale, self._on_nonfinite)
+        amp.record(scaler, stepped, decision.finite)
+        too_many = self._on_nonfinite in ("skip", "zero") and self._skips.count_(decision.finite)
+        if too_many or (self._on_nonfinite == "raise" and not bool(decision.finite)):
+            in_a_row = self._skips.most_in_a_row if too_many else None
+            raise nonfinite.error(decision.norm, decision.local, self.plan, in_a_row)
+        return decision
+
+    def folds(self, stepped: Sequence[Optimizer]) -> bool:
+        """Whether the optimizers can do the multiplication. May differ between ranks: the result does not."""
+        one_factor = len(self.plan.groups) == 1 and self.policy.scope is Scope.MODEL and self._on_nonfinite != "zero"
+        return one_factor and optimizers.fold(stepped, self.plan)
+
+    def found_inf(self, decision: Decision, scaled: bool) -> Tensor | None:
+        """1 where the step is to be skipped; None where it never is."""
+        return fused.found_inf(decision.finite) if scaled or self._on_nonfinite == "skip" else None
+
+    def _step_closure(
+        self, stepped: Sequence[Optimizer], scaler: GradScaler | None, closure: Callable[[], Any]
+    ) -> Report:
+        (optimizer,) = stepped
+        if scaler is not None and scaler.is_enabled():
+            scaler.step(optimizer, closure=closure)  # raises: torch has no closures under a scaler
+        attached = self.attach(optimizer)
+        try:
+            optimizer.step(closure)
+        finally:
+            attached.remove()
+        assert attached.report is not None
+        return attached.report
+
+    def _values(self) -> list[Tensor | None]:
         values = [local_gradient(h.param) for h in self.plan.held]
         if self._module is not None and all(v is None for v in values):
             self._check_fresh(self._module)
-        norm = _total_norm(values, self.plan, self._on_nonfinite)
-        limit, factor = _limit(self.policy, norm)
-        if limit is not None:
-            apply.scale_([v for v in values if v is not None], factor)
-        return _report(norm, limit, factor)
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """What the policy remembers: tensors and numbers, whatever the number of ranks; empty for `ClipNorm`."""
@@ -119,15 +224,17 @@ def total_norm_of(
     distinct: Sequence[str] = ("pp",),
 ) -> Tensor:
     """The total norm of the values of `tensors`, or of a module's gradients; see `get_total_norm`."""
-    on_nonfinite = "raise" if error_if_nonfinite else "propagate"
     plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    return _total_norm([read(h.param) for h in plan.held], plan, on_nonfinite).float()
+    norm, local = total_norm([read(h.param) for h in plan.held], plan)
+    if error_if_nonfinite and not bool(norm.float().isfinite()):
+        raise nonfinite.error(norm, local, plan)
+    return norm.float()
 
 
-def scale_gradients_(parameters: Parameters, policy: Policy, total_norm: Tensor) -> None:
+def scale_gradients_(parameters: Parameters, policy: Policy, norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
-    limit, factor = _limit(policy, local_values(total_norm).double())
+    limit, factor = limit_of(policy, local_values(norm).double())
     if limit is not None:
         apply.scale_(_gradients(parameters), factor)
 
@@ -141,43 +248,3 @@ def clamp_gradients_(parameters: Parameters, clip_value: float) -> None:
 def _gradients(parameters: Parameters) -> list[Tensor]:
     found = (local_gradient(param) for _, param in named_tensors(parameters))
     return [values for values in found if values is not None]
-
-
-def _limit(policy: Policy, norm: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The limit and the coefficient for a total norm; without a limit nothing is to be written."""
-    limit = policy.limit(norm)
-    return limit, torch.ones_like(norm) if limit is None else apply.coefficient(norm, limit)
-
-
-def _total_norm(values: Sequence[Tensor | None], plan: Plan, on_nonfinite: str) -> Tensor:
-    sums = measure.local_sums(values, plan)
-    reduce.all_reduce_(sums, plan)
-    (norm,) = reduce.norms(sums, plan)
-    if on_nonfinite == "raise" and not bool(norm.float().isfinite()):
-        raise _nonfinite(norm, values, plan)
-    return norm
-
-
-def _nonfinite(norm: Tensor, values: Sequence[Tensor | None], plan: Plan) -> NonFiniteGradientError:
-    """The error for all ranks. All of them come here together, since `norm` is the same on each."""
-    here = [(h.name, v) for h, v in zip(plan.held, values, strict=True) if v is not None]
-    norms = measure.local_norms([v for _, v in here], plan.groups[0].norm_type, plan.device)
-    ranked = [(_badness(float(n)), float(n), name) for (name, _), n in zip(here, norms, strict=True)]
-    mine = max(ranked, key=lambda found: found[0], default=None)
-    everywhere = [(found, rank) for rank, found in reduce.gathered(mine, plan).items() if found is not None]
-    (_, worst, name), rank = max(everywhere, key=lambda f: (f[0][0], -f[1]))
-    return NonFiniteGradientError(
-        f"cannot clip to a total norm of {norm.item()}: the worst gradient is that of {name!r}, whose norm on rank "
-        f"{rank} is {worst}. No coefficient makes such gradients finite, so that all were left as they are. "
-        f"Look for the cause in the loss and its inputs, or skip this step."
-    )
-
-
-def _badness(norm: float) -> float:
-    """NaN is worse than inf, and inf than any number."""
-    return 2.0 if math.isnan(norm) else 1.0 if math.isinf(norm) else -1 / (1 + norm)
-
-
-def _report(norm: Tensor, limit: Tensor | None, factor: Tensor) -> Report:
-    limits = torch.full_like(norm, math.inf) if limit is None else limit
-    return Report({"all": norm.float()}, {"all": limits.float()}, {"all": factor.float()}, total_norm=norm.float())

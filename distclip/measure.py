@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,25 @@ from distclip import kernels, powers
 from distclip.plan import Group, Plan
 
 
-def local_sums(values: Sequence[Tensor | None], plan: Plan) -> Tensor:
-    """The columns of every group, one after the other, as this rank adds them: float64 [plan.num_columns]."""
-    return torch.cat([_columns(values, group, plan) for group in plan.groups])
+class Local(NamedTuple):
+    """What this rank measured.
+
+    Attributes:
+        columns: of every group, one after the other: float64 [plan.num_columns].
+        names, each: the parameters that have a gradient, and a number for each, float64: the sum of its powers or
+            its norm, not finite where the gradient is not.
+    """
+
+    columns: Tensor
+    names: list[str]
+    each: Tensor
+
+
+def local(values: Sequence[Tensor | None], plan: Plan) -> Local:
+    """Reads every gradient once."""
+    measured = [_group(values, group, plan) for group in plan.groups]
+    names = [name for group in measured for name in group.names]
+    return Local(torch.cat([m.columns for m in measured]), names, torch.cat([m.each for m in measured]))
 
 
 def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -28,23 +45,26 @@ def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
     return torch.where(maxima.isinf(), maxima, norms)
 
 
-def _columns(values: Sequence[Tensor | None], group: Group, plan: Plan) -> Tensor:
-    here = [(held, v) for held, v in zip(plan.held[group.members], values[group.members], strict=True) if v is not None]
-    if math.isinf(group.norm_type):  # a maximum does not mind copies
-        return _joined([v for _, v in here], math.inf, plan.device)
-    sums = _joined([v for held, v in here if held.counted], group.norm_type, plan.device)
-    if copies := [v for held, v in here if not held.counted]:
-        # Copies add zero, unless one is broken: a NaN must be seen whichever rank has it.
-        seen = _joined(copies, group.norm_type, plan.device)
-        sums = sums + torch.where(seen.isfinite(), 0.0, seen)
-    return sums
+def _group(values: Sequence[Tensor | None], group: Group, plan: Plan) -> Local:
+    here = [(h, v) for h, v in zip(plan.held[group.members], values[group.members], strict=True) if v is not None]
+    here.sort(key=lambda found: not found[0].counted)  # a slice of what is measured needs no index on the device
+    num_counted = sum(h.counted for h, _ in here)
+    each = _each([v for _, v in here], group.norm_type, plan.device)
+    # Copies add zero, unless one is broken: a NaN must be seen whichever rank has it.
+    copies = each[num_counted:]
+    added = torch.cat([each[:num_counted], torch.where(copies.isfinite(), 0.0, copies)])
+    return Local(_columns(added, group.norm_type), [h.name for h, _ in here], each)
 
 
-def _joined(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+def _each(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    sums = norm_type <= powers.PLAIN_UP_TO
+    return _power_sums(values, norm_type, device) if sums else local_norms(values, norm_type, device)
+
+
+def _columns(each: Tensor, norm_type: float) -> Tensor:
     if norm_type <= powers.PLAIN_UP_TO:
-        return _power_sums(values, norm_type, device).sum(0, keepdim=True)
-    norms = local_norms(values, norm_type, device)
-    return powers.maximum(norms) if math.isinf(norm_type) else powers.binned(norms, norm_type)
+        return each.sum(0, keepdim=True)
+    return powers.maximum(each) if math.isinf(norm_type) else powers.binned(each, norm_type)
 
 
 def _power_sums(

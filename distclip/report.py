@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +20,16 @@ class Report:
         finite: whether `total_norm` is neither NaN nor infinite; bool.
         clipped: whether the gradients were scaled down; bool.
         norms, coefficients: the same by the name of the parameter group.
+
+    With `on_nonfinite="skip"` the coefficient of a norm that is not finite is 1, since the gradients stay as they
+    are; with "zero" it is 0. A loss scale is in none of the figures.
     """
 
     norms: dict[str, Tensor]
     limits: dict[str, Tensor]
     coefficients: dict[str, Tensor]
     total_norm: Tensor
+    search: Callable[[], dict[str, list[int]]] = field(default=dict[str, "list[int]"], repr=False, compare=False)
 
     @property
     def limit(self) -> Tensor:
@@ -41,6 +46,16 @@ class Report:
     @property
     def clipped(self) -> Tensor:
         return self.coefficient < 1
+
+    def offenders(self) -> dict[str, list[int]]:
+        """The parameters whose gradients were not finite, each with the ranks that hold such elements.
+
+        Empty where the total norm was finite. At most 100 parameters a rank. They are those of the call that made
+        this report, whatever has become of the gradients since. Waits for the device.
+
+        Collective: where the norm was not finite, an all-gather of names; all ranks must ask.
+        """
+        return {} if bool(self.finite) else self.search()
 
     def to_dict(self) -> dict[str, float | bool]:
         """Plain numbers for a log. Waits for the device."""

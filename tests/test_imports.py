@@ -15,7 +15,10 @@ PUBLIC = "distclip"  # the names of distclip/__init__.py
 CORE = {"layout", "plan", "measure", "reduce", "apply", "report", "policies", "kernels"}
 
 # A room is a file or a folder directly in distclip/; these files are parts of a room that another file names.
-PART_OF = {"errors": "layout", "team": "layout", "powers": "plan", "verify": "plan", "inputs": "clipper"}
+PART_OF = {
+    **{"errors": "layout", "team": "layout", "powers": "plan", "verify": "plan"},
+    **dict.fromkeys(["inputs", "decide", "optimizers", "fused", "amp", "attach", "nonfinite"], "clipper"),
+}
 
 # room -> the other rooms it may import.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -37,6 +37,13 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
             tensor.mul_(factor)
 
 
+def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
+    """Sets every element to zero if `where`, a bool scalar, is true. On a CPU it writes nothing otherwise."""
+    if where.device.type != "cpu" or where.item():
+        for tensor in tensors:
+            tensor.masked_fill_(where, 0)  # a product with zero would leave NaN and turn infinities into NaN
+
+
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """Clamps every element to [-bound, bound]; NaN stays NaN."""
     for tensor in tensors:
