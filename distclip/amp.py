@@ -55,10 +55,12 @@ def record(scaler: GradScaler | None, optimizers: Sequence[Optimizer], finite: T
     for optimizer in optimizers:
         fused.start_momentum_(optimizer)  # scaler.step() may skip through found_inf
         state = _state(scaler, optimizer)
-        # A tensor of its own for each: `update` adds them up in place. ShardedGradScaler's have one dim.
-        found = fused.found_inf(finite).to(scale.device).reshape([1] if hasattr(scaler, "process_group") else [])
+        # A tensor of its own for each, since `update` adds them up in place; of the shape that torch gives it:
+        # ShardedGradScaler has one dim, but Adam's fused step takes none.
+        flat = hasattr(scaler, "process_group") and not hasattr(optimizer, "_step_supports_amp_scaling")
+        found = fused.found_inf(finite).to(scale.device).reshape([1] if flat else [])
         known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
-        joined = {device: torch.maximum(t, found.to(device)) for device, t in known.items()}
+        joined = {device: torch.maximum(t.reshape(found.shape), found.to(device)) for device, t in known.items()}
         state["found_inf_per_device"] = joined or {scale.device: found}
         state["stage"] = OptState.UNSCALED
 

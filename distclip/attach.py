@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +33,7 @@ class Attached:
         self._clipper, self._optimizer, self._scaler = clipper, optimizer, scaler
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._folded = False
+        self._running: FrameType | None = None  # of the step that called the hook, and not of one inside it
         before, after = cast(Any, self._before), cast(Any, self._after)
         self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
@@ -38,10 +41,14 @@ class Attached:
         """Ends it; the optimizer is as it was."""
         for hook in self._hooks:
             hook.remove()
-        self._after()
+        self._end()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._after()  # of a step that raised
+        caller = _caller_of_hook()
+        if self._running is not None and _is_inside(caller, self._running):
+            return None  # a step that calls `super().step()` has the hooks called twice
+        self._end()  # of a step that raised
+        self._running = caller
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._clip()
@@ -49,10 +56,14 @@ class Attached:
         return args[:1], {**kwargs, "closure": self._clipped(closure)}
 
     def _after(self, *_: Any) -> None:
+        if _caller_of_hook() is self._running:
+            self._end()
+
+    def _end(self) -> None:
         self._show()
         if self._folded:
             fused.unfold_(self._optimizer)
-            self._folded = False
+        self._folded, self._running = False, None
 
     def _clipped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def clipped() -> Any:
@@ -100,3 +111,15 @@ class Attached:
         for param, grad in self._hidden:
             param.grad = grad
         self._hidden = []
+
+
+def _caller_of_hook() -> FrameType | None:
+    frame = inspect.currentframe()
+    hook = frame.f_back if frame is not None else None
+    return hook.f_back if hook is not None else None
+
+
+def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer

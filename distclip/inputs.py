@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from distclip.policies import Policy
+from distclip.shards import named_parameters
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
@@ -72,7 +73,7 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
     """
     if isinstance(given, nn.Module):
         # Frozen integer weights (quantised layers) are no mistake there.
-        return [(n, p) for n, p in given.named_parameters() if _can_have_gradient(p)]
+        return [(n, p) for n, p in named_parameters(given) if _can_have_gradient(p)]
     listed = [given] if isinstance(given, Tensor) else list(cast(Iterable[Any], given))
     if not listed and isinstance(given, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, so that no gradient is clipped.", stacklevel=4)

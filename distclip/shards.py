@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import LayoutError
 from distclip.pieces import Box, Part, Run
@@ -34,6 +35,13 @@ class Own:
     lines: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
     sharded: frozenset[str] = frozenset()
     device_type: str = "cpu"
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module under the names that they have in the bare model; each once."""
+    while isinstance(module, DistributedDataParallel):
+        module = cast(nn.Module, module.module)
+    return ((bare(name), param) for name, param in module.named_parameters())
 
 
 def bare(name: str) -> str:

@@ -16,7 +16,7 @@ import distclip
 LAUNCH = Path(__file__).parents[1] / "launch"
 TORCHRUN = (sys.executable, str(LAUNCH / "run.py"), "--standalone")
 TINY = ("--width", "32", "--depth", "1", "--context", "32", "--batch", "8", "--warmup", "2", "--device", "cpu")
-SECONDS = 100
+SECONDS = 240  # machines are shared: usually a tenth of it
 # On the library that these tests import, the built wheel or the checkout, and with one thread a rank.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(distclip.__file__).parents[1]}:{LAUNCH}"}
 # Most of a tiny run is the import of torch on every rank: the layouts of as many ranks share one torchrun.
@@ -31,8 +31,9 @@ for layout in [word for word in sys.argv[1:] if word in MIN_RANKS]:
     train.train(read_options([*words, "--layout", layout, "--out", f"{out}/{layout}"]), device)
 torch.distributed.destroy_process_group()
 """
+pytestmark = pytest.mark.timeout(300)
 ROW = {"step", "loss", "total_norm", "limit", "coefficient", "clipped", "finite", "lr", "seconds", "tokens"}
-# Measured: 4e-7 after six steps. Ranks add in another order, and AdamW makes large steps of small differences.
+# Ranks add in another order, and AdamW makes large steps of small differences.
 SAME_TRAINING = 1e-5
 
 

@@ -98,7 +98,7 @@ def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
 
 
 def _row_sums(rows: Tensor, norm_type: float, scales: Tensor | None) -> Tensor:
-    wide = rows.to(torch.complex128 if rows.is_complex() else torch.float64).abs().flatten(1)
+    wide = rows.to(torch.complex128 if rows.is_complex() else torch.float64).abs().reshape(len(rows), -1)
     if scales is not None:
         wide = wide / torch.where(scales == 0, 1.0, scales).unsqueeze(1)
     return wide.amax(1) if math.isinf(norm_type) else wide.pow(norm_type).sum(1)
