@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from distclip.errors import LayoutError, NonFiniteGradientError
 from distclip.inputs import Parameters, named_tensors
 from distclip.layout import Layouts, local_gradient, local_values, read_layouts
 from distclip.plan import Group, Plan
-from distclip.policies import ClipNorm, Policy, check_not_negative
+from distclip.policies import About, ClipNorm, Policy, check_not_negative
 from distclip.report import Report
 
 
@@ -42,7 +43,7 @@ class Clipper:
     def __init__(
         self,
         parameters: Parameters,
-        policy: Policy = ClipNorm(1.0),  # noqa: B008 - frozen
+        policy: Policy[Any] = ClipNorm(1.0),  # noqa: B008 - frozen
         *,
         mesh: DeviceMesh | None = None,
         distinct: Sequence[str] = ("pp",),
@@ -93,20 +94,20 @@ class Clipper:
 @torch.no_grad()
 def total_norm_of(
     tensors: Parameters,
-    policy: Policy,
+    policy: Policy[Any],
     error_if_nonfinite: bool = False,
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
 ) -> Tensor:
-    """The total norm of the values of `tensors`, or of a module's gradients; see `get_total_norm`."""
+    """The total norm of the values of `tensors`, or of a module's gradients: a float64 scalar; see `get_total_norm`."""
     on_nonfinite = "raise" if error_if_nonfinite else "propagate"
     plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    return _total_norm([read(h.param) for h in plan.held], plan, on_nonfinite).float()
+    return _total_norm([read(h.param) for h in plan.held], plan, on_nonfinite)
 
 
-def scale_gradients_(parameters: Parameters, policy: Policy, total_norm: Tensor) -> None:
+def scale_gradients_(parameters: Parameters, policy: Policy[Any], total_norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
     limit, factor = _limit(policy, local_values(total_norm).double())
     if limit is not None:
@@ -124,9 +125,10 @@ def _gradients(parameters: Parameters) -> list[Tensor]:
     return [values for values in found if values is not None]
 
 
-def _limit(policy: Policy, norm: Tensor) -> tuple[Tensor | None, Tensor]:
+def _limit(policy: Policy[Any], norm: Tensor) -> tuple[Tensor | None, Tensor]:
     """The limit and the coefficient for a total norm; without a limit nothing is to be written."""
-    limit = policy.limit(norm)
+    about = About(torch.ones_like(norm), None, norm)
+    limit, _ = policy.limit(norm, policy.init(1, norm.device), about)
     return limit, torch.ones_like(norm) if limit is None else apply.coefficient(norm, limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def norms(sums: Tensor, plan: Plan) -> list[Tensor]:
     """The norm of each group, from joined sums: float64 scalars."""
     columns = torch.split(sums, [group.num_columns for group in plan.groups])
     return [powers.root(c, group.norm_type) for c, group in zip(columns, plan.groups, strict=True)]
+
+
+def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Adds up `sums` over the ranks of each group in turn, in place.
+
+    Collective: one all-reduce a group.
+    """
+    for group in groups:
+        dist.all_reduce(sums, group=group)
 
 
 def gathered(mine: Any, plan: Plan) -> dict[int, Any]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import Scope, check_norm_type, check_not_negative
+from distclip.policies._policy import About, Scope, Stateless, check_norm_type, check_not_negative
+from distclip.policies.both import Combines
 
 
 @dataclass(frozen=True)
-class ClipNorm:
+class ClipNorm(Combines):
     """Scales all gradients by min(1, max_norm / total norm).
 
     The exact quotient, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to the rounding of
@@ -44,5 +45,12 @@ class ClipNorm:
     def scope(self) -> Scope:
         return Scope.MODEL
 
-    def limit(self, norms: Tensor) -> Tensor | None:
-        return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm)
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+        return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state

@@ -1,0 +1,83 @@
+"""Each tensor is clipped to its own past."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.policies._policy import About, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.both import Combines
+
+
+class AdaGCState(NamedTuple):
+    """
+    Attributes:
+        gamma: the norm expected of each tensor, inf where it has had no gradient yet; float64 [num_groups].
+        num_steps: how many steps there have been; int64 scalar.
+    """
+
+    gamma: Tensor
+    num_steps: Tensor
+
+
+@dataclass(frozen=True)
+class AdaGC(Combines):
+    """Clips each tensor's norm to `ratio` times the moving average γ of its own clipped norms.
+
+        first warmup_steps:  all are scaled by min(1, max_norm / total norm);  γ ← min(γ, clipped norm)
+        afterwards:          limit = ratio γ;  γ ← beta γ + (1 - beta) clipped norm
+
+    γ starts at infinity. A tensor whose norm is 0 says nothing about its scale, and its γ stays: an expert that got
+    no token, or a weight behind a zero-initialised one, would otherwise be clipped to 0 for ever. A tensor that had
+    no gradient before the warm-up ended is clipped with all the others until it has a γ.
+
+    Args:
+        max_norm: `math.inf` switches clipping off during the warm-up.
+
+    Raises:
+        ValueError: `ratio` is negative, infinite or NaN, `max_norm` is negative or NaN, `beta` is outside 0..1, or
+            `warmup_steps` is no whole number above 0.
+
+    Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", 2025
+        (arXiv:2502.11034); there ratio is λ_rel, max_norm λ_abs, warmup_steps T_start.
+    """
+
+    ratio: float = 1.05
+    max_norm: float = 1.0
+    beta: float = 0.98
+    warmup_steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_finite("ratio", self.ratio)
+        check_not_negative("max_norm", self.max_norm)
+        check_between("beta", self.beta, 0, 1)
+        check_count("warmup_steps", self.warmup_steps)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.TENSOR
+
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> AdaGCState:
+        gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
+        return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: AdaGCState, about: About) -> tuple[Tensor | None, AdaGCState]:
+        early = (state.num_steps < self.warmup_steps) | state.gamma.isinf()
+        scale = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
+        limit = torch.where(early, norms * scale, self.ratio * state.gamma)
+        clipped = torch.minimum(norms, limit)
+        average = self.beta * state.gamma + (1 - self.beta) * clipped
+        gamma = torch.where(early, torch.minimum(state.gamma, clipped), average)
+        return limit, AdaGCState(torch.where(norms > 0, gamma, state.gamma), state.num_steps + 1)

@@ -1,0 +1,81 @@
+"""The limit is a percentile of the norms seen so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.policies._policy import About, Scope, check_between, check_count
+from distclip.policies.both import Combines
+
+
+class AutoClipState(NamedTuple):
+    """
+    Attributes:
+        history: the last norms, the oldest overwritten first, inf where none is yet; float64 [history].
+        num_steps: how many norms there have been; int64 scalar.
+    """
+
+    history: Tensor
+    num_steps: Tensor
+
+
+@dataclass(frozen=True)
+class AutoClip(Combines):
+    """Clips to a percentile of the total norms so far, the current one included.
+
+    Between two norms the percentile is linear, as `numpy.percentile` has it. The first step is never clipped. A zero
+    norm counts as any other: once more than `percentile` per cent of the history are zero, so is the limit.
+
+    Args:
+        percentile: 0 is the smallest norm so far, 100 the largest, which clips nothing.
+        history: how many of the latest norms are kept (the paper keeps all).
+
+    Raises:
+        ValueError: `percentile` is outside 0..100, or `history` is no whole number above 0.
+
+    Reference: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks", 2020 (arXiv:2007.14469): the threshold is the p-th percentile of the history of gradient norms.
+    """
+
+    percentile: float = 10.0
+    history: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_between("percentile", self.percentile, 0, 100)
+        check_count("history", self.history)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> AutoClipState:
+        history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
+        return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: AutoClipState, about: About) -> tuple[Tensor | None, AutoClipState]:
+        oldest = state.num_steps % self.history
+        new = AutoClipState(state.history.scatter(0, oldest.reshape(1), norms.reshape(1)), state.num_steps + 1)
+        last = new.num_steps.clamp(max=self.history) - 1
+        return _percentile(new.history.sort().values, last, self.percentile), new
+
+
+def _percentile(ordered: Tensor, last: Tensor, percentile: float) -> Tensor:
+    """The percentile of `ordered[: last + 1]`."""
+    place = last.double() * (percentile / 100)
+    below = place.floor().long()
+    # `ordered[below]` would wait for the device: an index is a number of the host.
+    low, high = ordered.take(torch.stack([below, torch.minimum(below + 1, last)])).unbind()
+    return torch.lerp(low, high, place - below)

@@ -1,0 +1,49 @@
+"""One limit for the magnitude of each element."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.policies._policy import About, Scope, Stateless, check_not_negative
+from distclip.policies.both import Combines
+
+
+@dataclass(frozen=True)
+class ClipValue(Combines):
+    """Clamps every element to [-clip_value, clip_value].
+
+    An infinity becomes the bound; NaN stays NaN. The norm that is reported is the largest magnitude (p = inf).
+    `clip_value=math.inf` only measures.
+
+    Raises:
+        ValueError: `clip_value` is negative or NaN.
+
+    Reference: torch, `torch.nn.utils.clip_grad_value_`.
+    """
+
+    clip_value: float
+
+    def __post_init__(self) -> None:
+        check_not_negative("clip_value", self.clip_value)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.ELEMENT
+
+    @property
+    def norm_type(self) -> float:
+        return math.inf
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+        return None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value), state

@@ -1,0 +1,103 @@
+"""Spikes are pulled back to the mean of past norms, the further the higher they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.policies._policy import About, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.both import Combines
+
+
+class ZClipState(NamedTuple):
+    """
+    Attributes:
+        mean, var: of the norms accepted so far; float64 scalars.
+        num_steps: how many norms there have been; int64 scalar.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_steps: Tensor
+
+
+@dataclass(frozen=True)
+class ZClip(Combines):
+    """Clips a total norm that lies more than `z_thresh` deviations above the mean of past norms.
+
+    With the mean μ and the deviation σ of the norms before this step, and z = (norm - μ) / σ:
+
+        limit = μ + z_thresh² σ / z      if z > z_thresh  (reciprocal clipping)
+        μ ← alpha μ + (1 - alpha) n,  σ² ← alpha σ² + (1 - alpha) (n - μ)²      with n = min(norm, limit)
+
+    and never above `max_norm`, which the statistics do not see. The first `warmup_steps` norms, clipped to `max_norm`
+    alone, give the first μ and σ². Where σ is 0, whatever lies above μ is pulled back to μ. The authors' code adds
+    1e-6 to σ in z; here nothing is added, so that the scale of the loss does not matter.
+
+    Args:
+        max_norm: `math.inf` switches this bound off.
+
+    Raises:
+        ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps` is no whole
+            number above 0, or `max_norm` is negative or NaN.
+
+    Reference: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025
+        (arXiv:2504.02507), with z-scores and reciprocal clipping; the order of the updates is that of its code.
+    """
+
+    z_thresh: float = 2.5
+    alpha: float = 0.97
+    warmup_steps: int = 25
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite("z_thresh", self.z_thresh)
+        check_between("alpha", self.alpha, 0, 1)
+        check_count("warmup_steps", self.warmup_steps)
+        check_not_negative("max_norm", self.max_norm)
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
+
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> ZClipState:
+        mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
+        return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: ZClipState, about: About) -> tuple[Tensor | None, ZClipState]:
+        early = state.num_steps < self.warmup_steps
+        highest = _highest(norms, state, self.z_thresh)
+        first, later = _collect(norms, state), _follow(torch.minimum(norms, highest), state, self.alpha)
+        mean, var = (torch.where(early, a, b) for a, b in zip(first, later, strict=True))
+        limit = torch.where(early, self.max_norm, highest.clamp(max=self.max_norm))
+        return limit, ZClipState(mean, var, state.num_steps + 1)
+
+
+def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:
+    std = past.var.sqrt()
+    threshold = past.mean + z_thresh * std
+    z = (norm - past.mean) / std
+    return torch.where(norm <= threshold, threshold, past.mean + z_thresh**2 * std / z)
+
+
+def _collect(norm: Tensor, past: ZClipState) -> tuple[Tensor, Tensor]:
+    """Mean and population variance with one norm more: Welford's update, which needs no buffer of norms."""
+    num = past.num_steps + 1
+    mean = past.mean + (norm - past.mean) / num
+    return mean, past.var + ((norm - past.mean) * (norm - mean) - past.var) / num
+
+
+def _follow(norm: Tensor, past: ZClipState, alpha: float) -> tuple[Tensor, Tensor]:
+    mean = alpha * past.mean + (1 - alpha) * norm
+    return mean, alpha * past.var + (1 - alpha) * (norm - mean).square()
