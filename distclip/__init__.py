@@ -1,5 +1,6 @@
 """Gradient clipping that is right and fast on any sharded PyTorch training."""
 
+from distclip import functional as functional
 from distclip.adapters.torch_api import clip_grad_norm_ as clip_grad_norm_
 from distclip.adapters.torch_api import clip_grad_value_ as clip_grad_value_
 from distclip.adapters.torch_api import clip_grads_with_norm_ as clip_grads_with_norm_
@@ -10,6 +11,7 @@ from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.layout import Layout as Layout
 from distclip.plan import Plan as Plan
 from distclip.policies import AGC as AGC
+from distclip.policies import About as About
 from distclip.policies import AdaGC as AdaGC
 from distclip.policies import AutoClip as AutoClip
 from distclip.policies import ClipBlockRMS as ClipBlockRMS
@@ -17,6 +19,8 @@ from distclip.policies import ClipNorm as ClipNorm
 from distclip.policies import ClipTensorNorm as ClipTensorNorm
 from distclip.policies import ClipValue as ClipValue
 from distclip.policies import Policy as Policy
+from distclip.policies import Scope as Scope
+from distclip.policies import Stateless as Stateless
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
 

@@ -19,7 +19,7 @@ from distclip.inputs import Parameters, ParamGroups, named_tensors
 from distclip.layout import Layouts, local_gradient, local_values, read_layouts
 from distclip.optimizers import Optimizers
 from distclip.plan import make_plan
-from distclip.policies import About, ClipNorm, NoState, Policy, Scope, check_not_negative
+from distclip.policies import About, ClipNorm, Policy, Scope, Stateless, check_not_negative
 from distclip.report import Report
 
 
@@ -49,7 +49,7 @@ class Clipper:
     def __init__(
         self,
         parameters: Parameters | ParamGroups,
-        policy: Policy = ClipNorm(1.0),  # noqa: B008 - frozen
+        policy: Policy[Any] = ClipNorm(1.0),  # noqa: B008 - frozen
         *,
         mesh: DeviceMesh | None = None,
         distinct: Sequence[str] = ("pp",),
@@ -221,26 +221,26 @@ class Clipper:
 @torch.no_grad()
 def total_norm_of(
     tensors: Parameters,
-    policy: Policy,
+    policy: Policy[Any],
     error_if_nonfinite: bool = False,
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
 ) -> Tensor:
-    """The total norm of the values of `tensors`, or of a module's gradients; see `get_total_norm`."""
+    """The total norm of the values of `tensors`, or of a module's gradients: a float64 scalar; see `get_total_norm`."""
     plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
     (joined,), local = norms([read(h.param) for h in plan.held], plan)
     norm = joined.total
     if error_if_nonfinite and not bool(norm.float().isfinite()):
         raise nonfinite.error(norm, local, plan)
-    return norm.float()
+    return norm
 
 
-def scale_gradients_(parameters: Parameters, policy: Policy, norm: Tensor) -> None:
+def scale_gradients_(parameters: Parameters, policy: Policy[Any], norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
     norm = local_values(norm).double()
-    limit, _ = policy.limit(norm, NoState(), About(torch.ones_like(norm), None, norm))
+    limit, _ = policy.limit(norm, Stateless(), About(torch.ones_like(norm), None, norm))
     if limit is not None:
         apply.scale_(_gradients(parameters), apply.coefficient(norm, limit))
 

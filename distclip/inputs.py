@@ -22,11 +22,11 @@ class Given:
     """Everything that users hand over, in the order of groups: (name, members of `named`, policy)."""
 
     named: list[tuple[str, Tensor]]
-    groups: list[tuple[str, slice, Policy]]
+    groups: list[tuple[str, slice, Policy[Any]]]
     modules: list[nn.Module]
 
 
-def read(given: Parameters | ParamGroups, policy: Policy) -> Given:
+def read(given: Parameters | ParamGroups, policy: Policy[Any]) -> Given:
     """Parameters with one policy, or groups `{"params", "policy", "name"}` with one each, by default `policy`.
 
     Raises:
@@ -42,7 +42,7 @@ def read(given: Parameters | ParamGroups, policy: Policy) -> Given:
     return Given(named, [("all", slice(0, len(named)), policy)], modules)
 
 
-def _read_groups(groups: list[dict[str, Any]], policy: Policy) -> Given:
+def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> Given:
     found = Given([], [], [])
     taken: dict[int, str] = {}
     for place, group in enumerate(groups):

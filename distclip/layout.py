@@ -130,9 +130,23 @@ def local_gradient(param: Tensor) -> Tensor | None:
     return _dense(settled)
 
 
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
+    return _settled(tensor, like=tensor)
+
+
+def groups_cutting(tensor: Tensor, dims: Sequence[int]) -> list[dist.ProcessGroup]:
+    """The process groups, one a mesh axis, along which ranks hold different parts of `dims`."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
+        return []
+    kinds = enumerate(tensor.placements)
+    cut = [axis for axis, p in kinds if not (p.is_replicate() or p.is_partial()) and cast(Any, p).dim in dims]
+    return [tensor.device_mesh.get_group(axis) for axis in cut]
+
+
 def local_values(tensor: Tensor) -> Tensor:
     """The dense values of a tensor on this rank, `Partial` ones reduced."""
-    return _dense(_settled(tensor, like=tensor))
+    return _dense(settled(tensor))
 
 
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Group:
 
     name: str
     members: slice
-    policy: Policy
+    policy: Policy[Any]
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -89,7 +90,7 @@ class Plan:
         return f"one all-reduce of {numbers} float64 ({8 * numbers} bytes) over {axes}, on {self.device}"
 
 
-def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[str, slice, Policy]]) -> Plan:
+def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[str, slice, Policy[Any]]]) -> Plan:
     """The plan for groups (name, members, policy) of `held`.
 
     Raises:
@@ -104,7 +105,7 @@ def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[st
     return Plan(held, team, made, device)
 
 
-def _group(name: str, members: slice, policy: Policy, held: Sequence[Held], device: torch.device) -> Group:
+def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[Held], device: torch.device) -> Group:
     if policy.scope in (Scope.MODEL, Scope.ELEMENT):
         return Group(name, members, policy)
     units = make_units(held[members], policy, device)

@@ -74,6 +74,15 @@ def _complete(columns: Tensor, travelled: Tensor, group: Group) -> Tensor:
     return powers.root(complete, group.norm_type)
 
 
+def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Adds up `sums` over the ranks of each group in turn, in place.
+
+    Collective: one all-reduce a group.
+    """
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+
+
 def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
     """`mine` of every rank, by global rank. For what happens rarely: after a failure on all ranks together.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distclip.errors import LayoutError
 from distclip.layout import Held
 from distclip.pieces import Box, Part, View
-from distclip.policies import Policy, Scope, exclude_of, unit_dim_of
+from distclip.policies import Policy, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Units:
         return [span.part.name for span in self.spans for _ in range(span.count)]
 
 
-def make_units(members: Sequence[Held], policy: Policy, device: torch.device) -> Units:
+def make_units(members: Sequence[Held], policy: Policy[Any], device: torch.device) -> Units:
     """The units of a policy's scope.
 
     Raises:
@@ -90,7 +90,7 @@ def make_units(members: Sequence[Held], policy: Policy, device: torch.device) ->
         cut += [span.base + unit - span.first for _, unit in here]
         slots += [num_slots + i for i, _ in here]
         num_slots += len(travelling)
-    left_out = _excluded(members, exclude_of(policy))
+    left_out = _excluded(members, getattr(policy, "exclude", ()))
     counts = torch.tensor([span.count for span in spans], dtype=torch.int64)
 
     def of_spans(numbers: list[float]) -> Tensor:
@@ -112,7 +112,7 @@ def _num_units(span: Span) -> int:
     return 1 if span.dim is None else max(1, span.part.shape[span.dim])
 
 
-def _unit_dim(part: Part, policy: Policy) -> int | None:
+def _unit_dim(part: Part, policy: Policy[Any]) -> int | None:
     if policy.scope is Scope.TENSOR or len(part.shape) < 2:
         return None
     if isinstance(part.piece, Box) and part.piece.cut is None:
@@ -121,7 +121,7 @@ def _unit_dim(part: Part, policy: Policy) -> int | None:
             f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
             f"tell it, or give it a policy of another scope."
         )
-    return unit_dim_of(policy) % len(part.shape)
+    return getattr(policy, "unit_dim", 0) % len(part.shape)
 
 
 def _excluded(members: Sequence[Held], exclude: Sequence[Any]) -> set[str]:

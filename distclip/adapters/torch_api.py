@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from distclip.clipper import (
     About,
     ClipNorm,
     Clipper,
-    NoState,
     Parameters,
     clamp_gradients_,
     scale_gradients_,
     total_norm_of,
 )
+
+if TYPE_CHECKING:
+    from distclip import About, Stateless
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
@@ -33,7 +36,7 @@ _EPS = 1e-6  # torch.nn.utils.clip_grad
 class _TorchNorm(ClipNorm):
     """`ClipNorm` with torch's coefficient, max_norm / (norm + 1e-6)."""
 
-    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         # The limit whose quotient by the norm is torch's coefficient, at zero and infinity too.
         return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 
@@ -92,7 +95,7 @@ def get_total_norm(
     """
     del foreach
     policy = ClipNorm(math.inf, float(norm_type))
-    return total_norm_of(tensors, policy, error_if_nonfinite, mesh=mesh, distinct=distinct)
+    return total_norm_of(tensors, policy, error_if_nonfinite, mesh=mesh, distinct=distinct).float()
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+# A NamedTuple of tensors, or of such NamedTuples.
+State = TypeVar("State", bound="tuple[Any, ...]")
 
 
 class Scope(Enum):
@@ -15,17 +17,21 @@ class Scope(Enum):
 
     MODEL = "model"
     TENSOR = "tensor"
-    UNIT = "unit"
+    UNIT = "unit"  # one index of a dim: an output channel, a row; a tensor of at most one dim is one unit
     ELEMENT = "element"
 
 
+class Stateless(NamedTuple):
+    """The state of a policy that keeps none."""
+
+
 class About(NamedTuple):
-    """What a policy may know of its groups of elements beside their norms.
+    """What a policy may know of its groups of elements beside their norms; the same on every rank.
 
     Attributes:
-        sizes: how many elements each has over all ranks; float64, shaped like the norms.
-        weights: the norms of their parameters, likewise; only if the policy needs them.
-        total_norm: of everything that the policy is given; a float64 scalar.
+        sizes: how many elements each group has over all ranks; float64, shaped like the norms.
+        weights: the norms of the groups' parameters; float64, shaped like the norms. None unless `needs_weights`.
+        total_norm: the norm of everything that the policy is given; a float64 scalar.
     """
 
     sizes: Tensor
@@ -33,11 +39,7 @@ class About(NamedTuple):
     total_norm: Tensor
 
 
-class NoState(NamedTuple):
-    """What a policy without memory keeps."""
-
-
-class Policy(Protocol):
+class Policy(Protocol[State]):
     """A frozen dataclass that sets limits. It knows no rank, no layout and no device but its arguments'."""
 
     @property
@@ -47,110 +49,23 @@ class Policy(Protocol):
     def norm_type(self) -> float: ...
 
     @property
-    def needs_weights(self) -> bool: ...
-
-    def init(self, num_groups: int, device: torch.device) -> Any:
-        """What the policy remembers before the first step: a NamedTuple of tensors."""
+    def needs_weights(self) -> bool:
+        """Whether `About.weights` must be measured."""
         ...
 
-    def limit(self, norms: Tensor, state: Any, about: About) -> tuple[Tensor | None, Any]:
-        """The largest norms let through, and what is remembered if the step counts.
+    def init(self, num_groups: int, device: torch.device) -> State:
+        """The state before the first step, on `device`: the same on every rank."""
+        ...
 
-        Nothing is copied to the host. The clipper drops the new state where the total norm is not finite.
+    def limit(self, norms: Tensor, state: State, about: About) -> tuple[Tensor | None, State]:
+        """The largest norms let through, and the state after this step. No wait for the device.
 
-        Shapes: norms and limits: [] for MODEL and ELEMENT, [num_groups] for TENSOR and UNIT; float64. No limit:
-            measure only, write nothing.
+        A limit of None says: measure only, write nothing. The caller keeps the new state where the total norm is
+        finite, and the old one elsewhere.
+
+        Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, [num_groups] otherwise; float64.
         """
         ...
-
-
-class Combines:
-    """Gives a policy `&`: the smaller of two limits."""
-
-    needs_weights = False
-
-    def __and__(self, other: Policy) -> Both:
-        return Both(cast(Policy, self), other)
-
-
-class Stateless(Combines):
-    """A policy that remembers nothing."""
-
-    def init(self, num_groups: int, device: torch.device) -> NoState:
-        del num_groups, device
-        return NoState()
-
-
-class BothStates(NamedTuple):
-    first: Any
-    second: Any
-
-
-@dataclass(frozen=True)
-class Both(Combines):
-    """The smaller of two limits of one scope, written `a & b`. Each policy sees the norms as if it were alone.
-
-    Raises:
-        ValueError: the two measure different things.
-    """
-
-    first: Policy
-    second: Policy
-
-    def __post_init__(self) -> None:
-        here = [(p.scope, p.norm_type, unit_dim_of(p)) for p in (self.first, self.second)]
-        if here[0] != here[1] or here[0][0] is Scope.ELEMENT:
-            raise ValueError(
-                f"cannot take the smaller limit of {self.first} and {self.second}: they must share a scope other than "
-                f"ELEMENT, a norm_type and units, but have {here[0]} and {here[1]}, whose limits do not compare. "
-                f"Combine policies of one scope, or give them to parameter groups."
-            )
-
-    @property
-    def scope(self) -> Scope:
-        return self.first.scope
-
-    @property
-    def norm_type(self) -> float:
-        return self.first.norm_type
-
-    @property
-    def unit_dim(self) -> int:
-        return unit_dim_of(self.first)
-
-    @property
-    def needs_weights(self) -> bool:
-        return self.first.needs_weights or self.second.needs_weights
-
-    def init(self, num_groups: int, device: torch.device) -> BothStates:
-        return BothStates(self.first.init(num_groups, device), self.second.init(num_groups, device))
-
-    def limit(self, norms: Tensor, state: BothStates, about: About) -> tuple[Tensor | None, BothStates]:
-        first, first_state = self.first.limit(norms, state.first, about)
-        second, second_state = self.second.limit(norms, state.second, about)
-        new = BothStates(first_state, second_state)
-        if first is None or second is None:
-            return (second if first is None else first), new
-        return torch.minimum(first, second), new
-
-
-def unit_dim_of(policy: Policy) -> int:
-    """The dim whose indices are the units of a policy of scope UNIT."""
-    return getattr(policy, "unit_dim", 0)
-
-
-def exclude_of(policy: Policy) -> tuple[Any, ...]:
-    """What a policy leaves out: patterns of names, names of modules, modules."""
-    return getattr(policy, "exclude", ())
-
-
-def check(owner: str, name: str, value: float, fits: bool, bounds: str) -> None:
-    """Raises ValueError with the value and the range unless it fits (NaN fits nowhere)."""
-    if not fits:
-        raise ValueError(
-            f"cannot make {owner}({name}={value!r}): {name} must be {bounds}, or its limit would have no meaning. "
-            f"Pass a number in that range."
-        )
 
 
 def check_norm_type(norm_type: float) -> None:
@@ -169,4 +84,31 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(
             f"cannot clip with {name}={value}: a norm is never negative, so that a negative limit would turn the "
             f"gradients around and NaN would make them all NaN. Pass 0 or above; math.inf measures only."
+        )
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is 0 or above, and finite."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"cannot clip with {name}={value}: it is a factor of norms, where a negative number would turn the "
+            f"gradients around, and NaN or infinity times 0 would make them NaN. Pass a finite number, 0 or above."
+        )
+
+
+def check_between(name: str, value: float, lowest: float, highest: float) -> None:
+    """Raises ValueError unless `lowest <= value <= highest`; NaN is refused."""
+    if not lowest <= value <= highest:
+        raise ValueError(
+            f"cannot clip with {name}={value}: it says where among past norms the limit lies, and outside "
+            f"{lowest:g}..{highest:g} that is nowhere. Pass a number from {lowest:g} to {highest:g}."
+        )
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless `value` is a whole number, 1 or above."""
+    if not (isinstance(value, int) and value >= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"cannot clip with {name}={value}: it counts the norms that the first limit is made from, and none or a "
+            f"part of one says nothing about the next. Pass a whole number, 1 or above."
         )

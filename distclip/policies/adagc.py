@@ -1,4 +1,4 @@
-"""AdaGC: each tensor's limit follows its own clipped norms."""
+"""Each tensor is clipped to its own past."""
 
 from __future__ import annotations
 
@@ -9,54 +9,75 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Combines, Scope, check, check_norm_type, check_not_negative
+from distclip.policies._policy import About, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.both import Combines
 
 
-class Followed(NamedTuple):
-    """The moving average of each tensor's clipped norm, float64 [num_groups]; the number of steps, int64."""
+class AdaGCState(NamedTuple):
+    """
+    Attributes:
+        gamma: the norm expected of each tensor, inf where it has had no gradient yet; float64 [num_groups].
+        num_steps: how many steps there have been; int64 scalar.
+    """
 
-    norms: Tensor
-    seen: Tensor
+    gamma: Tensor
+    num_steps: Tensor
 
 
 @dataclass(frozen=True)
 class AdaGC(Combines):
-    """Clips each tensor to `ratio` times the moving average of its own clipped norms.
+    """Clips each tensor's norm to `ratio` times the moving average γ of its own clipped norms.
 
-    For `warmup_steps` steps all gradients are scaled together by min(1, max_norm / total norm), and the smallest
-    norm that each tensor then has is where its average starts.
+        first warmup_steps:  all are scaled by min(1, max_norm / total norm);  γ ← min(γ, clipped norm)
+        afterwards:          limit = ratio γ;  γ ← beta γ + (1 - beta) clipped norm
+
+    γ starts at infinity. A tensor whose norm is 0 says nothing about its scale, and its γ stays: an expert that got
+    no token, or a weight behind a zero-initialised one, would otherwise be clipped to 0 for ever. A tensor that had
+    no gradient before the warm-up ended is clipped with all the others until it has a γ.
+
+    Args:
+        max_norm: `math.inf` switches clipping off during the warm-up.
 
     Raises:
-        ValueError: `ratio` is not above 0, `beta` outside 0..1, `warmup_steps` below 1, `max_norm` negative or NaN,
-            `norm_type` not above 0.
+        ValueError: `ratio` is negative, infinite or NaN, `max_norm` is negative or NaN, `beta` is outside 0..1, or
+            `warmup_steps` is no whole number above 0.
 
-    Reference: Wang et al., "AdaGC: improving training stability for large language model pretraining", 2025
-        (arXiv:2502.11034), algorithm 1.
+    Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", 2025
+        (arXiv:2502.11034); there ratio is λ_rel, max_norm λ_abs, warmup_steps T_start.
     """
 
     ratio: float = 1.05
     max_norm: float = 1.0
     beta: float = 0.98
     warmup_steps: int = 100
-    norm_type: float = 2.0
-    scope = Scope.TENSOR
 
     def __post_init__(self) -> None:
-        check("AdaGC", "ratio", self.ratio, 0 < self.ratio < math.inf, "above 0 and finite")
-        check("AdaGC", "beta", self.beta, 0 <= self.beta <= 1, "within 0..1")
-        check("AdaGC", "warmup_steps", self.warmup_steps, self.warmup_steps >= 1, "1 or above")
+        check_finite("ratio", self.ratio)
         check_not_negative("max_norm", self.max_norm)
-        check_norm_type(self.norm_type)
+        check_between("beta", self.beta, 0, 1)
+        check_count("warmup_steps", self.warmup_steps)
 
-    def init(self, num_groups: int, device: torch.device) -> Followed:
-        norms = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
-        return Followed(norms, torch.zeros((), dtype=torch.int64, device=device))
+    @property
+    def scope(self) -> Scope:
+        return Scope.TENSOR
 
-    def limit(self, norms: Tensor, state: Followed, about: About) -> tuple[Tensor | None, Followed]:
-        warming = state.seen < self.warmup_steps
-        share = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
-        limits = torch.where(warming, share * norms, self.ratio * state.norms)
-        clipped = torch.minimum(norms, limits)
-        followed = torch.lerp(clipped, state.norms, self.beta)
-        new = torch.where(warming, torch.minimum(state.norms, clipped), followed)
-        return limits, Followed(new, state.seen + 1)
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> AdaGCState:
+        gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
+        return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: AdaGCState, about: About) -> tuple[Tensor | None, AdaGCState]:
+        early = (state.num_steps < self.warmup_steps) | state.gamma.isinf()
+        scale = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
+        limit = torch.where(early, norms * scale, self.ratio * state.gamma)
+        clipped = torch.minimum(norms, limit)
+        average = self.beta * state.gamma + (1 - self.beta) * clipped
+        gamma = torch.where(early, torch.minimum(state.gamma, clipped), average)
+        return limit, AdaGCState(torch.where(norms > 0, gamma, state.gamma), state.num_steps + 1)

@@ -1,32 +1,39 @@
-"""Adaptive gradient clipping: a limit for each unit, in proportion to the norm of its weights."""
+"""Limits in proportion to the weights, unit by unit."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from distclip.policies._policy import About, NoState, Scope, Stateless, check, check_norm_type
+from distclip.policies._policy import About, Scope, Stateless, check_finite, check_norm_type
+from distclip.policies.both import Combines
 
 
 @dataclass(frozen=True)
-class AGC(Stateless):
-    """Scales each unit's gradient by min(1, clip_factor * max(weight norm, eps) / gradient norm).
+class AGC(Combines):
+    """Lets the gradient of each unit be at most `clip_factor` times as long as the unit's weights.
 
-    A unit is one index of dim 0, the weights of one output; tensors of fewer than two dims are one unit. The floor
-    `eps` lets weights that start at zero learn. The paper leaves the last linear layer out: `exclude=("head",)`.
+        limit_i = clip_factor * max(||W_i||, eps)
+
+    A unit is one index of dim 0, which is what one output is computed from; a tensor of at most one dim is one unit.
+    The floor `eps` lets zero-initialised weights learn. A zero gradient stays as it is; a NaN or an infinity spoils
+    its own unit alone.
 
     Args:
-        exclude: patterns of parameter names ("head.*"), names of modules ("head"), or modules.
-        unit_dim: -1 for units on the last dim, as optax has them.
+        clip_factor: 0.01 suits batches of 4,096; smaller batches bear more.
+        exclude: parameters left as they are: names, patterns of names (`"blocks.*.bias"`), names of modules
+            (`"head"` stands for all of its parameters too), or modules. The authors leave out the last linear layer.
+        unit_dim: 0, or -1 for weights whose last dim numbers the outputs, as in optax.
 
     Raises:
-        ValueError: `clip_factor` is negative or NaN, `eps` or `norm_type` not above 0, `unit_dim` neither 0 nor -1;
-            when the Clipper is made, an `exclude` that matches nothing.
+        ValueError: `clip_factor` or `eps` is negative, infinite or NaN, `norm_type` is not above 0, `unit_dim` is
+            neither 0 nor -1, or `exclude` holds something that is no name and no module.
 
-    Reference: Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization",
-        2021 (arXiv:2102.06171), section 4, equation 3.
+    Reference: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization",
+        2021 (arXiv:2102.06171), the definition of adaptive gradient clipping.
     """
 
     clip_factor: float = 0.01
@@ -34,15 +41,40 @@ class AGC(Stateless):
     norm_type: float = 2.0
     exclude: tuple[str | nn.Module, ...] = ()
     unit_dim: int = 0
-    scope = Scope.UNIT
-    needs_weights = True
 
     def __post_init__(self) -> None:
-        check("AGC", "clip_factor", self.clip_factor, self.clip_factor >= 0, "0 or above")
-        check("AGC", "eps", self.eps, 0 < self.eps < math.inf, "above 0 and finite")
-        check("AGC", "unit_dim", self.unit_dim, self.unit_dim in (0, -1), "0 or -1")
+        check_finite("clip_factor", self.clip_factor)
+        check_finite("eps", self.eps)
         check_norm_type(self.norm_type)
+        object.__setattr__(self, "exclude", _names(self.exclude))
+        if self.unit_dim not in (0, -1):
+            raise ValueError(
+                f"cannot clip units with unit_dim={self.unit_dim}: a unit is what one output is computed from, and "
+                f"weights number their outputs on the first or on the last dim. Pass 0 or -1."
+            )
 
-    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
+    @property
+    def scope(self) -> Scope:
+        return Scope.UNIT
+
+    @property
+    def needs_weights(self) -> bool:
+        return True
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         assert about.weights is not None
         return self.clip_factor * about.weights.clamp(min=self.eps), state
+
+
+def _names(given: Any) -> tuple[str | nn.Module, ...]:
+    listed: tuple[Any, ...] = () if isinstance(given, str) else tuple(given)
+    if isinstance(given, str) or not all(isinstance(item, str | nn.Module) for item in listed):
+        raise ValueError(
+            f"cannot exclude {given!r}: it must be a tuple of names and modules, since anything else would match no "
+            f"parameter, and those meant to be left out would be clipped. "
+            f'Pass, for example, `exclude=("head", model.norm)`.'
+        )
+    return listed

@@ -1,56 +1,81 @@
-"""AutoClip: the limit is a percentile of the norms so far."""
+"""The limit is a percentile of the norms seen so far."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Combines, Scope, check, check_norm_type
+from distclip.policies._policy import About, Scope, check_between, check_count
+from distclip.policies.both import Combines
 
 
-class Past(NamedTuple):
-    """The latest norms, float64 [history], in a ring; and how many there have been, int64."""
+class AutoClipState(NamedTuple):
+    """
+    Attributes:
+        history: the last norms, the oldest overwritten first, inf where none is yet; float64 [history].
+        num_steps: how many norms there have been; int64 scalar.
+    """
 
-    norms: Tensor
-    seen: Tensor
+    history: Tensor
+    num_steps: Tensor
 
 
 @dataclass(frozen=True)
 class AutoClip(Combines):
-    """Clips the total norm to the `percentile`-th percentile of all norms so far, the current one included.
+    """Clips to a percentile of the total norms so far, the current one included.
 
-    Interpolated linearly between norms, as `numpy.percentile` does. Of a longer run the last `history` norms count.
+    Between two norms the percentile is linear, as `numpy.percentile` has it. The first step is never clipped. A zero
+    norm counts as any other: once more than `percentile` per cent of the history are zero, so is the limit.
+
+    Args:
+        percentile: 0 is the smallest norm so far, 100 the largest, which clips nothing.
+        history: how many of the latest norms are kept (the paper keeps all).
 
     Raises:
-        ValueError: `percentile` is outside 0..100, `history` below 1, `norm_type` not above 0.
+        ValueError: `percentile` is outside 0..100, or `history` is no whole number above 0.
 
-    Reference: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source separation
-        networks", 2020 (arXiv:2007.14469), section 3. It keeps the whole history.
+    Reference: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks", 2020 (arXiv:2007.14469): the threshold is the p-th percentile of the history of gradient norms.
     """
 
     percentile: float = 10.0
     history: int = 10_000
-    norm_type: float = 2.0
-    scope = Scope.MODEL
 
     def __post_init__(self) -> None:
-        check("AutoClip", "percentile", self.percentile, 0 <= self.percentile <= 100, "within 0..100")
-        check("AutoClip", "history", self.history, self.history >= 1, "1 or above")
-        check_norm_type(self.norm_type)
+        check_between("percentile", self.percentile, 0, 100)
+        check_count("history", self.history)
 
-    def init(self, num_groups: int, device: torch.device) -> Past:
-        norms = torch.zeros(self.history, dtype=torch.float64, device=device)
-        return Past(norms, torch.zeros((), dtype=torch.int64, device=device))
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
 
-    def limit(self, norms: Tensor, state: Past, about: About) -> tuple[Tensor | None, Past]:
-        del about
-        place = (state.seen % self.history).reshape(1)
-        past = Past(state.norms.index_copy(0, place, norms.reshape(1)), state.seen + 1)
-        known = torch.arange(self.history, device=norms.device) < past.seen
-        ordered = torch.where(known, past.norms, torch.inf).sort().values
-        rank = (past.seen.clamp(max=self.history) - 1) * (self.percentile / 100)
-        low, high = (ordered.gather(0, end.long().reshape(1)).squeeze(0) for end in (rank.floor(), rank.ceil()))
-        return low + (high - low) * (rank - rank.floor()), past
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> AutoClipState:
+        history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
+        return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: AutoClipState, about: About) -> tuple[Tensor | None, AutoClipState]:
+        oldest = state.num_steps % self.history
+        new = AutoClipState(state.history.scatter(0, oldest.reshape(1), norms.reshape(1)), state.num_steps + 1)
+        last = new.num_steps.clamp(max=self.history) - 1
+        return _percentile(new.history.sort().values, last, self.percentile), new
+
+
+def _percentile(ordered: Tensor, last: Tensor, percentile: float) -> Tensor:
+    """The percentile of `ordered[: last + 1]`."""
+    place = last.double() * (percentile / 100)
+    below = place.floor().long()
+    # `ordered[below]` would wait for the device: an index is a number of the host.
+    low, high = ordered.take(torch.stack([below, torch.minimum(below + 1, last)])).unbind()
+    return torch.lerp(low, high, place - below)

@@ -1,4 +1,4 @@
-"""One limit for each tensor's gradient."""
+"""One limit for the norm of each tensor by itself."""
 
 from __future__ import annotations
 
@@ -8,47 +8,77 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, NoState, Scope, Stateless, check_norm_type, check_not_negative
+from distclip.policies._policy import About, Scope, Stateless, check_norm_type, check_not_negative
+from distclip.policies.both import Combines
 
 
 @dataclass(frozen=True)
-class ClipTensorNorm(Stateless):
-    """Scales each tensor's gradient by min(1, max_norm / its norm); TensorFlow's `clip_by_norm`, Keras' `clipnorm`.
+class ClipTensorNorm(Combines):
+    """Scales each gradient by min(1, max_norm / its own norm), as TensorFlow's `clip_by_norm` does.
+
+    A zero gradient stays as it is; a NaN or an infinity spoils its own tensor alone. `max_norm=math.inf` only
+    measures.
 
     Raises:
         ValueError: `max_norm` is negative or NaN, or `norm_type` is not above 0.
+
+    Reference: TensorFlow, `tf.clip_by_norm`; Keras, `clipnorm`.
     """
 
     max_norm: float
     norm_type: float = 2.0
-    scope = Scope.TENSOR
 
     def __post_init__(self) -> None:
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
 
-    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
-        del about
+    @property
+    def scope(self) -> Scope:
+        return Scope.TENSOR
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state
 
 
 @dataclass(frozen=True)
-class ClipBlockRMS(Stateless):
-    """Scales each tensor's gradient so that its root mean square is at most `threshold`; optax's `clip_by_block_rms`.
+class ClipBlockRMS(Combines):
+    """Scales each gradient so that the root of its mean square is at most `threshold`.
 
-    The limit for the 2-norm is threshold * sqrt(number of elements).
+    The limit of a tensor's norm is threshold * sqrt(number of elements), those on other ranks included. A zero or
+    an empty gradient stays as it is. `threshold=math.inf` only measures.
 
     Raises:
         ValueError: `threshold` is negative or NaN.
+
+    Reference: optax, `clip_by_block_rms`.
     """
 
     threshold: float
-    scope = Scope.TENSOR
-    norm_type = 2.0
 
     def __post_init__(self) -> None:
         check_not_negative("threshold", self.threshold)
 
-    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
-        del norms
+    @property
+    def scope(self) -> Scope:
+        return Scope.TENSOR
+
+    @property
+    def norm_type(self) -> float:
+        return 2.0
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.threshold) else self.threshold * about.sizes.sqrt(), state

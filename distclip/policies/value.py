@@ -1,4 +1,4 @@
-"""One limit for every element."""
+"""One limit for the magnitude of each element."""
 
 from __future__ import annotations
 
@@ -8,27 +8,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, NoState, Scope, Stateless, check_not_negative
+from distclip.policies._policy import About, Scope, Stateless, check_not_negative
+from distclip.policies.both import Combines
 
 
 @dataclass(frozen=True)
-class ClipValue(Stateless):
-    """Clamps every element to [-clip_value, clip_value]; NaN stays NaN. torch's `clip_grad_value_`.
+class ClipValue(Combines):
+    """Clamps every element to [-clip_value, clip_value].
 
-    An element's norm is its magnitude, and g * min(1, c / |g|) is a clamp, which keeps infinities from becoming NaN.
-    The norm that is reported is the largest magnitude.
+    An infinity becomes the bound; NaN stays NaN. The norm that is reported is the largest magnitude (p = inf).
+    `clip_value=math.inf` only measures.
 
     Raises:
         ValueError: `clip_value` is negative or NaN.
+
+    Reference: torch, `torch.nn.utils.clip_grad_value_`.
     """
 
     clip_value: float
-    scope = Scope.ELEMENT
-    norm_type = math.inf
 
     def __post_init__(self) -> None:
         check_not_negative("clip_value", self.clip_value)
 
-    def limit(self, norms: Tensor, state: NoState, about: About) -> tuple[Tensor | None, NoState]:
-        del about
+    @property
+    def scope(self) -> Scope:
+        return Scope.ELEMENT
+
+    @property
+    def norm_type(self) -> float:
+        return math.inf
+
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
+
+    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value), state

@@ -1,4 +1,4 @@
-"""ZClip: a norm far above the recent ones is pulled back towards their mean."""
+"""Spikes are pulled back to the mean of past norms, the further the higher they are."""
 
 from __future__ import annotations
 
@@ -8,70 +8,96 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Combines, Scope, check, check_norm_type, check_not_negative
+from distclip.policies._policy import About, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.both import Combines
 
-_EPS = 1e-6  # keeps z finite where all norms were equal, as in the authors' code
 
-
-class Running(NamedTuple):
-    """Mean and variance of the norms let through, float64; the norms of the warm-up; how many there have been."""
+class ZClipState(NamedTuple):
+    """
+    Attributes:
+        mean, var: of the norms accepted so far; float64 scalars.
+        num_steps: how many norms there have been; int64 scalar.
+    """
 
     mean: Tensor
-    variance: Tensor
-    warm_up: Tensor
-    seen: Tensor
+    var: Tensor
+    num_steps: Tensor
 
 
 @dataclass(frozen=True)
 class ZClip(Combines):
-    """Clips the total norm N where z = (N - mean) / deviation passes `z_thresh`, to mean + z_thresh^2 / z deviations.
+    """Clips a total norm that lies more than `z_thresh` deviations above the mean of past norms.
 
-    Mean and variance are moving averages of the norms let through, from the steps before this one; the wilder the
-    spike, the harder the pull. They start from the mean and variance of `warmup_steps` norms, during which only
-    `max_norm` limits. Afterwards the limit is never above `max_norm` either; `math.inf` switches that off.
+    With the mean μ and the deviation σ of the norms before this step, and z = (norm - μ) / σ:
+
+        limit = μ + z_thresh² σ / z      if z > z_thresh  (reciprocal clipping)
+        μ ← alpha μ + (1 - alpha) n,  σ² ← alpha σ² + (1 - alpha) (n - μ)²      with n = min(norm, limit)
+
+    and never above `max_norm`, which the statistics do not see. The first `warmup_steps` norms, clipped to `max_norm`
+    alone, give the first μ and σ². Where σ is 0, whatever lies above μ is pulled back to μ. The authors' code adds
+    1e-6 to σ in z; here nothing is added, so that the scale of the loss does not matter.
+
+    Args:
+        max_norm: `math.inf` switches this bound off.
 
     Raises:
-        ValueError: `z_thresh` is not above 0, `alpha` outside 0..1, `warmup_steps` below 1, `max_norm` negative or
-            NaN, `norm_type` not above 0.
+        ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps` is no whole
+            number above 0, or `max_norm` is negative or NaN.
 
-    Reference: Kumar, Owen, Chowdhury, Guera, "ZClip: adaptive spike mitigation for LLM pre-training", 2025
-        (arXiv:2504.02507), reciprocal clipping. The variance takes the mean of after the step, as the authors' code.
+    Reference: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025
+        (arXiv:2504.02507), with z-scores and reciprocal clipping; the order of the updates is that of its code.
     """
 
     z_thresh: float = 2.5
     alpha: float = 0.97
     warmup_steps: int = 25
     max_norm: float = 1.0
-    norm_type: float = 2.0
-    scope = Scope.MODEL
 
     def __post_init__(self) -> None:
-        check("ZClip", "z_thresh", self.z_thresh, self.z_thresh > 0, "above 0")
-        check("ZClip", "alpha", self.alpha, 0 <= self.alpha <= 1, "within 0..1")
-        check("ZClip", "warmup_steps", self.warmup_steps, self.warmup_steps >= 1, "1 or above")
+        check_finite("z_thresh", self.z_thresh)
+        check_between("alpha", self.alpha, 0, 1)
+        check_count("warmup_steps", self.warmup_steps)
         check_not_negative("max_norm", self.max_norm)
-        check_norm_type(self.norm_type)
 
-    def init(self, num_groups: int, device: torch.device) -> Running:
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        warm_up = torch.zeros(self.warmup_steps, dtype=torch.float64, device=device)
-        return Running(zero, zero, warm_up, torch.zeros((), dtype=torch.int64, device=device))
+    @property
+    def scope(self) -> Scope:
+        return Scope.MODEL
 
-    def limit(self, norms: Tensor, state: Running, about: About) -> tuple[Tensor | None, Running]:
-        del about
-        warming = state.seen < self.warmup_steps
-        deviation = state.variance.sqrt()
-        z = (norms - state.mean) / (deviation + _EPS)
-        pulled = state.mean + self.z_thresh**2 * deviation / z
-        passed = torch.where(~warming & (z > self.z_thresh), pulled, norms)
-        return passed.clamp(max=self.max_norm), self._after(passed, warming, state)
+    @property
+    def norm_type(self) -> float:
+        return 2.0
 
-    def _after(self, passed: Tensor, warming: Tensor, state: Running) -> Running:
-        place = state.seen.clamp(max=self.warmup_steps - 1).reshape(1)
-        warm_up = torch.where(warming, state.warm_up.index_copy(0, place, passed.reshape(1)), state.warm_up)
-        mean = torch.lerp(passed, state.mean, self.alpha)
-        variance = torch.lerp((passed - mean).square(), state.variance, self.alpha)
-        last = state.seen == self.warmup_steps - 1
-        mean = torch.where(last, warm_up.mean(), torch.where(warming, state.mean, mean))
-        variance = torch.where(last, warm_up.var(unbiased=False), torch.where(warming, state.variance, variance))
-        return Running(mean, variance, warm_up, state.seen + 1)
+    @property
+    def needs_weights(self) -> bool:
+        return False
+
+    def init(self, num_groups: int, device: torch.device) -> ZClipState:
+        mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
+        return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: ZClipState, about: About) -> tuple[Tensor | None, ZClipState]:
+        early = state.num_steps < self.warmup_steps
+        highest = _highest(norms, state, self.z_thresh)
+        first, later = _collect(norms, state), _follow(torch.minimum(norms, highest), state, self.alpha)
+        mean, var = (torch.where(early, a, b) for a, b in zip(first, later, strict=True))
+        limit = torch.where(early, self.max_norm, highest.clamp(max=self.max_norm))
+        return limit, ZClipState(mean, var, state.num_steps + 1)
+
+
+def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:
+    std = past.var.sqrt()
+    threshold = past.mean + z_thresh * std
+    z = (norm - past.mean) / std
+    return torch.where(norm <= threshold, threshold, past.mean + z_thresh**2 * std / z)
+
+
+def _collect(norm: Tensor, past: ZClipState) -> tuple[Tensor, Tensor]:
+    """Mean and population variance with one norm more: Welford's update, which needs no buffer of norms."""
+    num = past.num_steps + 1
+    mean = past.mean + (norm - past.mean) / num
+    return mean, past.var + ((norm - past.mean) * (norm - mean) - past.var) / num
+
+
+def _follow(norm: Tensor, past: ZClipState, alpha: float) -> tuple[Tensor, Tensor]:
+    mean = alpha * past.mean + (1 - alpha) * norm
+    return mean, alpha * past.var + (1 - alpha) * (norm - mean).square()
