@@ -25,7 +25,8 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     `axes=[1]` clips every row of a matrix by itself. Zeros stay zeros, a NaN makes all that shares its norm NaN.
 
     Raises:
-        ValueError: `clip_norm` is negative or NaN, `t` holds integers, or it has no such dims.
+        ValueError: `clip_norm` is negative or NaN, `t` holds integers, it has no such dims, or it is sparse and
+            `axes` are given.
 
     Collective: one all-reduce for each mesh axis that shards a dim which the norm covers (without `axes`: one over
         all ranks if `t` is sharded).
@@ -43,6 +44,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     if axes is None:
         return _scaled([t], _coefficient(_norm([t]), clip_norm))[0]
     named_tensors(t)
+    _check_dense(t)
     dims = _dims(t, axes)
     clipped = t.clone()
     local = layout.local_values(clipped)
@@ -87,7 +89,7 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
     """`t` with every element clamped to [clip_value_min, clip_value_max]; NaN stays NaN.
 
     Raises:
-        ValueError: no number lies between the bounds, or `t` is complex, which has no order.
+        ValueError: no number lies between the bounds, or `t` is complex, which has no order, or sparse.
 
     Collective: none.
 
@@ -103,6 +105,7 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
             "cannot clamp a complex tensor: complex numbers have no order, so that none lies between two bounds. "
             "Clip its norm instead, or clamp `torch.view_as_real(t)`."
         )
+    _check_dense(t)
     return layout.settled(t).clamp(clip_value_min, clip_value_max)
 
 
@@ -125,6 +128,14 @@ def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     copies = [t.clone() for t in tensors]
     apply.scale_([layout.local_values(copy) for copy in copies], factor)
     return copies
+
+
+def _check_dense(t: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise ValueError(
+            f"cannot clip a tensor of layout {t.layout} element by element or over some of its dims: its zeros are not "
+            f"stored, so that they would be left out. Pass `t.to_dense()`, or clip its whole norm."
+        )
 
 
 def _dims(t: Tensor, axes: int | Sequence[int]) -> list[int]:

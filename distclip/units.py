@@ -121,7 +121,10 @@ def _unit_dim(part: Part, policy: Policy[Any]) -> int | None:
             f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
             f"tell it, or give it a policy of another scope."
         )
-    return getattr(policy, "unit_dim", 0) % len(part.shape)
+    dim = getattr(policy, "unit_dim", 0)
+    if dim == -1 and sum(size > 1 for size in part.shape) <= 1:
+        return None  # optax takes such a tensor for a vector
+    return dim % len(part.shape)
 
 
 def _excluded(members: Sequence[Held], exclude: Sequence[Any]) -> set[str]:

@@ -1,9 +1,14 @@
-"""Each method in at most eight lines of float64 on whole tensors: the definition that every layout must meet."""
+"""Each method in at most eight lines of float64 on whole tensors: the definition that every layout must meet.
+
+The adaptive methods take the norms of all steps, one after the other, and return what is left of them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,22 +27,65 @@ def clip_norm(grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0, 
     return [g * factor if g.is_complex() else g.double() * factor for g in grads]
 
 
-def _scaled(grad: Tensor, norms: Tensor, limits: Tensor | float) -> Tensor:
-    return grad.double() * torch.where(norms <= limits, 1.0, limits / norms)
+def clip_by_norm(tensor: Tensor, clip_norm: float, axes: Sequence[int] | None = None) -> Tensor:
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+    dims = tuple(range(tensor.ndim)) if axes is None else tuple(axes)
+    norms = wide.abs().square().sum(dims, keepdim=True).sqrt() if dims else wide.abs()
+    return wide * (clip_norm / norms).nan_to_num(nan=1.0).clamp(max=1)
 
 
-def clip_tensor_norm(grad: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    return _scaled(grad, total_norm([grad], norm_type), max_norm)
+def clip_tensor_norm(grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> list[Tensor]:
+    return [clip_norm([g], max_norm, norm_type)[0] for g in grads]
 
 
-def clip_block_rms(grad: Tensor, threshold: float) -> Tensor:
-    return _scaled(grad, total_norm([grad]), threshold * grad.numel() ** 0.5)
+def clip_block_rms(grads: Sequence[Tensor], threshold: float) -> list[Tensor]:
+    return [g.double() * (threshold / g.double().square().mean().sqrt()).clamp(max=1) for g in grads]
+
+
+def clip_value(grads: Sequence[Tensor], bound: float) -> list[Tensor]:
+    return [g.double().clamp(-bound, bound) for g in grads]
+
+
+def units(tensor: Tensor, unit_dim: int = 0) -> Tensor:
+    """One row a unit. optax (units on the last dim) takes a tensor with one dim longer than 1 as a single unit."""
+    single = tensor.ndim <= 1 or (unit_dim == -1 and tensor.squeeze().ndim <= 1)
+    return tensor.double().reshape(1, -1) if single else tensor.double().movedim(unit_dim, 0).flatten(1)
 
 
 def agc(
-    grad: Tensor, weight: Tensor, factor: float, eps: float = 1e-3, norm_type: float = 2.0, unit_dim: int = 0
-) -> Tensor:
-    dims = tuple(range(grad.ndim)) if grad.ndim < 2 else tuple(d for d in range(grad.ndim) if d != unit_dim % grad.ndim)
-    grad_norms = torch.linalg.vector_norm(grad.double(), norm_type, dims, keepdim=True)
-    weight_norms = torch.linalg.vector_norm(weight.double(), norm_type, dims, keepdim=True)
-    return _scaled(grad, grad_norms, factor * weight_norms.clamp(min=eps))
+    weights: Sequence[Tensor], grads: Sequence[Tensor], clip_factor: float, eps=1e-3, unit_dim=0, norm_type=2.0
+) -> list[Tensor]:
+    clipped = []
+    for weight, grad in zip(weights, grads, strict=True):
+        limits = clip_factor * units(weight, unit_dim).norm(norm_type, dim=1).clamp(min=eps)
+        factors = (limits / units(grad, unit_dim).norm(norm_type, dim=1)).clamp(max=1)
+        factors = factors if unit_dim else factors.reshape(-1, *[1] * (grad.ndim - 1))
+        clipped.append((grad.double() * factors).reshape(grad.shape))
+    return clipped
+
+
+def autoclip(norms: Sequence[float], percentile: float, history: int) -> list[float]:
+    seen = [norms[max(0, t + 1 - history) : t + 1] for t in range(len(norms))]
+    return [min(norm, np.percentile(past, percentile)) for norm, past in zip(norms, seen, strict=True)]
+
+
+def zclip(norms: Sequence[float], z_thresh: float, alpha: float, warmup_steps: int, max_norm: float) -> list[float]:
+    mean, var = np.mean(norms[:warmup_steps]), np.var(norms[:warmup_steps])
+    clipped = [min(norm, max_norm) for norm in norms[:warmup_steps]]
+    for norm in norms[warmup_steps:]:
+        spike = norm - mean > z_thresh * math.sqrt(var)
+        accepted = mean + z_thresh**2 * var / (norm - mean) if spike else norm
+        mean, var = (m := alpha * mean + (1 - alpha) * accepted), alpha * var + (1 - alpha) * (accepted - m) ** 2
+        clipped.append(min(accepted, max_norm))
+    return clipped
+
+
+def adagc(steps: Sequence[Sequence[float]], ratio: float, max_norm: float, beta: float, warmup_steps: int) -> Tensor:
+    gamma, clipped = torch.full((len(steps[0]),), math.inf, dtype=torch.float64), []
+    for t, norms in enumerate(torch.tensor(steps, dtype=torch.float64)):
+        early = gamma.isinf() | (t < warmup_steps)
+        scale = min(1.0, max_norm / max(norms.norm().item(), 1e-300))
+        clipped.append(torch.where(early, norms * scale, norms.minimum(ratio * gamma)))
+        after = torch.where(early, gamma.minimum(clipped[-1]), beta * gamma + (1 - beta) * clipped[-1])
+        gamma = torch.where(norms > 0, after, gamma)
+    return torch.stack(clipped)

@@ -30,15 +30,15 @@ UNIT_LAYOUTS = {
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # gradient, weight -> clipped gradient
 POLICIES: dict[str, tuple[Policy, Reference]] = {
-    "tensor": (ClipTensorNorm(0.5), lambda g, w: reference.clip_tensor_norm(g, 0.5)),
-    "tensor, p = 1": (ClipTensorNorm(0.5, 1.0), lambda g, w: reference.clip_tensor_norm(g, 0.5, 1.0)),
-    "tensor, p = 8": (ClipTensorNorm(0.2, 8.0), lambda g, w: reference.clip_tensor_norm(g, 0.2, 8.0)),
-    "tensor, p = inf": (ClipTensorNorm(0.1, math.inf), lambda g, w: reference.clip_tensor_norm(g, 0.1, math.inf)),
-    "block rms": (ClipBlockRMS(0.1), lambda g, w: reference.clip_block_rms(g, 0.1)),
-    "agc": (AGC(0.05), lambda g, w: reference.agc(g, w, 0.05)),
-    "agc, p = 8": (AGC(0.05, norm_type=8.0), lambda g, w: reference.agc(g, w, 0.05, norm_type=8.0)),
-    "agc, p = inf": (AGC(0.05, norm_type=math.inf), lambda g, w: reference.agc(g, w, 0.05, norm_type=math.inf)),
-    "agc, last dim": (AGC(0.05, unit_dim=-1), lambda g, w: reference.agc(g, w, 0.05, unit_dim=-1)),
+    "tensor": (ClipTensorNorm(0.5), lambda g, w: reference.clip_tensor_norm([g], 0.5)[0]),
+    "tensor, p = 1": (ClipTensorNorm(0.5, 1.0), lambda g, w: reference.clip_tensor_norm([g], 0.5, 1.0)[0]),
+    "tensor, p = 8": (ClipTensorNorm(0.2, 8.0), lambda g, w: reference.clip_tensor_norm([g], 0.2, 8.0)[0]),
+    "tensor, p = inf": (ClipTensorNorm(0.1, math.inf), lambda g, w: reference.clip_tensor_norm([g], 0.1, math.inf)[0]),
+    "block rms": (ClipBlockRMS(0.1), lambda g, w: reference.clip_block_rms([g], 0.1)[0]),
+    "agc": (AGC(0.05), lambda g, w: reference.agc([w], [g], 0.05)[0]),
+    "agc, p = 8": (AGC(0.05, norm_type=8.0), lambda g, w: reference.agc([w], [g], 0.05, norm_type=8.0)[0]),
+    "agc, p = inf": (AGC(0.05, norm_type=math.inf), lambda g, w: reference.agc([w], [g], 0.05, norm_type=math.inf)[0]),
+    "agc, last dim": (AGC(0.05, unit_dim=-1), lambda g, w: reference.agc([w], [g], 0.05, unit_dim=-1)[0]),
     "value": (ClipValue(0.3), lambda g, w: g.double().clamp(-0.3, 0.3)),
 }
 

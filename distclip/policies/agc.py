@@ -26,7 +26,8 @@ class AGC(Combines):
         clip_factor: 0.01 suits batches of 4,096; smaller batches bear more.
         exclude: parameters left as they are: names, patterns of names (`"blocks.*.bias"`), names of modules
             (`"head"` stands for all of its parameters too), or modules. The authors leave out the last linear layer.
-        unit_dim: 0, or -1 for weights whose last dim numbers the outputs, as in optax.
+        unit_dim: 0, or -1 for weights whose last dim numbers the outputs, as in optax; then a tensor with one dim
+            longer than 1, such as [1, 8], is one unit too.
 
     Raises:
         ValueError: `clip_factor` or `eps` is negative, infinite or NaN, `norm_type` is not above 0, `unit_dim` is

@@ -42,8 +42,8 @@ class Both(Combines):
     second: Policy[Any]
 
     def __post_init__(self) -> None:
-        for found in ("scope", "norm_type", "unit_dim", "exclude"):
-            a, b = getattr(self.first, found, None), getattr(self.second, found, None)
+        for found, usual in (("scope", None), ("norm_type", None), ("unit_dim", 0), ("exclude", ())):
+            a, b = getattr(self.first, found, usual), getattr(self.second, found, usual)
             if a != b:
                 raise ValueError(
                     f"cannot take the smaller limit of {self.first} and {self.second}: their {found} is {a} and {b}, "
