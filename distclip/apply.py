@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from distclip import kernels
-from distclip.units import Units
 
 
 def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
@@ -39,13 +38,13 @@ def clamp_(values: Sequence[Tensor], bound: Tensor) -> None:
         kernels.clamp_([v for v in values if v.device == device], bound.to(device))
 
 
-def scale_units_(values: Sequence[Tensor | None], factors: Tensor, units: Units) -> None:
-    """Multiplies the elements of each unit by its factor. Shapes: values by parameter; factors: [units.num]."""
-    for span in units.spans:
-        if (held := values[span.held]) is None:
-            continue
-        for (part, dim, _), base in span.views(held):
-            if dim is None:
-                kernels.scale_([part], factors[base].to(part.device))
-            else:
-                kernels.scale_units_(part, dim, factors[base : base + part.shape[dim]].to(part.device))
+def scale_units_(views: Iterable[tuple[Tensor, int | None, int]], factors: Tensor) -> None:
+    """Multiplies units by factors of their own.
+
+    Shapes: views: values, the dim that their units lie on (None: they are one), the place of the first in `factors`.
+    """
+    for values, dim, base in views:
+        if dim is None:
+            kernels.scale_([values], factors[base].to(values.device))
+        else:
+            kernels.scale_units_(values, dim, factors[base : base + values.shape[dim]].to(values.device))

@@ -132,7 +132,7 @@ def _write_group_(decision: Decision, group: Group, verdict: Verdict) -> None:
         if group.units is None:
             apply.scale_(here, factor)
         else:
-            apply.scale_units_(values, factor, group.units)
+            apply.scale_units_(group.units.views(values), factor)
 
 
 def report_of(decision: Decision) -> Report:

@@ -92,6 +92,11 @@ class Held:
     counted: bool
     parts: tuple[Part, ...]
 
+    @property
+    def weights(self) -> Tensor:
+        """The dense values of the parameter on this rank."""
+        return local_values(self.param.detach())
+
 
 def read_layouts(
     named: Sequence[tuple[str, Tensor]],

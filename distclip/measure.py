@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip import kernels, powers
-from distclip.layout import Held, local_values
-from distclip.plan import Group, Plan
-from distclip.units import Units
+from distclip.plan import Group, Held, Plan, Units
 
 
 class Local(NamedTuple):
@@ -80,8 +78,7 @@ def _units(
         added = torch.where(counted | ~columns.isfinite(), columns, 0.0)
     travel, weights = [powers.joined(added, group.norm_type), _cut(added, group, units)], None
     if group.policy.needs_weights:
-        params = [local_values(h.param.detach()) for h in members]
-        weights = _unit_columns(params, group.norm_type, units, device)
+        weights = _unit_columns([h.weights for h in members], group.norm_type, units, device)
         travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
     each = powers.root(columns, group.norm_type)
     return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights])
@@ -96,15 +93,12 @@ def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
 def _unit_columns(values: Sequence[Tensor | None], norm_type: float, units: Units, device: torch.device) -> Tensor:
     columns = torch.zeros(units.num, powers.num_columns(norm_type), dtype=torch.float64, device=device)
     whole: list[tuple[Tensor, int]] = []
-    for span in units.spans:
-        if (held := values[span.held]) is None:
+    for part, dim, base in units.views(values):
+        if dim is None:
+            whole.append((part, base))
             continue
-        for (part, dim, _), base in span.views(held):
-            if dim is None:
-                whole.append((part, base))
-                continue
-            rows = torch.arange(base, base + part.shape[dim], device=device)
-            powers.add_(columns, rows, powers.columns(_rows(part, dim, norm_type).to(device), norm_type), norm_type)
+        rows = torch.arange(base, base + part.shape[dim], device=device)
+        powers.add_(columns, rows, powers.columns(_rows(part, dim, norm_type).to(device), norm_type), norm_type)
     if whole:
         index = torch.tensor([base for _, base in whole], device=device)
         each = _each([part for part, _ in whole], norm_type, device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distclip import powers
-from distclip.layout import Held, local_values
+from distclip.layout import Held
 from distclip.policies import Policy, Scope
 from distclip.team import Team
 from distclip.units import Units, make_units
@@ -131,7 +131,7 @@ def _device(held: Sequence[Held], team: Team | None) -> torch.device:
 
 def _totals(held: Sequence[Held]) -> list[str]:
     """Tensors; elements of them on this rank; those of them that this rank counts; their bytes."""
-    sizes = [(h, local_values(h.param.detach())) for h in held]
+    sizes = [(h, h.weights) for h in held]
     here = sum(v.numel() for _, v in sizes)
     counted = sum(v.numel() for h, v in sizes if h.counted)
     size = sum(v.numel() * v.element_size() for _, v in sizes)

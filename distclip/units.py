@@ -34,10 +34,10 @@ class Span:
     first: int
     count: int
 
-    def views(self, values: Tensor) -> Iterator[tuple[View, int]]:
+    def views(self, values: Tensor) -> Iterator[View]:
         """The pieces of a parameter's values in which units lie along one dim, and where their norms begin."""
-        for view in self.part.piece.views(values, self.dim):
-            yield view, self.base + view[2] - self.first
+        for piece, dim, unit in self.part.piece.views(values, self.dim):
+            yield piece, dim, self.base + unit - self.first
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Units:
     sizes: Tensor
     cut: Tensor
     slots: Tensor
+
+    def views(self, values: Sequence[Tensor | None]) -> Iterator[View]:
+        """Those of all spans, from the values of the group's parameters; None has none."""
+        for span in self.spans:
+            if (held := values[span.held]) is not None:
+                yield from span.views(held)
 
     @cached_property
     def row_names(self) -> list[str]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import LayoutError
-from distclip.layout import Held, local_values
+from distclip.layout import Held
 from distclip.team import numbers, world_group
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _statements(plan: Plan) -> list[list[_Statement]]:
     for held in plan.held:
         text = f"{held.layout} ({held.param.dtype})"
         slots[0].append(_Statement(held.name, 0, _digest("stage", *stage), text))
-        values = local_values(held.param.detach())
+        values = held.weights
         if values.numel() and not values.is_meta:
             slot = 1 + _digest(str(held.layout)) % (_SLOTS - 1)
             text = f"values with the fingerprint {_fingerprint(values):x}"

@@ -16,8 +16,9 @@ CORE = {"layout", "plan", "measure", "reduce", "apply", "report", "policies", "k
 
 # A room is a file or a folder directly in distclip/; these files are parts of a room that another file names.
 PART_OF = {
-    **{"errors": "layout", "team": "layout", "powers": "plan", "verify": "plan"},
-    **dict.fromkeys(["inputs", "decide", "optimizers", "fused", "amp", "attach", "nonfinite"], "clipper"),
+    **{"errors": "layout", "team": "layout", "pieces": "layout", "shards": "layout"},
+    **dict.fromkeys(["powers", "verify", "units"], "plan"),
+    **dict.fromkeys(["inputs", "decide", "optimizers", "fused", "amp", "attach", "nonfinite", "state"], "clipper"),
 }
 
 # room -> the other rooms it may import.
@@ -26,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "policies": set(),
     "report": set(),
-    "plan": {"layout"},
+    "plan": {"layout", "policies"},  # the scope of a policy
     "measure": {"plan", "kernels"},
     "reduce": {"plan"},
     "apply": {"kernels"},
