@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from benchmarks.scale_ranks import Case, Measured, build_plans, count, sample
 CASES = (
     Case(LLAMA_8B, (1, 1, 8, 1)),
     Case(LLAMA_8B, (1, 8, 256, 8), num_random=0),  # half of the ranks hold nothing of wk and wv
-    Case(LLAMA_70B, (2, 3, 40, 8)),  # shards of different sizes
-    Case(LLAMA_70B, (4, 8, 64, 8)),
+    Case(LLAMA_70B, (10, 3, 10, 8)),  # shards of different sizes
+    Case(LLAMA_70B, (8, 8, 32, 8)),
     Case(LLAMA_405B, (16, 1, 128, 8)),  # the axes of its own training (arXiv:2407.21783, table 4)
     Case(LLAMA_405B, (16, 2, 64, 8)),
     Case(LLAMA_405B, (1, 8, 256, 8), num_random=0),  # the whole model in one rank's plan
@@ -39,25 +40,29 @@ QUICK = (
 )
 METHOD = """\
 mesh: pp x dp_replicate x fsdp x tp; after "+": efsdp x ep, the experts' mesh over the same ranks.
-Every rank: `Layout.counted_at` at its coordinates, and the sizes of its shards by torch's own rule; "once" means
-that each shard has one counting rank and that, for each weight, their elements are as many as the weight has.
-Plans built: for the first and last rank of the first and last stage and some random ranks, the stage is sharded by
-`distribute_tensor` and `fully_shard` under a fake process group, and a complete Clipper made of it. Layout,
-coordinates, counted or not, and shard sizes are the same as the rule says. tensors: on one rank.
-s, CPU s, MB: the most of any plan: wall clock, process CPU time, peak of tracemalloc (growth of RSS after it).
-The making of meshes and meta tensors is outside of them."""
+counted: for every rank, `Layout.counted_at` at its coordinates, and the sizes of its shards by torch's own
+rule.
+"once": each shard has one counting rank; for each weight, what they hold is as much as the weight has.
+plans: built in full for the first and last rank of the first and last stage, and for some random ranks: the
+stage is sharded by `distribute_tensor` and `fully_shard` under a fake process group, a complete Clipper is
+made of it, and layout, coordinates, counted or not, and shard sizes are what the rule says. tensors: the
+most on one rank.
+s, CPU s, MB: the most of any plan: wall clock, process CPU time, peak of tracemalloc (growth of RSS).
+The making of meshes, wrappers and meta tensors is outside of them."""
 MODEL = """\
 T = sum over the collectives of a step. tree: call + 2 ceil(log2 p) (alpha + n beta), a binomial reduce and
-broadcast; ring: call + 2 (p - 1) (alpha + n beta / p); p ranks, n bytes (Thakur, Rabenseifner, Gropp: Optimization
-of Collective Communication Operations in MPICH, IJHPCA 19(1), 2005). call = {call:g} us and alpha = {alpha:g} us:
-NCCL's own table for trees over a network, protocol LL (baseLat and hwLat in its src/graph/tuning.cc); beta = 1 s /
-{gbs:g} GB: 400 Gb/s a GPU (arXiv:2407.21783, section 3.3). A model, not a measurement: an all-reduce over all ranks is
-as deep a tree as those over the axes one after the other; one collective saves `call` for the others. It wants
-a tree, which NCCL's own table prefers as well where ranks are many and bytes few.
-distclip's and torch's collectives are counted: CommDebugMode on rank 0 under the fake process group, small weights,
-two layers a stage, the same mesh. torch's functions are called for each mesh and joined over pp, as torchtitan does;
-their bytes grow with the number of tensors. DeepSpeed's are read in DeepSpeed 0.19.8 source, for {groups} parameter
-groups, and sub-groups of {sub_group_size:g} elements."""
+broadcast; ring: call + 2 (p - 1) (alpha + n beta / p); p ranks, n bytes (Thakur, Rabenseifner, Gropp:
+Optimization of Collective Communication Operations in MPICH, IJHPCA 19(1), 2005).
+call = {call:g} us, alpha = {alpha:g} us: NCCL's own table for trees over a network, protocol LL (baseLat,
+hwLat in its src/graph/tuning.cc); beta = 1 s / {gbs:g} GB: 400 Gb/s a GPU (arXiv:2407.21783, section 3.3).
+A model, not a measurement. A tree over all ranks is as deep as trees over the axes one after the other: one
+collective saves `call` for each of the others, and pays for the levels of dp_replicate, which torch leaves
+out.
+It wants a tree: a ring over all ranks is far slower than rings over axes.
+distclip's and torch's collectives are counted: CommDebugMode on rank 0 under the fake process group, on the
+same mesh, with small weights and two layers a stage. torch's functions are called for each mesh and joined
+over pp, as torchtitan does; their bytes grow with the number of tensors. DeepSpeed's are read in DeepSpeed
+0.19.8 source, for {groups} parameter groups, and sub-groups of {sub_group_size:g} elements."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class Row:
     def cost_cells(self, network: Network) -> list[list[str]]:
         lines: list[list[str]] = []
         for library, collectives in self.collectives.items():
-            ranks = " + ".join(f"{c.ranks:,}" for c in collectives)
+            alike = Counter(c.ranks for c in collectives)
+            ranks = " + ".join(f"{n} x {p:,}" if n > 1 else f"{p:,}" for p, n in alike.items())
             tree, ring = (sum(map(time_of, collectives)) for time_of in (network.tree, network.ring))
             cells = [str(len(collectives)), ranks, str(sum(c.payload for c in collectives))]
             lines.append([self.case.model.name, self.mesh, library, *cells, f"{tree * 1e6:.0f}", f"{ring * 1e6:,.0f}"])

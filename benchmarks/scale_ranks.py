@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -58,6 +58,17 @@ class Case:
 
     def units(self, stage: int) -> list[Unit]:
         return self.model.stage(stage, self.dense[0])
+
+    def shrunk(self) -> Case:
+        """The same meshes and placements, with small weights and two layers a stage."""
+        model, rows = self.model, max(prod(shape[2:]) for shape in self.shapes.values())
+
+        def small(unit: Unit) -> Unit:
+            return tuple(replace(w, shape=(w.shape[0] if w.expert else rows, 64, 8)[: len(w.shape)]) for w in unit)
+
+        ends = [tuple(small(unit) for unit in layer) for layer in (model.layers[0], model.layers[-1])]
+        layers = (ends[0], ends[1]) * self.dense[0]
+        return replace(self, model=Model(model.name, model.source, small(model.embedding), layers, small(model.head)))
 
     def fsdp_dim(self, weight: Weight) -> int:
         """Experts are cut by their number while it lasts, else within each expert: torchtitan's rule."""
@@ -118,7 +129,7 @@ def _inner(weight: Weight) -> Placement:
 class Measured:
     """What the plans of sampled ranks cost: the most of any rank."""
 
-    ranks: int = 0
+    plans: int = 0
     tensors: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -153,7 +164,7 @@ def build_plans(case: Case, ranks: list[int]) -> tuple[dict[Weight, Layout], Mea
         weights = [weight for unit in case.units(stage) for weight in unit]
         for weight, held in zip(weights, plan.held, strict=True):
             _check(case, rank, weight, held, layouts.setdefault(weight, held.layout))
-        measured.note(ranks=measured.ranks + 1, tensors=len(weights))
+        measured.note(plans=measured.plans + 1, tensors=len(weights))
     return layouts, measured
 
 
