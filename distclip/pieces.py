@@ -100,11 +100,13 @@ class Run:
             yield part.view(1, -1), 0, first // width
 
     def cut_units(self, dim: int | None) -> Sequence[int]:
+        if dim is None:  # the ranks that hold nothing of it must know its norm too, for what policies remember
+            return range(1 if self.boundaries else 0)
         inside = [b for b in self.boundaries if 0 < b < prod(self.shape)]
         if not inside:
             return ()
-        if dim is None or dim:
-            return range(self._column if dim else 1)
+        if dim:
+            return range(self._column)
         return sorted({b // self._row for b in inside if b % self._row})
 
 

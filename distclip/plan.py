@@ -124,7 +124,7 @@ def _after_other_stages(groups: Sequence[Group], team: Team) -> list[Group]:
 def _device(held: Sequence[Held], team: Team | None) -> torch.device:
     types = [team.device_type] if team is not None else [h.param.device.type for h in held]
     found = next((t for t in types if t != "cpu"), "cpu")
-    if found in ("cpu", "meta"):
+    if found in ("cpu", "meta") or not torch.get_device_module(found).is_available():
         return torch.device(found)
     return torch.device(found, torch.get_device_module(found).current_device())
 

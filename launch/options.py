@@ -20,6 +20,13 @@ PolicyT = TypeVar("PolicyT")
 # --policy NAME starts from these settings; the fields of the dataclass become --policy.FIELD. One line adds a policy.
 POLICIES: dict[str, Any] = {
     "clip-norm": distclip.ClipNorm(1.0),
+    "tensor-norm": distclip.ClipTensorNorm(0.1),
+    "block-rms": distclip.ClipBlockRMS(1e-3),
+    "value": distclip.ClipValue(1e-3),
+    "agc": distclip.AGC(0.01),
+    "autoclip": distclip.AutoClip(),
+    "zclip": distclip.ZClip(),
+    "adagc": distclip.AdaGC(),
     "none": distclip.ClipNorm(math.inf),  # measures, never writes a gradient
 }
 

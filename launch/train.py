@@ -189,7 +189,10 @@ def opening(run: Run, done: int) -> str:
 def describe(run: Run) -> str:
     options = run.options
     where = f"{dist.get_world_size()} x {run.device.type}, {options.precision}"
-    settings = ", ".join(f"{name} {value:g}" for name, value in vars(options.policy).items())
+    settings = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
+        for name, value in vars(options.policy).items()
+    )
     return f"{options.model}, {options.layout} on {where}, {options.policy_name} ({settings})"
 
 

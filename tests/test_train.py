@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_model_is_refused(text, whole):
 @pytest.mark.parametrize(
     ("words", "num_ranks", "said"),
     [
-        (["--policy", "nope"], 1, "--policy nope: there are clip-norm, none"),
+        (["--policy", "nope"], 1, "--policy nope: there are clip-norm, tensor-norm"),
         (["--policy.max-norm", "-1"], 1, "max_norm"),
         (["--layuot", "tp"], 1, "Unrecognized options: --layuot, tp"),
         (["--model", "rnn"], 1, "invalid choice 'rnn' for argument '--model'"),

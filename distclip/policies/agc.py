@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from distclip.policies._policy import About, Scope, Stateless, check_finite, check_norm_type
 from distclip.policies.both import Combines
+
+if TYPE_CHECKING:
+    Excluded: TypeAlias = tuple[str | nn.Module, ...]
+else:
+    Excluded = tuple[str, ...]  # what a command line can give, where one is made from the dataclass
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class AGC(Combines):
     clip_factor: float = 0.01
     eps: float = 1e-3
     norm_type: float = 2.0
-    exclude: tuple[str | nn.Module, ...] = ()
+    exclude: Excluded = ()
     unit_dim: int = 0
 
     def __post_init__(self) -> None:
