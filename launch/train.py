@@ -111,8 +111,15 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
     # FSDP1's flat shards are plain tensors: only its own scaler knows that an overflow on one rank is everybody's.
     scaler_type = ShardedGradScaler if options.layout == "fsdp1" else GradScaler
     scaler = scaler_type(device.type, enabled=options.precision == "fp16")
-    clipper = distclip.Clipper(wrapped.model, options.policy)
+    clipper = make_clipper(wrapped.model, options.policy)
     return Run(options, device, corpus, wrapped, optimizer, scaler, clipper)
+
+
+def make_clipper(model: torch.nn.Module, policy: Any) -> distclip.Clipper:
+    try:
+        return distclip.Clipper(model, policy)
+    except ValueError as error:  # an --policy.exclude that matches nothing
+        raise ranks.UserError(str(error)) from None
 
 
 def prepare(options: Options[Any]) -> None:
