@@ -190,8 +190,11 @@ def test_the_smaller_of_two_limits() -> None:
     assert (AGC() & AGC(0.1)).needs_weights
     assert not (ClipNorm(1.0) & ZClip()).needs_weights
     steps = wild(40, seed=3)
-    both = play(AutoClip(60.0) & ZClip(warmup_steps=5), steps)
-    assert torch.equal(both, torch.minimum(play(AutoClip(60.0), steps), play(ZClip(warmup_steps=5), steps)))
+    first, second = AutoClip(80.0), ZClip(0.3, 0.8, 5, math.inf)
+    both, one, other = (play(p, steps) for p in (first & second, first, second))
+    assert (one < other).any()
+    assert (other < one).any()
+    assert torch.equal(both, torch.minimum(one, other))
 
 
 @pytest.mark.parametrize("name", POLICIES)
