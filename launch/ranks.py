@@ -1,5 +1,6 @@
 """One process among the ranks: joining them, agreeing with them, and leaving together with one line."""
 
+import contextlib
 import json
 import os
 import sys
@@ -84,8 +85,9 @@ def leave(error: UserError) -> NoReturn:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # a rank that is ahead may have closed its connections
+            dist.barrier()
+            dist.destroy_process_group()
     elif rank:
         # torchrun stops all ranks when the first one leaves: rank 0 has to be that one, or its line is lost.
         time.sleep(SECONDS_FOR_RANK_0)

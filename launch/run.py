@@ -21,9 +21,11 @@ def run() -> None:
     try:
         main()
     except ChildFailedError as error:
+        # All ranks leave together; one that torchrun ended before it could leave may stand first in the table.
+        if any(failure.exitcode == USER_ERROR for failure in error.failures.values()):
+            sys.exit(USER_ERROR)
+        print(error, file=sys.stderr)
         _, failure = error.get_first_failure()
-        if failure.exitcode != USER_ERROR:
-            print(error, file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
 
 

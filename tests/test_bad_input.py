@@ -99,6 +99,16 @@ def meshes_are_checked() -> None:
     with pytest.raises(LayoutError, match=r"2 of the 4 ranks.*\['axis0'\].*one axis for each use"):
         Clipper([sharded], mesh=DeviceMesh("cpu", [0, 1, 2, 3]))
 
+    for given, message in (
+        (lambda name, param: "tp", r"'#0': `layouts=` returned 'tp'.*Return a `distclip\.Layout"),
+        (lambda name, param: Layout(sharded={"ep"}), r"'#0': it names the axes \['ep'\].*\['dp', 'tp'\]"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            Clipper([param], mesh=two, layouts=given)
+    for wrong in ("tp", ("tp", "tp"), {1}):
+        with pytest.raises(LayoutError, match="names of mesh axes, each once"):
+            Layout(sharded=wrong)
+
 
 def test_meshes_are_checked(four_ranks: Ranks) -> None:
     four_ranks.run(meshes_are_checked)

@@ -67,6 +67,12 @@ def _other_limit() -> distclip.Clipper:
     return distclip.Clipper(Small(), distclip.ClipNorm(1.0 if dist.get_rank() else 2.0))
 
 
+def _other_order() -> distclip.Clipper:
+    model = Small()
+    groups = [{"name": "body", "params": model.layers}, {"name": "head", "params": model.head}]
+    return distclip.Clipper(groups[::-1] if dist.get_rank() == 2 else groups)
+
+
 def _other_mesh() -> distclip.Clipper:
     shape = (2, 2) if dist.get_rank() < 2 else (4, 1)
     return distclip.Clipper(Small(), mesh=_mesh_of(shape), distinct=("a",))
@@ -99,6 +105,7 @@ DISAGREEING: dict[str, tuple[Callable[[], distclip.Clipper], str]] = {
     "a rank lacks a parameter": (_lacking, r"'layers\.4\.bias'.*ranks \[3\]: it is missing.*Build and wrap"),
     "another name": (_renamed, r"'(other|layers\.1\.weight)'.*it is missing"),
     "another max_norm": (_other_limit, r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0"),
+    "another order of groups": (_other_order, r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: "),
     "another mesh": (_other_mesh, r"ranks \[0, 1\]: mesh a=2 x b=2.*; ranks \[2, 3\]: mesh a=4 x b=1"),
     "replicas of a shard differ": (_broken_shard, r"'#0'.*copies.*differ: ranks \[[01], [23]\]|'#0'.*copies"),
     "undeclared experts": (_local_experts, r"'#1'.*copies, but they differ: ranks \[0\].*`layouts=`"),
