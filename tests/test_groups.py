@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
@@ -217,8 +218,26 @@ def stages_of_tensors() -> None:
         torch.testing.assert_close(param.grad.norm().item(), 0.5)
 
 
+def stages_of_shards() -> None:
+    """The norms of sharded tensors travel, in slots of their stage: two tensors on the first, three on the second."""
+    both = mesh((2, 2), ("pp", "fsdp"))
+    stage = both["pp"].get_local_rank()
+    params = []
+    for place in range(2 + stage):
+        param = nn.Parameter(distribute_tensor(torch.zeros(4), both["fsdp"], [Shard(0)], src_data_rank=None))
+        param.grad = torch.full_like(param, 1.0 + 2 * stage + place)
+        params.append(param)
+    clipper = Clipper(params, ClipTensorNorm(0.5))
+    with CommDebugMode() as comms:
+        clipper.clip_()
+    assert comms.get_total_counts() == 1
+    for param in params:
+        torch.testing.assert_close(param.grad.to_local(), torch.full((2,), 0.25))
+
+
 def test_pipeline_stages_have_units_of_their_own() -> None:
     pool(4).run(stages_of_tensors)
+    pool(4).run(stages_of_shards)
 
 
 def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
