@@ -50,24 +50,14 @@ class AdaGC(Combines):
     max_norm: float = 1.0
     beta: float = 0.98
     warmup_steps: int = 100
+    scope = Scope.TENSOR
+    norm_type = 2.0
 
     def __post_init__(self) -> None:
         check_finite("ratio", self.ratio)
         check_not_negative("max_norm", self.max_norm)
         check_between("beta", self.beta, 0, 1)
         check_count("warmup_steps", self.warmup_steps)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.TENSOR
-
-    @property
-    def norm_type(self) -> float:
-        return 2.0
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
 
     def init(self, num_groups: int, device: torch.device) -> AdaGCState:
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from distclip.policies._policy import About, Scope, Stateless, check_finite, check_norm_type
-from distclip.policies.both import Combines
+from distclip.policies.both import Forgets
 
 if TYPE_CHECKING:
     Excluded: TypeAlias = tuple[str | nn.Module, ...]
@@ -18,7 +17,7 @@ else:
 
 
 @dataclass(frozen=True)
-class AGC(Combines):
+class AGC(Forgets):
     """Lets the gradient of each unit be at most `clip_factor` times as long as the unit's weights.
 
         limit_i = clip_factor * max(||W_i||, eps)
@@ -47,6 +46,8 @@ class AGC(Combines):
     norm_type: float = 2.0
     exclude: Excluded = ()
     unit_dim: int = 0
+    scope = Scope.UNIT
+    needs_weights = True
 
     def __post_init__(self) -> None:
         check_finite("clip_factor", self.clip_factor)
@@ -58,17 +59,6 @@ class AGC(Combines):
                 f"cannot clip units with unit_dim={self.unit_dim}: a unit is what one output is computed from, and "
                 f"weights number their outputs on the first or on the last dim. Pass 0 or -1."
             )
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.UNIT
-
-    @property
-    def needs_weights(self) -> bool:
-        return True
-
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
 
     def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         assert about.weights is not None

@@ -44,22 +44,12 @@ class AutoClip(Combines):
 
     percentile: float = 10.0
     history: int = 10_000
+    scope = Scope.MODEL
+    norm_type = 2.0
 
     def __post_init__(self) -> None:
         check_between("percentile", self.percentile, 0, 100)
         check_count("history", self.history)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    @property
-    def norm_type(self) -> float:
-        return 2.0
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
 
     def init(self, num_groups: int, device: torch.device) -> AutoClipState:
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)

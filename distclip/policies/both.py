@@ -8,14 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Policy, Scope
+from distclip.policies._policy import About, Policy, Scope, Stateless
 
 
 class Combines:
     """Gives a policy `a & b`."""
 
+    needs_weights = False
+
     def __and__(self: Policy[Any], other: Policy[Any]) -> Both:
         return Both(self, other)
+
+
+class Forgets(Combines):
+    """A policy without a state."""
+
+    def init(self, num_groups: int, device: torch.device) -> Stateless:
+        return Stateless()
 
 
 class BothState(NamedTuple):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distclip.policies._policy import About, Scope, Stateless, check_norm_type, check_not_negative
-from distclip.policies.both import Combines
+from distclip.policies.both import Forgets
 
 
 @dataclass(frozen=True)
-class ClipNorm(Combines):
+class ClipNorm(Forgets):
     """Scales all gradients by min(1, max_norm / total norm).
 
     The exact quotient, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to the rounding of
@@ -36,21 +36,11 @@ class ClipNorm(Combines):
 
     max_norm: float
     norm_type: float = 2.0
+    scope = Scope.MODEL
 
     def __post_init__(self) -> None:
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
-
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
 
     def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distclip.policies._policy import About, Scope, Stateless, check_norm_type, check_not_negative
-from distclip.policies.both import Combines
+from distclip.policies.both import Forgets
 
 
 @dataclass(frozen=True)
-class ClipTensorNorm(Combines):
+class ClipTensorNorm(Forgets):
     """Scales each gradient by min(1, max_norm / its own norm), as TensorFlow's `clip_by_norm` does.
 
     A zero gradient stays as it is; a NaN or an infinity spoils its own tensor alone. `max_norm=math.inf` only
@@ -27,28 +27,18 @@ class ClipTensorNorm(Combines):
 
     max_norm: float
     norm_type: float = 2.0
+    scope = Scope.TENSOR
 
     def __post_init__(self) -> None:
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.TENSOR
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
-
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
 
     def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state
 
 
 @dataclass(frozen=True)
-class ClipBlockRMS(Combines):
+class ClipBlockRMS(Forgets):
     """Scales each gradient so that the root of its mean square is at most `threshold`.
 
     The limit of a tensor's norm is threshold * sqrt(number of elements), those on other ranks included. A zero or
@@ -61,24 +51,11 @@ class ClipBlockRMS(Combines):
     """
 
     threshold: float
+    scope = Scope.TENSOR
+    norm_type = 2.0
 
     def __post_init__(self) -> None:
         check_not_negative("threshold", self.threshold)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.TENSOR
-
-    @property
-    def norm_type(self) -> float:
-        return 2.0
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
-
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
 
     def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.threshold) else self.threshold * about.sizes.sqrt(), state

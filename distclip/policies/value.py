@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distclip.policies._policy import About, Scope, Stateless, check_not_negative
-from distclip.policies.both import Combines
+from distclip.policies.both import Forgets
 
 
 @dataclass(frozen=True)
-class ClipValue(Combines):
+class ClipValue(Forgets):
     """Clamps every element to [-clip_value, clip_value].
 
     An infinity becomes the bound; NaN stays NaN. The norm that is reported is the largest magnitude (p = inf).
@@ -26,24 +26,11 @@ class ClipValue(Combines):
     """
 
     clip_value: float
+    scope = Scope.ELEMENT
+    norm_type = math.inf
 
     def __post_init__(self) -> None:
         check_not_negative("clip_value", self.clip_value)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.ELEMENT
-
-    @property
-    def norm_type(self) -> float:
-        return math.inf
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
-
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
 
     def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
         return None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value), state

@@ -52,24 +52,14 @@ class ZClip(Combines):
     alpha: float = 0.97
     warmup_steps: int = 25
     max_norm: float = 1.0
+    scope = Scope.MODEL
+    norm_type = 2.0
 
     def __post_init__(self) -> None:
         check_finite("z_thresh", self.z_thresh)
         check_between("alpha", self.alpha, 0, 1)
         check_count("warmup_steps", self.warmup_steps)
         check_not_negative("max_norm", self.max_norm)
-
-    @property
-    def scope(self) -> Scope:
-        return Scope.MODEL
-
-    @property
-    def norm_type(self) -> float:
-        return 2.0
-
-    @property
-    def needs_weights(self) -> bool:
-        return False
 
     def init(self, num_groups: int, device: torch.device) -> ZClipState:
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
