@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import distclip
 from tests import reference
-from tests.tolerances import TOLERANCES
 
 CASES = json.loads((pathlib.Path(__file__).parent / "data" / "peers.json").read_text())["cases"]
 
@@ -90,7 +89,8 @@ def test_two_halves_are_the_whole() -> None:
     distclip.clip_grads_with_norm_(halves, 0.5, total)
     assert torch.equal(norm, total)
     for a, b in zip(once, halves, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, **TOLERANCES[torch.float32])
+        # Between the halves the norm is a float32: its rounding, and then that of the coefficient and the products.
+        torch.testing.assert_close(a.grad, b.grad, rtol=3e-7, atol=0)
     before = [p.grad.clone() for p in halves]
     distclip.clip_grads_with_norm_(halves, math.inf, total)
     assert all(torch.equal(p.grad, b) for p, b in zip(halves, before, strict=True))
