@@ -27,9 +27,10 @@ class Clipper:
     """Clips the gradients of a model, however it is sharded.
 
     Args:
-        parameters: an `nn.Module` (needed for FSDP1; parameters keep their names), or an iterable of parameters.
-            Make the clipper after the model has been wrapped and sharded.
-        policy: how large the gradients may be.
+        parameters: an `nn.Module` (needed for FSDP1; parameters keep their names), an iterable of parameters, or
+            parameter groups `{"params", "policy", "name"}`, whose "params" are either. Make the clipper after the
+            model has been wrapped and sharded.
+        policy: how large the gradients may be; of groups, those that name none.
         mesh: a `DeviceMesh` over all ranks that train together. Found from the parameters' DTensors when omitted.
         distinct: the mesh axes whose ranks hold different parameters.
         layouts: for sharding that tensors do not show: `(name, parameter) -> Layout`, or None to read the tensor.
@@ -43,7 +44,8 @@ class Clipper:
         ValueError, TypeError: something that cannot be clipped.
 
     Collective: at construction, the making of a process group where a mesh of several axes leaves out ranks of
-        the world. All ranks of the mesh must make the clipper, and call it every step.
+        the world, and an all-gather of a few numbers where pipeline stages have norms by tensor or unit. All ranks of
+        the mesh must make the clipper, and call it every step.
     """
 
     def __init__(
