@@ -22,7 +22,7 @@ class Group:
 
     Attributes:
         units: where the policy's scope is smaller than the group.
-        num_slots, first_slot: how many units travel, from all pipeline stages, and where those of this one begin.
+        num_slots, first_slot: how many units travel from all places on the distinct axes, and where this one begins.
     """
 
     name: str
@@ -96,12 +96,12 @@ def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[st
     Raises:
         LayoutError, ValueError: the policy's units cannot be told.
 
-    Collective: where pipeline stages have units of their own, an all-gather of a few numbers over the team.
+    Collective: where a distinct axis gives ranks units of their own, an all-gather of a few numbers over the team.
     """
     device = _device(held, team)
     made = [_group(name, members, policy, held, device) for name, members, policy in groups]
     if team is not None and team.distinct and any(group.units is not None for group in made):
-        made = _after_other_stages(made, team)
+        made = _after_other_places(made, team)
     return Plan(held, team, made, device)
 
 
@@ -112,12 +112,12 @@ def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[Held],
     return Group(name, members, policy, units, units.num_slots)
 
 
-def _after_other_stages(groups: Sequence[Group], team: Team) -> list[Group]:
-    """The stages of a pipeline have different units: each gets slots of its own, in the order of stages."""
-    stage = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
-    stages = dict(gathered((stage, [group.num_slots for group in groups]), team.group).values())
-    before = [sum(slots[i] for s, slots in stages.items() if s < stage) for i in range(len(groups))]
-    total = [sum(slots[i] for slots in stages.values()) for i in range(len(groups))]
+def _after_other_places(groups: Sequence[Group], team: Team) -> list[Group]:
+    """Places on the distinct axes hold different units: each gets slots of its own, in the order of places."""
+    place = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
+    places = dict(gathered((place, [group.num_slots for group in groups]), team.group).values())
+    before = [sum(slots[i] for p, slots in places.items() if p < place) for i in range(len(groups))]
+    total = [sum(slots[i] for slots in places.values()) for i in range(len(groups))]
     return [replace(g, num_slots=n, first_slot=b) for g, n, b in zip(groups, total, before, strict=True)]
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one step: scalars on the device, the same bits on every rank. Reading one waits for it.
+    """The figures of one step: scalars on the device. Reading one waits for it.
+
+    Norms are the same bits on every rank, and so is all else where one limit holds for the whole group. With limits
+    by tensor or by unit, `limit` and `coefficient` are the smallest on this rank, and `clipped` speaks of this rank.
 
     Attributes:
         total_norm: before clipping; float32.

@@ -49,8 +49,8 @@ class Units:
         limited: the policy does not leave the unit out.
         sizes: how many elements the unit has over all ranks; float64.
         cut: the places of the norms that travel, because a boundary between ranks cuts their unit.
-        slots: the place of each of these among all that travel, in this pipeline stage.
-        num_slots: how many units are cut on this rank or on others of its stage.
+        slots: the place of each of these among all that travel from ranks that hold the same parameters.
+        num_slots: how many units are cut on this rank or on others that hold the same parameters.
     """
 
     spans: Sequence[Span]

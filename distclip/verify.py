@@ -104,11 +104,11 @@ def verify(plan: Plan) -> None:
 def _statements(plan: Plan) -> list[list[_Statement]]:
     """What this rank says, by slot: which parameters it holds (slot 0), and the values of those with copies."""
     team = plan.team
-    stage = [f"{axis}={team.coordinate[axis]}" for axis in sorted(team.distinct)] if team is not None else []
+    place = [f"{axis}={team.coordinate[axis]}" for axis in sorted(team.distinct)] if team is not None else []
     slots: list[list[_Statement]] = [[] for _ in range(_SLOTS)]
     for held in plan.held:
         text = f"{held.layout} ({held.param.dtype})"
-        slots[0].append(_Statement(held.name, 0, _digest("stage", *stage), text))
+        slots[0].append(_Statement(held.name, 0, _digest("place", *place), text))
         values = held.weights
         if values.numel() and not values.is_meta:
             slot = 1 + _digest(str(held.layout)) % (_SLOTS - 1)
@@ -192,7 +192,7 @@ def _mesh(plan: Plan) -> str:
     if plan.team is None:
         return "nothing sharded"
     team, ranks = plan.team, numbers(plan.team.ranks)
-    if not team.given:  # the stages of a pipeline may find meshes that differ in other axes
+    if not team.given:  # ranks apart on a distinct axis may find meshes that differ in other axes
         lines = {axis: team.line(axis) for axis in sorted(team.distinct)}
         apart = {axis: (len(line), line[-1] - line[0]) for axis, line in lines.items()}
         return f"{len(ranks)} ranks from {ranks[0]} (digest {_digest(str(sorted(ranks))):x}), distinct axes {apart}"

@@ -208,3 +208,10 @@ print(*sorted(top() - before))
     run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["distclip"]
+
+
+@pytest.mark.parametrize("file", ["plan", "units", "powers", "verify", "measure", "reduce", "apply"])
+def test_only_layout_knows_kinds_of_parallelism(file: str) -> None:
+    text = (PACKAGE / f"{file}.py").read_text().lower()
+    words = ("pipeline", "expert", "fsdp", "ddp", "tensor parallel", "megatron", '"pp"', '"ep"', '"tp"')
+    assert [word for word in words if word in text] == []
