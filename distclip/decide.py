@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip import apply, measure, nonfinite, reduce
+from distclip import apply, kernels, measure, nonfinite, reduce
 from distclip.plan import Group, Plan
 from distclip.policies import About, Scope
 from distclip.report import Report
@@ -114,25 +114,25 @@ def _verdict(joined: reduce.Joined, group: Group, state: Any) -> Verdict:
 
 def write_(decision: Decision) -> None:
     """The one pass that writes; with "zero" on an accelerator there is another."""
-    for group, verdict in zip(decision.plan.groups, decision.verdicts, strict=True):
-        _write_group_(decision, group, verdict)
+    for each in zip(decision.plan.groups, decision.verdicts, decision.local.pieces, strict=True):
+        _write_group_(decision, *each)
     if decision.rule == "zero":
-        apply.zero_([v for v in decision.values if v is not None], ~decision.finite)
+        apply.zero_(kernels.pieces([v for v in decision.values if v is not None]), ~decision.finite)
 
 
-def _write_group_(decision: Decision, group: Group, verdict: Verdict) -> None:
-    values = decision.values[group.members]
-    here = [v for v in values if v is not None]
+def _write_group_(decision: Decision, group: Group, verdict: Verdict, pieces: apply.Pieces | None) -> None:
     if group.policy.scope is Scope.ELEMENT:
+        assert pieces is not None
         if decision.inverse is not None:
-            apply.scale_(here, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
+            apply.scale_(pieces, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
         if verdict.limits is not None:
-            apply.clamp_(here, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
+            apply.clamp_(pieces, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
     elif (factor := decision.factor_of(verdict)) is not None:
-        if group.units is None:
-            apply.scale_(here, factor)
+        if pieces is not None:
+            apply.scale_(pieces, factor)
         else:
-            apply.scale_units_(group.units.views(values), factor)
+            assert group.units is not None
+            apply.scale_units_(group.units.views(decision.values[group.members]), factor)
 
 
 def report_of(decision: Decision) -> Report:
@@ -144,7 +144,8 @@ def report_of(decision: Decision) -> Report:
         {name: _least(verdict.limits, math.inf, decision.norm) for name, verdict in named},
         {name: _least(coefficients, 1.0, decision.norm) for name, coefficients in ruled.items()},
         total_norm=decision.norm.float(),
-        search=partial(nonfinite.offenders, decision.local, plan),
+        # Not all of `local`, whose pieces are the gradients themselves.
+        search=partial(nonfinite.offenders, decision.local.names, decision.local.each, plan),
     )
 
 

@@ -135,6 +135,15 @@ def local_gradient(param: Tensor) -> Tensor | None:
     return _dense(settled)
 
 
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """`local_gradient` of each; a plain one costs no call, for there may be thousands."""
+    plain, dense = Tensor, torch.strided
+    return [
+        grad if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense) else local_gradient(p)
+        for p in params
+    ]
+
+
 def settled(tensor: Tensor) -> Tensor:
     """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
     return _settled(tensor, like=tensor)

@@ -19,9 +19,11 @@ class Local(NamedTuple):
     Attributes:
         numbers: what travels: of every group the columns of its total, then those of its cut units; float64, flat.
         names, each: of every parameter that has a gradient, or unit, a number, float64: the sum of its powers or
-            its norm, not finite where the gradient is not.
+            its norm, not finite where the gradient is not. Nothing where all are finite and telling them apart
+            would cost time.
         units, weights: the columns of every unit on this rank, [num, num_columns], by group; None where the group
             has no units, or its policy does not ask for weights.
+        pieces: the memory of the gradients, by group, as `kernels.pieces` has it; None where the group has units.
     """
 
     numbers: Tensor
@@ -29,17 +31,27 @@ class Local(NamedTuple):
     each: Tensor
     units: list[Tensor | None]
     weights: list[Tensor | None]
+    pieces: list[list[list[Tensor]] | None]
 
 
-def local(values: Sequence[Tensor | None], plan: Plan) -> Local:
-    """Reads every gradient once, and every weight where a policy asks for its norm."""
-    parts = [_group(values[group.members], plan.held[group.members], group, plan.device) for group in plan.groups]
+def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> Local:
+    """Reads every gradient once, and every weight where a policy asks for its norm.
+
+    Args:
+        apart: give the numbers of `names` and `each` in any case.
+    """
+    parts = [
+        _group(values[group.members], plan.held[group.members], group, plan.device, apart) for group in plan.groups
+    ]
+    if len(parts) == 1:
+        return parts[0]
     return Local(
         torch.cat([part.numbers for part in parts]),
         [name for part in parts for name in part.names],
         torch.cat([part.each for part in parts]),
         [units for part in parts for units in part.units],
         [weights for part in parts for weights in part.weights],
+        [pieces for part in parts for pieces in part.pieces],
     )
 
 
@@ -54,18 +66,40 @@ def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device
     return torch.where(maxima.isinf(), maxima, norms)
 
 
-def _group(values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device) -> Local:
+def _group(
+    values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device, apart: bool
+) -> Local:
     if group.units is not None:
         return _units(values, members, group, group.units, device)
-    here = [(h, v) for h, v in zip(members, values, strict=True) if v is not None]
-    here.sort(key=lambda found: not found[0].counted)  # a slice of what is measured needs no index on the device
-    num_counted = sum(h.counted for h, _ in here)
-    each = _each([v for _, v in here], group.norm_type, device)
-    # Copies add zero, unless one is broken: a NaN must be seen whichever rank has it.
-    copies = each[num_counted:]
-    added = torch.cat([each[:num_counted], torch.where(copies.isfinite(), 0.0, copies)])
+    counted, copies = [v for v in values if v is not None], list[Tensor]()
+    if group.copies:
+        counted = [v for h, v in zip(members, values, strict=True) if v is not None and h.counted]
+        copies = [v for h, v in zip(members, values, strict=True) if v is not None and not h.counted]
+    pieces = kernels.pieces(counted), kernels.pieces(copies)
+    # An accelerator's kernels tell tensors apart anyway.
+    if not apart and device.type == "cpu" and (group.norm_type <= powers.PLAIN_UP_TO or math.isinf(group.norm_type)):
+        together = _together(*pieces, group.norm_type, device)
+        if math.isfinite(together.numbers.sum().item()):
+            return together
+    here = [h for h, v in zip(members, values, strict=True) if v is not None]
+    names = [h.name for h in sorted(here, key=lambda h: not h.counted)]
+    each = _each([*counted, *copies], group.norm_type, device)
+    added = torch.cat([each[: len(counted)], _broken(each[len(counted) :])])
     total = powers.joined(powers.columns(added, group.norm_type), group.norm_type)
-    return Local(total, [h.name for h, _ in here], each, [None], [None])
+    return Local(total, names, each, [None], [None], [[*pieces[0], *pieces[1]]])
+
+
+def _together(counted: list[list[Tensor]], copies: list[list[Tensor]], norm_type: float, device: torch.device) -> Local:
+    each = [kernels.power_sum(piece, norm_type).to(device) for piece in counted]
+    each += [_broken(kernels.power_sum(piece, norm_type).to(device)) for piece in copies]
+    added = torch.stack(each) if each else torch.zeros(0, dtype=torch.float64, device=device)
+    total = powers.joined(powers.columns(added, norm_type), norm_type)
+    return Local(total, [], added[:0], [None], [None], [[*counted, *copies]])
+
+
+def _broken(copies: Tensor) -> Tensor:
+    """What copies add: zero, unless one is broken, since a NaN must be seen whichever rank has it."""
+    return torch.where(copies.isfinite(), 0.0, copies)
 
 
 def _units(
@@ -81,7 +115,7 @@ def _units(
         weights = _unit_columns([h.weights for h in members], group.norm_type, units, device)
         travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
     each = powers.root(columns, group.norm_type)
-    return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights])
+    return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
 
 
 def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
