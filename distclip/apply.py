@@ -17,6 +17,11 @@ def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
     return torch.where(norm <= limit, 1.0, limit / norm)
 
 
+def is_one(factor: Tensor) -> bool:
+    """Whether nothing need be written; only known of a number that is on the CPU."""
+    return factor.is_cpu and factor.item() == 1
+
+
 def scale_(pieces: Pieces, factor: Tensor) -> None:
     """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
     for piece in pieces:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distclip import kernels, powers
 from distclip.plan import Group, Held, Plan, Units
+from distclip.units import View
 
 
 class Local(NamedTuple):
@@ -23,7 +24,7 @@ class Local(NamedTuple):
             would cost time.
         units, weights: the columns of every unit on this rank, [num, num_columns], by group; None where the group
             has no units, or its policy does not ask for weights.
-        pieces: the memory of the gradients, by group, as `kernels.pieces` has it; None where the group has units.
+        pieces: the memory of the gradients, by group, as `kernels.pieces` has it; None where it was not looked for.
     """
 
     numbers: Tensor
@@ -43,6 +44,15 @@ def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> L
     parts = [
         _group(values[group.members], plan.held[group.members], group, plan.device, apart) for group in plan.groups
     ]
+    return _joined(parts)
+
+
+def of_stores(stores: Sequence[Store], plan: Plan) -> Local:
+    """As `local`, from what was stored."""
+    return _joined([store.local(plan.held[group.members]) for store, group in zip(stores, plan.groups, strict=True)])
+
+
+def _joined(parts: Sequence[Local]) -> Local:
     if len(parts) == 1:
         return parts[0]
     return Local(
@@ -53,6 +63,38 @@ def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> L
         [weights for part in parts for weights in part.weights],
         [pieces for part in parts for pieces in part.pieces],
     )
+
+
+class Store:
+    """The numbers of one group's gradients, written one gradient at a time.
+
+    Attributes:
+        each: of every parameter, as `Local.each` has it; or the columns of every unit, [num, num_columns].
+    """
+
+    def __init__(self, group: Group, members: Sequence[Held], device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._names = [h.name for h in members]
+        self._counted = torch.tensor([h.counted for h in members], dtype=torch.bool, device=device)
+        shape = (len(members),) if group.units is None else (group.units.num, powers.num_columns(group.norm_type))
+        self.each = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def put(self, place: int, values: Tensor | None) -> None:
+        """Measures the gradient of the group's parameter at `place`; None is a gradient of zeros."""
+        p, units = self._group.norm_type, self._group.units
+        if units is None:
+            self.each[place] = 0.0 if values is None else _each([values], p, self._device)[0]
+            return
+        for span in units.spans_of[place]:
+            views = [] if values is None else [(v, dim, base - span.base) for v, dim, base in span.views(values)]
+            self.each[span.base : span.base + span.count] = _unit_columns(views, p, span.count, self._device)
+
+    def local(self, members: Sequence[Held]) -> Local:
+        if self._group.units is not None:
+            return _of_units(self.each.clone(), members, self._group, self._group.units)
+        added = torch.where(self._counted, self.each, _broken(self.each)) if self._group.copies else self.each
+        total = powers.joined(powers.columns(added, self._group.norm_type), self._group.norm_type)
+        return Local(total, self._names, self.each.clone(), [None], [None], [None])
 
 
 def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -70,7 +112,8 @@ def _group(
     values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device, apart: bool
 ) -> Local:
     if group.units is not None:
-        return _units(values, members, group, group.units, device)
+        columns = _unit_columns(group.units.views(values), group.norm_type, group.units.num, device)
+        return _of_units(columns, members, group, group.units)
     counted, copies = [v for v in values if v is not None], list[Tensor]()
     if group.copies:
         counted = [v for h, v in zip(members, values, strict=True) if v is not None and h.counted]
@@ -102,17 +145,14 @@ def _broken(copies: Tensor) -> Tensor:
     return torch.where(copies.isfinite(), 0.0, copies)
 
 
-def _units(
-    values: Sequence[Tensor | None], members: Sequence[Held], group: Group, units: Units, device: torch.device
-) -> Local:
-    columns = _unit_columns(values, group.norm_type, units, device)
+def _of_units(columns: Tensor, members: Sequence[Held], group: Group, units: Units) -> Local:
     counted = units.counted.unsqueeze(1)
     added = columns
     if not math.isinf(group.norm_type):  # a maximum does not mind copies
         added = torch.where(counted | ~columns.isfinite(), columns, 0.0)
     travel, weights = [powers.joined(added, group.norm_type), _cut(added, group, units)], None
     if group.policy.needs_weights:
-        weights = _unit_columns([h.weights for h in members], group.norm_type, units, device)
+        weights = _unit_columns(units.views([h.weights for h in members]), group.norm_type, units.num, columns.device)
         travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
     each = powers.root(columns, group.norm_type)
     return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
@@ -124,10 +164,10 @@ def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
     return travelling
 
 
-def _unit_columns(values: Sequence[Tensor | None], norm_type: float, units: Units, device: torch.device) -> Tensor:
-    columns = torch.zeros(units.num, powers.num_columns(norm_type), dtype=torch.float64, device=device)
+def _unit_columns(views: Iterable[View], norm_type: float, num: int, device: torch.device) -> Tensor:
+    columns = torch.zeros(num, powers.num_columns(norm_type), dtype=torch.float64, device=device)
     whole: list[tuple[Tensor, int]] = []
-    for part, dim, base in units.views(values):
+    for part, dim, base in views:
         if dim is None:
             whole.append((part, base))
             continue
