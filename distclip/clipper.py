@@ -202,6 +202,9 @@ class Clipper:
         if all(v is None for v in values):
             for module in self._modules:
                 self._check_fresh(module)
+        for group in self.plan.groups:
+            if group.policy.scope is Scope.UNIT:
+                inputs.check_dense([(h.name, h.param) for h in self.plan.held[group.members]])
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """When, during backward, a gradient is what the optimizer will see: summed up and reduced over ranks."""
 
-from __future__ import annotations
+# No deferred annotations here: DDP reads those of its hook.
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -48,6 +48,7 @@ def _accumulated(listener: Listener) -> Callable[[Tensor], None]:
 
 
 def _listen_to_buckets(listener: Listener, module: DistributedDataParallel) -> None:
+    from torch._C._distributed_c10d import GradBucket
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     arrived: list[Tensor] = []
@@ -57,7 +58,7 @@ def _listen_to_buckets(listener: Listener, module: DistributedDataParallel) -> N
             listener.written(param)
         arrived.clear()
 
-    def hook(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if bucket.index() == 0:
             arrived.clear()  # of a backward that raised
             # DDP queues the callback that writes .grad after this one, which therefore joins the queue once more.

@@ -21,8 +21,8 @@ from distclip.kernels.runs import flat
 _foreach_mul_: Any = vars(torch)["_foreach_mul_"]
 _flatten: Any = torch.ops.aten.flatten_dense_tensors
 
-# Elements of a row. The squares of 16-bit numbers leave float32 room for longer sums.
-_ROW = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
+# Elements of a row. The squares of bf16 have 16 bits and leave float32 room to add up many without rounding.
+_ROW = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
 _CHUNK = 1 << 20  # elements of 16 bits upcast at a time: 4 MiB of float32 stay in the cache that cores share
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = (
