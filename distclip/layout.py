@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
@@ -119,6 +119,21 @@ def read_layouts(
     if team is None or _sharded_anywhere(held, team):
         return held, team
     return [replace(h, counted=True) for h in held], None
+
+
+def placements(params: Sequence[Tensor]) -> Hashable | None:
+    """What tensors show of their layout, devices and dtypes, all told: equal for equal ones.
+
+    None where they do not show it: those of FSDP1, or of a class of their own.
+    """
+    kinds = set(map(type, params))
+    if not kinds <= {Tensor, nn.Parameter, DTensor} or any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return None
+    facts = frozenset((p.dtype, p.device) for p in params)
+    specs = (
+        [(p.placements, p.device_mesh) if isinstance(p, DTensor) else None for p in params] if DTensor in kinds else []
+    )
+    return len(params), facts, tuple(specs)
 
 
 def local_gradient(param: Tensor) -> Tensor | None:
