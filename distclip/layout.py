@@ -121,6 +121,19 @@ def read_layouts(
     return [replace(h, counted=True) for h in held], None
 
 
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Equal only to what holds the same object, which stays alive: two meshes that compare equal may have two roots."""
+
+    held: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
 def placements(params: Sequence[Tensor]) -> Hashable | None:
     """What tensors show of their layout, devices and dtypes, all told: equal for equal ones.
 
@@ -130,10 +143,11 @@ def placements(params: Sequence[Tensor]) -> Hashable | None:
     if not kinds <= {Tensor, nn.Parameter, DTensor} or any(getattr(p, "_fsdp_flattened", False) for p in params):
         return None
     facts = frozenset((p.dtype, p.device) for p in params)
-    specs = (
-        [(p.placements, p.device_mesh) if isinstance(p, DTensor) else None for p in params] if DTensor in kinds else []
-    )
-    return len(params), facts, tuple(specs)
+    if DTensor not in kinds:
+        return len(params), facts
+    specs = [(p.placements, id(p.device_mesh)) if isinstance(p, DTensor) else None for p in params]
+    meshes = {id(p.device_mesh): p.device_mesh for p in params if isinstance(p, DTensor)}
+    return tuple(specs), facts, tuple(map(Same, meshes.values()))
 
 
 def local_gradient(param: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import apply, inputs, kernels, measure, nonfinite, state
 from distclip.decide import decide, norms, write_
 from distclip.inputs import Parameters, named_tensors
-from distclip.layout import local_gradient, local_gradients, local_values, placements, read_layouts
+from distclip.layout import Same, local_gradient, local_gradients, local_values, placements, read_layouts
 from distclip.plan import Plan, make_plan
 from distclip.policies import About, Policy, Stateless, check_not_negative
 
@@ -103,7 +103,7 @@ def _params_and_plan(
         plan = _plan(parameters, policy, mesh, distinct)
         return [h.param for h in plan.held], plan
     world = id(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
-    key = (kinds, policy, mesh, distinct, world)
+    key = (kinds, policy, Same(mesh), distinct, world)
     if (plan := _kept.get(key)) is None:
         plan = _plan(parameters, policy, mesh, distinct)
         nobody = torch.empty(0, device="meta")  # a kept plan must not keep parameters alive
