@@ -1,0 +1,32 @@
+"""For any device: torch's own multi-tensor kernels where their numbers are right, else the loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distclip.kernels import loops
+
+
+def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+    """As `loops.power_sums`. The norms are float64, in which neither 1e-30 nor 1e30 has a square out of range."""
+    full = [t for t in tensors if t.numel()]
+    if not full or scales is not None or norm_type not in (1, 2, math.inf):
+        return loops.power_sums(tensors, norm_type, scales)
+    norms = iter(torch._foreach_norm(full, norm_type, dtype=torch.float64))
+    zero = torch.zeros((), dtype=torch.float64, device=full[0].device)
+    found = torch.stack([next(norms) if t.numel() else zero for t in tensors])
+    return found if math.isinf(norm_type) else found**norm_type
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """As `loops.scale_`, without a look at the coefficient."""
+    for dtype in {t.dtype for t in tensors}:
+        alike = [t for t in tensors if t.dtype == dtype]
+        if dtype in (torch.float32, torch.float64):
+            torch._foreach_mul_(alike, coefficient.to(dtype))
+        else:  # they would round the coefficient to 16 bits before they multiply
+            loops.scale_(alike, coefficient)

@@ -1,0 +1,69 @@
+"""For CUDA: every list of tensors in one launch, found by a table on the device; nothing waits for the host.
+
+The numbers are those of `loops.py`. Sums are deterministic: every program writes a partial sum of its own, and a
+second launch adds them up in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distclip.kernels import foreach, loops, tables
+from distclip.kernels import triton_device as device_code
+
+# What `@triton.jit` makes has no types.
+_partial_sums, _finish, _rewrite = (
+    cast(Any, kernel) for kernel in (device_code.partial_sums, device_code.finish, device_code.rewrite)
+)
+
+
+def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+    """As `loops.power_sums`, in two launches."""
+    if not tensors:
+        return loops.power_sums(tensors, norm_type, scales)
+    table = tables.table(tensors)
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
+    partials = sums.new_empty(len(table.owners))
+    with torch.cuda.device_of(sums):
+        if len(partials):
+            _partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type))
+        _finish[(len(sums),)](table.rows, partials, sums, float(norm_type))
+    for i in _others(tensors):
+        sums[i] = foreach.power_sums([tensors[i]], norm_type, None if scales is None else scales[i : i + 1])[0]
+    return sums
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """As `loops.scale_`, in one launch, which writes nothing where the coefficient is 1."""
+    _launch(tensors, coefficient, device_code.SCALE)
+    if others := _others(tensors):
+        foreach.scale_([tensors[i] for i in others], coefficient)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
+    """As `loops.clamp_`, in one launch, which writes nothing but elements beyond the bound."""
+    _launch(tensors, bound, device_code.CLAMP)
+    loops.clamp_([tensors[i] for i in _others(tensors)], bound)
+
+
+def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
+    """As `loops.zero_`, in one launch, which writes nothing unless `where` is true."""
+    _launch(tensors, where, device_code.ZERO)
+    loops.zero_([tensors[i] for i in _others(tensors)], where)
+
+
+def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> None:
+    if not tensors:
+        return
+    table = tables.table(tensors)
+    if len(table.owners):
+        with torch.cuda.device_of(number):
+            _rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
+
+
+def _others(tensors: Sequence[Tensor]) -> list[int]:
+    return [i for i, tensor in enumerate(tensors) if not tables.fits(tensor)]

@@ -1,0 +1,205 @@
+"""The Triton kernels: what runs on the device. `triton.py` launches them, one program a chunk of `tables.Table`."""
+
+# Triton's language has no types to check: its values exist on the device alone.
+# pyright: basic
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from distclip.kernels import tables
+
+INF = tl.constexpr(float("inf"))
+SCALE, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+_CHUNK = tl.constexpr(tables.CHUNK)
+_BLOCK = tl.constexpr(4096)  # elements at a time: 32 a thread, enough loads in flight to hide memory's latency
+_COLUMNS = tl.constexpr(tables.COLUMNS)
+_FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as in tables.DTYPES
+# Between these, what float32 loses of the squares in one chunk is less than 2**-50 of their sum.
+_LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
+
+
+@triton.jit
+def partial_sums(rows, owners, scales, partials, P: tl.constexpr):
+    """partials[chunk] = sum((|x| / scale)**P), or max(|x| / scale) for P = inf, in float64."""
+    chunk = tl.program_id(0)
+    owner = tl.load(owners + chunk)
+    scale = 1.0
+    if scales is not None:
+        scale = tl.load(scales + owner)
+        scale = tl.where(scale == 0, 1.0, scale)
+    SCALED: tl.constexpr = scales is not None
+    # 16-bit numbers have exact squares in float32, eight of which are added before float64 takes over.
+    SHORT: tl.constexpr = tl.float64 if SCALED or (P != 1 and P != 2 and P != INF) else tl.float32
+    WIDE: tl.constexpr = SHORT if P == INF else tl.float64
+    row = rows + owner * _COLUMNS
+    code = tl.load(row + 3)
+    if code == _FLOAT32:
+        total = _chunk_sum(row, chunk, scale, tl.float32, WIDE, P, SCALED)
+    elif code == _FLOAT16:
+        total = _chunk_sum(row, chunk, scale, tl.float16, SHORT, P, SCALED)
+    elif code == _BFLOAT16:
+        total = _chunk_sum(row, chunk, scale, tl.uint16, SHORT, P, SCALED)
+        if SHORT != WIDE:
+            if ~((total >= _LOWEST) & (total <= _HIGHEST)):
+                total = _chunk_sum(row, chunk, scale, tl.uint16, WIDE, P, SCALED)
+    else:
+        total = _chunk_sum(row, chunk, scale, tl.float64, tl.float64, P, SCALED)
+    tl.store(partials + chunk, total)
+
+
+@triton.jit
+def finish(rows, partials, sums, P: tl.constexpr):
+    """sums[tensor] from the partials of its chunks, always added in one order."""
+    row = rows + tl.program_id(0) * _COLUMNS
+    first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
+    total = _zeros(tl.float64, P)
+    while first < last:
+        offsets = first + tl.arange(0, _BLOCK)
+        total = _add_part(total, tl.load(partials + offsets, mask=offsets < last, other=0.0), P)
+        first += _BLOCK
+    tl.store(sums + tl.program_id(0), _joined(total, P))
+
+
+@triton.jit
+def rewrite(rows, owners, number, HOW: tl.constexpr):
+    """SCALE: multiplies by `number`, unless it is 1. CLAMP: to [-number, number]. ZERO: if `number` is true."""
+    given = tl.load(number)
+    if HOW == SCALE:
+        if given == 1:
+            return
+    if HOW == ZERO:
+        if given == 0:
+            return
+    chunk = tl.program_id(0)
+    row = rows + tl.load(owners + chunk) * _COLUMNS
+    code = tl.load(row + 3)
+    if code == _FLOAT32:
+        _rewrite_chunk(row, chunk, given, tl.float32, HOW)
+    elif code == _FLOAT16:
+        _rewrite_chunk(row, chunk, given, tl.float16, HOW)
+    elif code == _BFLOAT16:
+        _rewrite_chunk(row, chunk, given, tl.uint16, HOW)
+    else:
+        _rewrite_chunk(row, chunk, given, tl.float64, HOW)
+
+
+@triton.jit
+def _place(row, chunk, STORED: tl.constexpr):
+    """The tensor's pointer, rounded down to 16 bytes; this chunk's start; the tensor's first and last index."""
+    base = tl.multiple_of(tl.load(row).to(tl.pointer_type(STORED)), 16)
+    return base, (chunk - tl.load(row + 4)) * _CHUNK, tl.load(row + 1), tl.load(row + 2)
+
+
+@triton.jit
+def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, ADDED: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
+    base, start, head, end = _place(row, chunk, STORED)
+    total = _zeros(ADDED, P)
+    if (start >= head) & (start + _CHUNK <= end):  # without a mask the loads are 16 bytes wide
+        for step in range(0, _CHUNK, _BLOCK):
+            values = tl.load(base + (start + step + tl.arange(0, _BLOCK)))
+            total = _add(total, _wide(values).to(ADDED), scale, P, SCALED)
+    else:
+        stop = tl.minimum(start + _CHUNK, end)
+        while start < stop:
+            offsets = start + tl.arange(0, _BLOCK)
+            values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
+            total = _add(total, _wide(values).to(ADDED), scale, P, SCALED)
+            start += _BLOCK
+    return _joined(total, P)
+
+
+@triton.jit
+def _zeros(ADDED: tl.constexpr, P: tl.constexpr):
+    if P != INF:
+        return tl.zeros([_BLOCK], ADDED)
+    return tl.zeros([_BLOCK], tl.int64 if ADDED == tl.float64 else tl.int32)
+
+
+@triton.jit
+def _add(total, x, scale, P: tl.constexpr, SCALED: tl.constexpr):
+    if SCALED:
+        x = x / scale
+    if P == 2:
+        return total + x * x
+    if P == 1:
+        return total + tl.abs(x)
+    if P == INF:
+        return tl.maximum(total, _magnitude(x))
+    return total + tl.exp2(P * tl.log2(tl.abs(x)))
+
+
+@triton.jit
+def _add_part(total, part, P: tl.constexpr):
+    if P == INF:
+        return tl.maximum(total, _magnitude(part))
+    return total + part
+
+
+@triton.jit
+def _magnitude(x):
+    """|x| as an integer that orders as the floats do, NaN above infinity: a maximum of floats may drop a NaN."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _joined(total, P: tl.constexpr):
+    if P != INF:
+        return tl.sum(total.to(tl.float64))
+    largest = tl.max(total)
+    if total.dtype == tl.int64:
+        return largest.to(tl.float64, bitcast=True)
+    return largest.to(tl.float32, bitcast=True).to(tl.float64)
+
+
+@triton.jit
+def _rewrite_chunk(row, chunk, given, STORED: tl.constexpr, HOW: tl.constexpr):
+    base, start, head, end = _place(row, chunk, STORED)
+    number = given.to(tl.float64 if STORED == tl.float64 else tl.float32)
+    if (start >= head) & (start + _CHUNK <= end):
+        for step in range(0, _CHUNK, _BLOCK):
+            pointers = base + (start + step + tl.arange(0, _BLOCK))
+            _rewrite_block(pointers, None, number, STORED, HOW)
+    else:
+        stop = tl.minimum(start + _CHUNK, end)
+        while start < stop:
+            offsets = start + tl.arange(0, _BLOCK)
+            _rewrite_block(base + offsets, (offsets >= head) & (offsets < end), number, STORED, HOW)
+            start += _BLOCK
+
+
+@triton.jit
+def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, HOW: tl.constexpr):
+    if HOW == ZERO:
+        tl.store(pointers, tl.zeros([_BLOCK], STORED), mask=mask)
+    else:
+        x = _wide(tl.load(pointers, mask=mask))
+        if HOW == SCALE:
+            tl.store(pointers, _narrow(x * number, STORED), mask=mask)
+        else:
+            high = _wide(_narrow(number, STORED))
+            outside = (x > high) | (x < -high)  # not where NaN; elements inside are not written
+            clamped = _narrow(tl.where(x > high, high, -high), STORED)
+            tl.store(pointers, clamped, mask=outside if mask is None else outside & mask)
+
+
+@triton.jit
+def _wide(stored):
+    """bfloat16 goes by its bits: so it needs no hardware for it, and the interpreter rounds it right."""
+    if stored.dtype == tl.uint16:
+        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if stored.dtype == tl.float16:
+        return stored.to(tl.float32)
+    return stored
+
+
+@triton.jit
+def _narrow(x, STORED: tl.constexpr):
+    if STORED == tl.uint16:  # to the nearest, ties to even
+        bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+    return x.to(STORED)
