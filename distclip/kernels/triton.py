@@ -6,6 +6,7 @@ second launch adds them up in one order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
     with torch.cuda.device_of(sums):
         if len(partials):
             _partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type))
-        _finish[(len(sums),)](table.rows, partials, sums, float(norm_type))
+        _finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
     for i in _others(tensors):
         sums[i] = foreach.power_sums([tensors[i]], norm_type, None if scales is None else scales[i : i + 1])[0]
     return sums

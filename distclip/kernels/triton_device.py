@@ -13,10 +13,11 @@ from distclip.kernels import tables
 INF = tl.constexpr(float("inf"))
 SCALE, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-_CHUNK = tl.constexpr(tables.CHUNK)
-_BLOCK = tl.constexpr(4096)  # elements at a time: 32 a thread, enough loads in flight to hide memory's latency
-_COLUMNS = tl.constexpr(tables.COLUMNS)
+_COLUMNS, _CHUNK = tl.constexpr(tables.COLUMNS), tl.constexpr(tables.CHUNK)
 _FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as in tables.DTYPES
+# Elements read at a time. A sum takes several such blocks before it adds them up, and so has many loads under way;
+# a rewrite cannot, since no load may pass a store.
+_READ, _READS, _REWRITTEN, _FINISHED = tl.constexpr(1024), tl.constexpr(8), tl.constexpr(2048), tl.constexpr(4096)
 # Between these, what float32 loses of the squares in one chunk is less than 2**-50 of their sum.
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
@@ -31,7 +32,7 @@ def partial_sums(rows, owners, scales, partials, P: tl.constexpr):
         scale = tl.load(scales + owner)
         scale = tl.where(scale == 0, 1.0, scale)
     SCALED: tl.constexpr = scales is not None
-    # 16-bit numbers have exact squares in float32, eight of which are added before float64 takes over.
+    # 16-bit numbers have exact squares in float32, and _READS of these are added before float64 takes over.
     SHORT: tl.constexpr = tl.float64 if SCALED or (P != 1 and P != 2 and P != INF) else tl.float32
     WIDE: tl.constexpr = SHORT if P == INF else tl.float64
     row = rows + owner * _COLUMNS
@@ -52,14 +53,14 @@ def partial_sums(rows, owners, scales, partials, P: tl.constexpr):
 
 @triton.jit
 def finish(rows, partials, sums, P: tl.constexpr):
-    """sums[tensor] from the partials of its chunks, always added in one order."""
+    """sums[tensor] from the partials of its chunks, always in one order: their sum (P = 1) or maximum (inf)."""
     row = rows + tl.program_id(0) * _COLUMNS
     first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
-    total = _zeros(tl.float64, P)
+    total = _zeros(_FINISHED, tl.float64, P)
     while first < last:
-        offsets = first + tl.arange(0, _BLOCK)
-        total = _add_part(total, tl.load(partials + offsets, mask=offsets < last, other=0.0), P)
-        first += _BLOCK
+        offsets = first + tl.arange(0, _FINISHED)
+        total = _plus(total, _power(tl.load(partials + offsets, mask=offsets < last, other=0.0), P), P)
+        first += _FINISHED
     tl.store(sums + tl.program_id(0), _joined(total, P))
 
 
@@ -88,94 +89,106 @@ def rewrite(rows, owners, number, HOW: tl.constexpr):
 
 @triton.jit
 def _place(row, chunk, STORED: tl.constexpr):
-    """The tensor's pointer, rounded down to 16 bytes; this chunk's start; the tensor's first and last index."""
+    """The tensor's pointer, rounded down to 16 bytes; this chunk's start and end; the tensor's first and last index."""
     base = tl.multiple_of(tl.load(row).to(tl.pointer_type(STORED)), 16)
-    return base, (chunk - tl.load(row + 4)) * _CHUNK, tl.load(row + 1), tl.load(row + 2)
+    start = (chunk - tl.load(row + 4)) * _CHUNK
+    return base, start, start + _CHUNK, tl.load(row + 1), tl.load(row + 2)
 
 
 @triton.jit
 def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, ADDED: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
-    base, start, head, end = _place(row, chunk, STORED)
-    total = _zeros(ADDED, P)
-    if (start >= head) & (start + _CHUNK <= end):  # without a mask the loads are 16 bytes wide
-        for step in range(0, _CHUNK, _BLOCK):
-            values = tl.load(base + (start + step + tl.arange(0, _BLOCK)))
-            total = _add(total, _wide(values).to(ADDED), scale, P, SCALED)
+    base, start, stop, head, end = _place(row, chunk, STORED)
+    total = _zeros(_READ, ADDED, P)
+    if (start >= head) & (stop <= end):  # without a mask the loads are 16 bytes wide
+        for at in range(0, _CHUNK, _READS * _READ):
+            pointers = base + (start + at + tl.arange(0, _READ))
+            short = _power(_scaled(tl.load(pointers), scale, ADDED, SCALED), P)
+            for i in tl.static_range(1, _READS):
+                x = _scaled(tl.load(pointers + i * _READ), scale, ADDED, SCALED)
+                short = _plus(short, _power(x, P), P)
+            total = _plus(total, short.to(total.dtype), P)
     else:
-        stop = tl.minimum(start + _CHUNK, end)
+        stop = tl.minimum(stop, end)
         while start < stop:
-            offsets = start + tl.arange(0, _BLOCK)
-            values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
-            total = _add(total, _wide(values).to(ADDED), scale, P, SCALED)
-            start += _BLOCK
+            offsets = start + tl.arange(0, _READ)
+            x = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
+            total = _plus(total, _power(_scaled(x, scale, ADDED, SCALED), P).to(total.dtype), P)
+            start += _READ
     return _joined(total, P)
 
 
+# An untaken branch is compiled unless it is an `else`: hence those after a return.
 @triton.jit
-def _zeros(ADDED: tl.constexpr, P: tl.constexpr):
+def _zeros(BLOCK: tl.constexpr, ADDED: tl.constexpr, P: tl.constexpr):
     if P != INF:
-        return tl.zeros([_BLOCK], ADDED)
-    return tl.zeros([_BLOCK], tl.int64 if ADDED == tl.float64 else tl.int32)
+        return tl.zeros([BLOCK], tl.float64)
+    else:
+        return tl.zeros([BLOCK], tl.int64 if ADDED == tl.float64 else tl.int32)
 
 
 @triton.jit
-def _add(total, x, scale, P: tl.constexpr, SCALED: tl.constexpr):
+def _scaled(stored, scale, ADDED: tl.constexpr, SCALED: tl.constexpr):
+    x = _wide(stored).to(ADDED)
     if SCALED:
         x = x / scale
+    return x
+
+
+@triton.jit
+def _power(x, P: tl.constexpr):
+    """|x|**P. For P = inf |x| as an integer, which orders as the floats do, with NaN above infinity.
+
+    A maximum of floats drops NaN on the device, and keeps it in the interpreter.
+    """
     if P == 2:
-        return total + x * x
-    if P == 1:
-        return total + tl.abs(x)
-    if P == INF:
-        return tl.maximum(total, _magnitude(x))
-    return total + tl.exp2(P * tl.log2(tl.abs(x)))
-
-
-@triton.jit
-def _add_part(total, part, P: tl.constexpr):
-    if P == INF:
-        return tl.maximum(total, _magnitude(part))
-    return total + part
-
-
-@triton.jit
-def _magnitude(x):
-    """|x| as an integer that orders as the floats do, NaN above infinity: a maximum of floats may drop a NaN."""
-    if x.dtype == tl.float64:
+        return x * x
+    elif P == 1:
+        return tl.abs(x)
+    elif P != INF:
+        return tl.exp2(P * tl.log2(tl.abs(x)))
+    elif x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _plus(total, more, P: tl.constexpr):
+    if P == INF:
+        return tl.maximum(total, more)
+    else:
+        return total + more
 
 
 @triton.jit
 def _joined(total, P: tl.constexpr):
     if P != INF:
-        return tl.sum(total.to(tl.float64))
-    largest = tl.max(total)
-    if total.dtype == tl.int64:
-        return largest.to(tl.float64, bitcast=True)
-    return largest.to(tl.float32, bitcast=True).to(tl.float64)
+        return tl.sum(total)
+    elif total.dtype == tl.int64:
+        return tl.max(total).to(tl.float64, bitcast=True)
+    else:
+        return tl.max(total).to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
 def _rewrite_chunk(row, chunk, given, STORED: tl.constexpr, HOW: tl.constexpr):
-    base, start, head, end = _place(row, chunk, STORED)
+    base, start, stop, head, end = _place(row, chunk, STORED)
     number = given.to(tl.float64 if STORED == tl.float64 else tl.float32)
-    if (start >= head) & (start + _CHUNK <= end):
-        for step in range(0, _CHUNK, _BLOCK):
-            pointers = base + (start + step + tl.arange(0, _BLOCK))
-            _rewrite_block(pointers, None, number, STORED, HOW)
+    if (start >= head) & (stop <= end):
+        for at in range(0, _CHUNK, _REWRITTEN):
+            _rewrite_block(base + (start + at + tl.arange(0, _REWRITTEN)), None, number, STORED, HOW)
     else:
-        stop = tl.minimum(start + _CHUNK, end)
+        stop = tl.minimum(stop, end)
         while start < stop:
-            offsets = start + tl.arange(0, _BLOCK)
+            offsets = start + tl.arange(0, _REWRITTEN)
             _rewrite_block(base + offsets, (offsets >= head) & (offsets < end), number, STORED, HOW)
-            start += _BLOCK
+            start += _REWRITTEN
 
 
 @triton.jit
 def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, HOW: tl.constexpr):
     if HOW == ZERO:
-        tl.store(pointers, tl.zeros([_BLOCK], STORED), mask=mask)
+        tl.store(pointers, tl.zeros([_REWRITTEN], STORED), mask=mask)
     else:
         x = _wide(tl.load(pointers, mask=mask))
         if HOW == SCALE:
@@ -192,9 +205,10 @@ def _wide(stored):
     """bfloat16 goes by its bits: so it needs no hardware for it, and the interpreter rounds it right."""
     if stored.dtype == tl.uint16:
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    if stored.dtype == tl.float16:
+    elif stored.dtype == tl.float16:
         return stored.to(tl.float32)
-    return stored
+    else:
+        return stored
 
 
 @triton.jit
@@ -202,4 +216,5 @@ def _narrow(x, STORED: tl.constexpr):
     if STORED == tl.uint16:  # to the nearest, ties to even
         bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-    return x.to(STORED)
+    else:
+        return x.to(STORED)
