@@ -13,13 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import foreach, loops, tables
-from distclip.kernels import triton_device as device_code
+from distclip.kernels import foreach, loops, tables, triton_device
 
-# What `@triton.jit` makes has no types.
-_partial_sums, _finish, _rewrite = (
-    cast(Any, kernel) for kernel in (device_code.partial_sums, device_code.finish, device_code.rewrite)
-)
+_device = cast(Any, triton_device)  # what `@triton.jit` makes has no types
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
@@ -29,10 +25,11 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
     table = tables.table(tensors)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
     partials = sums.new_empty(len(table.owners))
+    quick = scales is None and norm_type in (1, 2, math.inf)
     with torch.cuda.device_of(sums):
         if len(partials):
-            _partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type))
-        _finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
+            _device.partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type), quick)
+        _device.finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
     for i in _others(tensors):
         sums[i] = foreach.power_sums([tensors[i]], norm_type, None if scales is None else scales[i : i + 1])[0]
     return sums
@@ -40,20 +37,20 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """As `loops.scale_`, in one launch, which writes nothing where the coefficient is 1."""
-    _launch(tensors, coefficient, device_code.SCALE)
+    _launch(tensors, coefficient, _device.SCALE)
     if others := _others(tensors):
         foreach.scale_([tensors[i] for i in others], coefficient)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
     """As `loops.clamp_`, in one launch, which writes nothing but elements beyond the bound."""
-    _launch(tensors, bound, device_code.CLAMP)
+    _launch(tensors, bound, _device.CLAMP)
     loops.clamp_([tensors[i] for i in _others(tensors)], bound)
 
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """As `loops.zero_`, in one launch, which writes nothing unless `where` is true."""
-    _launch(tensors, where, device_code.ZERO)
+    _launch(tensors, where, _device.ZERO)
     loops.zero_([tensors[i] for i in _others(tensors)], where)
 
 
@@ -63,7 +60,7 @@ def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> None:
     table = tables.table(tensors)
     if len(table.owners):
         with torch.cuda.device_of(number):
-            _rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
+            _device.rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
 
 
 def _others(tensors: Sequence[Tensor]) -> list[int]:

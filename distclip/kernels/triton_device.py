@@ -1,8 +1,5 @@
 """The Triton kernels: what runs on the device. `triton.py` launches them, one program a chunk of `tables.Table`."""
 
-# Triton's language has no types to check: its values exist on the device alone.
-# pyright: basic
-
 from __future__ import annotations
 
 import triton
@@ -23,31 +20,31 @@ _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
 @triton.jit
-def partial_sums(rows, owners, scales, partials, P: tl.constexpr):
-    """partials[chunk] = sum((|x| / scale)**P), or max(|x| / scale) for P = inf, in float64."""
+def partial_sums(rows, owners, scales, partials, P: tl.constexpr, QUICK: tl.constexpr):
+    """partials[chunk] = sum((|x| / scale)**P), or max(|x| / scale) for P = inf, in float64.
+
+    QUICK: float32 may do a part. It holds the squares of 16-bit numbers exactly, and _READS of them are added before
+    float64 takes over. A float32 is made a float64 first, unless a maximum is sought.
+    """
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
     scale = 1.0
     if scales is not None:
         scale = tl.load(scales + owner)
         scale = tl.where(scale == 0, 1.0, scale)
-    SCALED: tl.constexpr = scales is not None
-    # 16-bit numbers have exact squares in float32, and _READS of these are added before float64 takes over.
-    SHORT: tl.constexpr = tl.float64 if SCALED or (P != 1 and P != 2 and P != INF) else tl.float32
-    WIDE: tl.constexpr = SHORT if P == INF else tl.float64
     row = rows + owner * _COLUMNS
     code = tl.load(row + 3)
     if code == _FLOAT32:
-        total = _chunk_sum(row, chunk, scale, tl.float32, WIDE, P, SCALED)
+        total = _chunk_sum(row, chunk, scale, tl.float32, QUICK and P == INF, P, scales is not None)
     elif code == _FLOAT16:
-        total = _chunk_sum(row, chunk, scale, tl.float16, SHORT, P, SCALED)
+        total = _chunk_sum(row, chunk, scale, tl.float16, QUICK, P, scales is not None)
     elif code == _BFLOAT16:
-        total = _chunk_sum(row, chunk, scale, tl.uint16, SHORT, P, SCALED)
-        if SHORT != WIDE:
+        total = _chunk_sum(row, chunk, scale, tl.uint16, QUICK, P, scales is not None)
+        if QUICK and P != INF:
             if ~((total >= _LOWEST) & (total <= _HIGHEST)):
-                total = _chunk_sum(row, chunk, scale, tl.uint16, WIDE, P, SCALED)
+                total = _chunk_sum(row, chunk, scale, tl.uint16, False, P, scales is not None)
     else:
-        total = _chunk_sum(row, chunk, scale, tl.float64, tl.float64, P, SCALED)
+        total = _chunk_sum(row, chunk, scale, tl.float64, False, P, scales is not None)
     tl.store(partials + chunk, total)
 
 
@@ -56,10 +53,11 @@ def finish(rows, partials, sums, P: tl.constexpr):
     """sums[tensor] from the partials of its chunks, always in one order: their sum (P = 1) or maximum (inf)."""
     row = rows + tl.program_id(0) * _COLUMNS
     first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
-    total = _zeros(_FINISHED, tl.float64, P)
+    total = _zeros(_FINISHED, False, P)
     while first < last:
         offsets = first + tl.arange(0, _FINISHED)
-        total = _plus(total, _power(tl.load(partials + offsets, mask=offsets < last, other=0.0), P), P)
+        part = tl.load(partials + offsets, mask=offsets < last, other=0.0)
+        total = _plus(total, _term(part, 1.0, False, P, False), P)
         first += _FINISHED
     tl.store(sums + tl.program_id(0), _joined(total, P))
 
@@ -96,60 +94,54 @@ def _place(row, chunk, STORED: tl.constexpr):
 
 
 @triton.jit
-def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, ADDED: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
+def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
     base, start, stop, head, end = _place(row, chunk, STORED)
-    total = _zeros(_READ, ADDED, P)
+    total = _zeros(_READ, QUICK, P)
     if (start >= head) & (stop <= end):  # without a mask the loads are 16 bytes wide
         for at in range(0, _CHUNK, _READS * _READ):
             pointers = base + (start + at + tl.arange(0, _READ))
-            short = _power(_scaled(tl.load(pointers), scale, ADDED, SCALED), P)
+            short = _term(tl.load(pointers), scale, QUICK, P, SCALED)
             for i in tl.static_range(1, _READS):
-                x = _scaled(tl.load(pointers + i * _READ), scale, ADDED, SCALED)
-                short = _plus(short, _power(x, P), P)
+                short = _plus(short, _term(tl.load(pointers + i * _READ), scale, QUICK, P, SCALED), P)
             total = _plus(total, short.to(total.dtype), P)
     else:
         stop = tl.minimum(stop, end)
         while start < stop:
             offsets = start + tl.arange(0, _READ)
-            x = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
-            total = _plus(total, _power(_scaled(x, scale, ADDED, SCALED), P).to(total.dtype), P)
+            values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
+            total = _plus(total, _term(values, scale, QUICK, P, SCALED).to(total.dtype), P)
             start += _READ
     return _joined(total, P)
 
 
 # An untaken branch is compiled unless it is an `else`: hence those after a return.
 @triton.jit
-def _zeros(BLOCK: tl.constexpr, ADDED: tl.constexpr, P: tl.constexpr):
+def _zeros(BLOCK: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr):
     if P != INF:
         return tl.zeros([BLOCK], tl.float64)
     else:
-        return tl.zeros([BLOCK], tl.int64 if ADDED == tl.float64 else tl.int32)
+        return tl.zeros([BLOCK], tl.int32 if QUICK else tl.int64)
 
 
 @triton.jit
-def _scaled(stored, scale, ADDED: tl.constexpr, SCALED: tl.constexpr):
-    x = _wide(stored).to(ADDED)
-    if SCALED:
-        x = x / scale
-    return x
-
-
-@triton.jit
-def _power(x, P: tl.constexpr):
-    """|x|**P. For P = inf |x| as an integer, which orders as the floats do, with NaN above infinity.
+def _term(stored, scale, QUICK: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
+    """(|x| / scale)**P. For P = inf |x| / scale as an integer, which orders as floats do, with NaN above infinity.
 
     A maximum of floats drops NaN on the device, and keeps it in the interpreter.
     """
+    x = _wide(stored).to(tl.float32 if QUICK else tl.float64)
+    if SCALED:
+        x = x / scale
     if P == 2:
         return x * x
     elif P == 1:
         return tl.abs(x)
     elif P != INF:
         return tl.exp2(P * tl.log2(tl.abs(x)))
-    elif x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
+    elif QUICK:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
 
 
 @triton.jit
