@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _SIZES = torch.tensor([dtype.itemsize for dtype in DTYPES])
 _ALIGNED = 16  # bytes: the widest load
+_ELSEWHERE = (-1, 0, 0)
 
 # A CUDA graph reads its tables, and uploads them from the host, at each replay; nobody tells when the graph is gone.
 _captured: list[Tensor] = []
@@ -28,12 +29,14 @@ class Table(NamedTuple):
         rows: of each tensor: its address rounded down to 16 bytes; from there, in elements, where it begins and
             ends; the place of its dtype in DTYPES; its first chunk. A last row holds the number of chunks.
         owners: of each chunk, its tensor.
+        others: the places of tensors that do not fit, which are empty here: see `fits`.
 
     Shapes: rows: [num + 1, COLUMNS]; owners: [num_chunks]; int64.
     """
 
     rows: Tensor
     owners: Tensor
+    others: Sequence[int]
 
 
 def fits(tensor: Tensor) -> bool:
@@ -42,13 +45,13 @@ def fits(tensor: Tensor) -> bool:
 
 
 def table(tensors: Sequence[Tensor]) -> Table:
-    """The table of tensors of one device; those that do not fit are empty in it.
+    """The table of tensors of one device.
 
     It is kept while addresses stay, and uploaded without waiting for the device when they change. It holds no tensor
     alive. Under CUDA-graph capture it is made anew and kept, some bytes a tensor, until the process ends.
     """
     device = tensors[0].device
-    places = tuple((t.data_ptr(), t.numel(), _CODES[t.dtype]) if fits(t) else (0, 0, 0) for t in tensors)
+    places = tuple((t.data_ptr(), t.numel(), _CODES[t.dtype]) if fits(t) else _ELSEWHERE for t in tensors)
     if device.type != "cuda":
         return _kept(device, 0, places)
     if torch.cuda.is_current_stream_capturing():
@@ -72,7 +75,8 @@ def _made(device: torch.device, places: tuple[tuple[int, int, int], ...], captur
     rows[1:, 4] = num_chunks.cumsum(0)
     owners = torch.arange(len(places)).repeat_interleave(num_chunks)
     there = _uploaded(torch.cat([rows.flatten(), owners]), device, capturing)
-    return Table(there[: rows.numel()].view_as(rows), there[rows.numel() :])
+    others = [i for i, place in enumerate(places) if place == _ELSEWHERE]
+    return Table(there[: rows.numel()].view_as(rows), there[rows.numel() :], others)
 
 
 def _uploaded(host: Tensor, device: torch.device, capturing: bool) -> Tensor:

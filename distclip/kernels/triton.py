@@ -30,38 +30,32 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
         if len(partials):
             _device.partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type), quick)
         _device.finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
-    for i in _others(tensors):
+    for i in table.others:
         sums[i] = foreach.power_sums([tensors[i]], norm_type, None if scales is None else scales[i : i + 1])[0]
     return sums
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """As `loops.scale_`, in one launch, which writes nothing where the coefficient is 1."""
-    _launch(tensors, coefficient, _device.SCALE)
-    if others := _others(tensors):
-        foreach.scale_([tensors[i] for i in others], coefficient)
+    foreach.scale_(_launch(tensors, coefficient, _device.SCALE), coefficient)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
     """As `loops.clamp_`, in one launch, which writes nothing but elements beyond the bound."""
-    _launch(tensors, bound, _device.CLAMP)
-    loops.clamp_([tensors[i] for i in _others(tensors)], bound)
+    loops.clamp_(_launch(tensors, bound, _device.CLAMP), bound)
 
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """As `loops.zero_`, in one launch, which writes nothing unless `where` is true."""
-    _launch(tensors, where, _device.ZERO)
-    loops.zero_([tensors[i] for i in _others(tensors)], where)
+    loops.zero_(_launch(tensors, where, _device.ZERO), where)
 
 
-def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> None:
+def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> list[Tensor]:
+    """Rewrites what fits a table, and returns the rest."""
     if not tensors:
-        return
+        return []
     table = tables.table(tensors)
     if len(table.owners):
         with torch.cuda.device_of(number):
             _device.rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
-
-
-def _others(tensors: Sequence[Tensor]) -> list[int]:
-    return [i for i, tensor in enumerate(tensors) if not tables.fits(tensor)]
+    return [tensors[i] for i in table.others]
