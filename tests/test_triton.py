@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +168,16 @@ def test_no_tensors() -> None:
     kernel.clamp_(empty, number(1.0))
 
 
+def test_each_by_a_coefficient_of_its_own() -> None:
+    buffers = [t.clone() for t in gradients([7, 4100])]
+    expected = [b.clone() for b in buffers]
+    coefficients = torch.rand(len(buffers), dtype=torch.float64, device=DEVICE)
+    coefficients[3:6] = 1
+    kernel.scale_each_([b[::2] if len(b) == 7 else b[1:] for b in buffers], coefficients)
+    loops.scale_each_([b[::2] if len(b) == 7 else b[1:] for b in expected], coefficients)
+    torch.testing.assert_close(buffers, expected, **EXACT)
+
+
 REWRITES = {
     "scale_": [0.3, 1e-9, 3.0, 0.0, math.nan, 1.0],
     "clamp_": [0.5, 1e-9, 0.0, 1e6, math.inf],
@@ -238,7 +249,7 @@ def test_tables_are_few_and_hold_no_gradient() -> None:
     tensors = [torch.randn(5, device=DEVICE) for _ in range(40)]
     for tensor in tensors:
         tables.table([tensor])
-    assert tables._kept.cache_info().currsize <= 16
+    assert tables._kept.cache_info().currsize <= 32
     dead = weakref.ref(tensors[0])
     del tensors[0]
     gc.collect()
@@ -253,7 +264,7 @@ def test_chunks_cover_every_element_once(places: list[tuple[int, int, int]]) -> 
     ]
     rows, owners, _ = tables._made(torch.device("cpu"), tuple(places), capturing=False)
     for i, (address, numel, code) in enumerate(places):
-        base, head, end, coded, first = rows[i].tolist()
+        base, head, end, coded, first, _ = rows[i].tolist()
         assert base % 16 == 0
         assert coded == code
         assert end - head == numel
@@ -272,17 +283,22 @@ def model() -> nn.Module:
     return layers
 
 
-@pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_a_call_takes_three_launches(norm_type: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [distclip.ClipNorm(0.5), distclip.ClipNorm(0.5, math.inf), distclip.ClipTensorNorm(0.5), distclip.ClipValue(0.5)],
+    ids=repr,
+)
+def test_a_call_takes_three_launches(policy: distclip.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     for name in ("partial_sums", "finish", "rewrite"):
         function = getattr(kernel._device, name)
-        run = function.run
-        monkeypatch.setattr(
-            function, "run", lambda *a, run=run, name=name, **k: (launched.append(name), run(*a, **k))[1]
-        )
+
+        def run(*args: object, name: str = name, original: Any = function.run, **kwargs: object) -> None:
+            launched.append(name)
+            original(*args, **kwargs)
+
+        monkeypatch.setattr(function, "run", run)
     plain, by_triton = model(), model()
-    policy = distclip.ClipNorm(0.5, norm_type)
     monkeypatch.setattr(kernels, "_best", lambda tensors: loops)
     expected = distclip.Clipper(plain, policy).clip_()
     monkeypatch.setattr(kernels, "_best", lambda tensors: kernel)
@@ -290,7 +306,7 @@ def test_a_call_takes_three_launches(norm_type: float, monkeypatch: pytest.Monke
     assert expected.clipped
     torch.testing.assert_close(report.total_norm, expected.total_norm, **NORM)
     grads = [p.grad for p in by_triton.parameters()]
-    torch.testing.assert_close(grads, [p.grad for p in plain.parameters()])
+    torch.testing.assert_close(grads, [p.grad for p in plain.parameters()], rtol=2e-7, atol=0)
     assert launched == ["partial_sums", "finish", "rewrite"]
 
 

@@ -26,6 +26,10 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     _best(tensors).scale_(tensors, coefficient)
 
 
+def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    _best(tensors).scale_each_(tensors, coefficients)
+
+
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
     _best(tensors).clamp_(tensors, bound)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import loops
-from distclip.kernels.loops import clamp_, zero_
+from distclip.kernels.loops import clamp_, scale_each_, zero_
 
-__all__ = ["clamp_", "power_sums", "scale_", "zero_"]
+__all__ = ["clamp_", "power_sums", "scale_", "scale_each_", "zero_"]
 
 _torch = cast(
     Any, torch

@@ -37,25 +37,31 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """As `loops.scale_`, in one launch, which writes nothing where the coefficient is 1."""
-    foreach.scale_(_launch(tensors, coefficient, _device.SCALE), coefficient)
+    foreach.scale_([tensors[i] for i in _launch(tensors, coefficient, _device.SCALE)], coefficient)
+
+
+def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    """As `loops.scale_each_`, in one launch, which writes nothing where a coefficient is 1."""
+    for i in _launch(tensors, coefficients, _device.SCALE_EACH):
+        foreach.scale_([tensors[i]], coefficients[i])
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
     """As `loops.clamp_`, in one launch, which writes nothing but elements beyond the bound."""
-    loops.clamp_(_launch(tensors, bound, _device.CLAMP), bound)
+    loops.clamp_([tensors[i] for i in _launch(tensors, bound, _device.CLAMP)], bound)
 
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """As `loops.zero_`, in one launch, which writes nothing unless `where` is true."""
-    loops.zero_(_launch(tensors, where, _device.ZERO), where)
+    loops.zero_([tensors[i] for i in _launch(tensors, where, _device.ZERO)], where)
 
 
-def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> list[Tensor]:
-    """Rewrites what fits a table, and returns the rest."""
+def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> Sequence[int]:
+    """Rewrites what fits a table, and returns the places of the rest."""
     if not tensors:
         return []
     table = tables.table(tensors)
     if len(table.owners):
         with torch.cuda.device_of(number):
             _device.rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
-    return [tensors[i] for i in table.others]
+    return table.others

@@ -8,7 +8,7 @@ import triton.language as tl
 from distclip.kernels import tables
 
 INF = tl.constexpr(float("inf"))
-SCALE, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SCALE, SCALE_EACH, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 _COLUMNS, _CHUNK = tl.constexpr(tables.COLUMNS), tl.constexpr(tables.CHUNK)
 _FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as in tables.DTYPES
@@ -64,16 +64,22 @@ def finish(rows, partials, sums, P: tl.constexpr):
 
 @triton.jit
 def rewrite(rows, owners, number, HOW: tl.constexpr):
-    """SCALE: multiplies by `number`, unless it is 1. CLAMP: to [-number, number]. ZERO: if `number` is true."""
+    """SCALE: multiplies by `number`, unless it is 1. SCALE_EACH: every tensor has one of its own.
+
+    CLAMP: to [-number, number]. ZERO: if `number` is true.
+    """
+    chunk = tl.program_id(0)
+    owner = tl.load(owners + chunk)
+    if HOW == SCALE_EACH:
+        number += owner
     given = tl.load(number)
-    if HOW == SCALE:
+    if HOW == SCALE or HOW == SCALE_EACH:
         if given == 1:
             return
     if HOW == ZERO:
         if given == 0:
             return
-    chunk = tl.program_id(0)
-    row = rows + tl.load(owners + chunk) * _COLUMNS
+    row = rows + owner * _COLUMNS
     code = tl.load(row + 3)
     if code == _FLOAT32:
         _rewrite_chunk(row, chunk, given, tl.float32, HOW)
@@ -183,7 +189,7 @@ def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, HOW: tl.constex
         tl.store(pointers, tl.zeros([_REWRITTEN], STORED), mask=mask)
     else:
         x = _wide(tl.load(pointers, mask=mask))
-        if HOW == SCALE:
+        if HOW != CLAMP:
             tl.store(pointers, _narrow(x * number, STORED), mask=mask)
         else:
             high = _wide(_narrow(number, STORED))
