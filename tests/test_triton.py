@@ -122,6 +122,20 @@ def test_sums_of_views(sizes: list[int], offset: int, dtype: torch.dtype, norm_t
     check_sums(views, norm_type)
 
 
+@pytest.mark.parametrize("largest", [False, True])
+def test_many_partial_sums_are_joined(largest: bool) -> None:
+    counts = [9001, 0, 1, 4096]
+    partials = torch.rand(sum(counts), dtype=torch.float64, device=DEVICE)
+    partials[8500] = math.nan
+    rows = torch.zeros(len(counts) + 1, tables.COLUMNS, dtype=torch.int64, device=DEVICE)
+    rows[1:, 4] = torch.tensor(counts).cumsum(0)
+    sums = torch.full((len(counts),), math.nan, dtype=torch.float64, device=DEVICE)
+    kernel._device.finish[(len(counts),)](rows, partials, sums, math.inf if largest else 1.0)
+    parts = partials.split(counts)
+    expected = [part.max() if largest and len(part) else part.sum() for part in parts]
+    torch.testing.assert_close(sums, torch.stack(expected), equal_nan=True)
+
+
 def test_sums_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that says so: these chunks begin 2.5e9 elements after the address in their row."""
     tensor = torch.randn(tables.CHUNK + 100, device=DEVICE)

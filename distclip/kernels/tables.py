@@ -29,7 +29,7 @@ class Table(NamedTuple):
         rows: of each tensor: its address rounded down to 16 bytes; from there, in elements, where it begins and
             ends; the place of its dtype in DTYPES; its first chunk. A last row holds the number of chunks.
         owners: of each chunk, its tensor.
-        others: the places of tensors that do not fit, which are empty here: see `fits`.
+        others: which tensors it cannot hold: those of other dtypes, and those with gaps. Here they are empty.
 
     Shapes: rows: [num + 1, COLUMNS]; owners: [num_chunks]; int64.
     """
@@ -39,11 +39,6 @@ class Table(NamedTuple):
     others: Sequence[int]
 
 
-def fits(tensor: Tensor) -> bool:
-    """Whether a table can hold it: a real dtype of DTYPES, its elements side by side in some order of its dims."""
-    return tensor.dtype in _CODES and (tensor.is_contiguous() or _is_dense(tensor))
-
-
 def table(tensors: Sequence[Tensor]) -> Table:
     """The table of tensors of one device.
 
@@ -51,13 +46,20 @@ def table(tensors: Sequence[Tensor]) -> Table:
     alive. Under CUDA-graph capture it is made anew and kept, some bytes a tensor, until the process ends.
     """
     device = tensors[0].device
-    places = tuple((t.data_ptr(), t.numel(), _CODES[t.dtype]) if fits(t) else _ELSEWHERE for t in tensors)
+    places = tuple([_place(t) for t in tensors])
     if device.type != "cuda":
         return _kept(device, 0, places)
     if torch.cuda.is_current_stream_capturing():
         return _made(device, places, capturing=True)
     # A table is ready for the stream that uploaded it, and for no other.
     return _kept(device, torch.cuda.current_stream(device).cuda_stream, places)
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    code = _CODES.get(tensor.dtype)
+    if code is None or not (tensor.is_contiguous() or _is_dense(tensor)):
+        return _ELSEWHERE
+    return tensor.data_ptr(), tensor.numel(), code
 
 
 @lru_cache(maxsize=32)
@@ -90,6 +92,7 @@ def _uploaded(host: Tensor, device: torch.device, capturing: bool) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie side by side in some order of the dims."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
