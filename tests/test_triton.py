@@ -97,11 +97,11 @@ def test_sums_of_equal_values_do_not_drift() -> None:
 
 @pytest.mark.parametrize("norm_type", POWERS)
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("at", [0, 1023, 1024, -1])
-def test_what_is_not_finite_is_kept(at: int, value: float, norm_type: float) -> None:
+def test_what_is_not_finite_is_kept(value: float, norm_type: float) -> None:
+    """At the ends of a tensor and of what is read at a time."""
     tensors = [torch.ones(1500, device=DEVICE, dtype=dtype) for dtype in DTYPES]
-    for tensor in tensors:
-        tensor[at] = value
+    for i, tensor in enumerate(tensors):
+        tensor[(0, 1023, 1024, -1)[(i + POWERS.index(norm_type)) % 4]] = value
     both = torch.tensor([math.inf, value, math.inf], device=DEVICE)
     check_sums([*tensors, both, torch.ones(3, device=DEVICE)], norm_type)
 
@@ -345,7 +345,6 @@ for kernel, signature, constants in [
     (device.partial_sums, sums, {"scales": None, "P": float("inf"), "QUICK": True}),
     (device.finish, {"rows": "*i64", "partials": "*fp64", "sums": "*fp64", "P": "constexpr"}, {"P": 1.0}),
     (device.rewrite, {**tables, "number": "*fp64", "HOW": "constexpr"}, {"HOW": device.SCALE.value}),
-    (device.rewrite, {**tables, "number": "*fp64", "HOW": "constexpr"}, {"HOW": device.CLAMP.value}),
     (device.rewrite, {**tables, "number": "*i1", "HOW": "constexpr"}, {"HOW": device.ZERO.value}),
 ]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
@@ -371,6 +370,6 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line.split()[-3:] for line in run.stdout.splitlines()]
     reads, writes = ([int(line[i]) for line in found] for i in (0, 1))
-    assert [r > 0 for r in reads] == [True, True, False, True, True, False], run.stdout
-    assert [w > 0 for w in writes] == [False, False, False, True, False, True], run.stdout
+    assert [r > 0 for r in reads] == [True, True, False, True, False], run.stdout
+    assert [w > 0 for w in writes] == [False, False, False, True, True], run.stdout
     assert {line[2] for line in found} == {"False"}

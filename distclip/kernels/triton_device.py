@@ -93,30 +93,29 @@ def rewrite(rows, owners, number, HOW: tl.constexpr):
 
 @triton.jit
 def _place(row, chunk, STORED: tl.constexpr):
-    """The tensor's pointer, rounded down to 16 bytes; this chunk's start and end; the tensor's first and last index."""
+    """The tensor's pointer, rounded down to 16 bytes; from there this chunk's start and end, and the tensor's start."""
     base = tl.multiple_of(tl.load(row).to(tl.pointer_type(STORED)), 16)
     start = (chunk - tl.load(row + 4)) * _CHUNK
-    return base, start, start + _CHUNK, tl.load(row + 1), tl.load(row + 2)
+    return base, start, tl.minimum(start + _CHUNK, tl.load(row + 2)), tl.load(row + 1)
 
 
 @triton.jit
 def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
-    base, start, stop, head, end = _place(row, chunk, STORED)
+    base, start, stop, head = _place(row, chunk, STORED)
     total = _zeros(_READ, QUICK, P)
-    if (start >= head) & (stop <= end):  # without a mask the loads are 16 bytes wide
-        for at in range(0, _CHUNK, _READS * _READ):
-            pointers = base + (start + at + tl.arange(0, _READ))
-            short = _term(tl.load(pointers), scale, QUICK, P, SCALED)
+    while start < stop:
+        offsets = tl.multiple_of(start, _READ) + tl.arange(0, _READ)
+        if (start >= head) & (start + _READS * _READ <= stop):  # without a mask the loads are 16 bytes wide
+            short = _term(tl.load(base + offsets), scale, QUICK, P, SCALED)
             for i in tl.static_range(1, _READS):
-                short = _plus(short, _term(tl.load(pointers + i * _READ), scale, QUICK, P, SCALED), P)
-            total = _plus(total, short.to(total.dtype), P)
-    else:
-        stop = tl.minimum(stop, end)
-        while start < stop:
-            offsets = start + tl.arange(0, _READ)
-            values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < end), other=0)
-            total = _plus(total, _term(values, scale, QUICK, P, SCALED).to(total.dtype), P)
+                more = tl.load(base + offsets + i * _READ)
+                short = _plus(short, _term(more, scale, QUICK, P, SCALED), P)
+            start += _READS * _READ
+        else:
+            values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < stop), other=0)
+            short = _term(values, scale, QUICK, P, SCALED)
             start += _READ
+        total = _plus(total, short.to(total.dtype), P)
     return _joined(total, P)
 
 
@@ -170,17 +169,15 @@ def _joined(total, P: tl.constexpr):
 
 @triton.jit
 def _rewrite_chunk(row, chunk, given, STORED: tl.constexpr, HOW: tl.constexpr):
-    base, start, stop, head, end = _place(row, chunk, STORED)
+    base, start, stop, head = _place(row, chunk, STORED)
     number = given.to(tl.float64 if STORED == tl.float64 else tl.float32)
-    if (start >= head) & (stop <= end):
-        for at in range(0, _CHUNK, _REWRITTEN):
-            _rewrite_block(base + (start + at + tl.arange(0, _REWRITTEN)), None, number, STORED, HOW)
-    else:
-        stop = tl.minimum(stop, end)
-        while start < stop:
-            offsets = start + tl.arange(0, _REWRITTEN)
-            _rewrite_block(base + offsets, (offsets >= head) & (offsets < end), number, STORED, HOW)
-            start += _REWRITTEN
+    while start < stop:
+        offsets = tl.multiple_of(start, _REWRITTEN) + tl.arange(0, _REWRITTEN)
+        if (start >= head) & (start + _REWRITTEN <= stop):
+            _rewrite_block(base + offsets, None, number, STORED, HOW)
+        else:
+            _rewrite_block(base + offsets, (offsets >= head) & (offsets < stop), number, STORED, HOW)
+        start += _REWRITTEN
 
 
 @triton.jit
