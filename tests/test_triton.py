@@ -214,6 +214,15 @@ def test_rewritten_as_by_the_loops(name: str, argument: float) -> None:
     torch.testing.assert_close(buffers, expected, **EXACT)
 
 
+def test_autograd_learns_that_a_tensor_was_written() -> None:
+    x = torch.ones(3, device=DEVICE, requires_grad=True)
+    y = x.exp()
+    z = y.square()
+    kernel.scale_([y.detach()], number(0.5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
 def test_several_chunks_are_rewritten() -> None:
     buffers = [torch.randn(2 * tables.CHUNK + 9).to(DEVICE, dtype) for dtype in DTYPES]
     expected = [b.clone() for b in buffers]

@@ -64,4 +64,5 @@ def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> Sequence[int
     if len(table.owners):
         with torch.cuda.device_of(number):
             _device.rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
+        torch.autograd.graph.increment_version(tensors)  # autograd cannot know what a table leads to
     return table.others
