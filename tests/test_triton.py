@@ -268,6 +268,13 @@ def test_a_table_is_kept_while_addresses_stay() -> None:
     check_sums(tensors, 2.0)
 
 
+def test_a_table_is_made_on_the_host_whatever_the_default_device() -> None:
+    tensors = [torch.randn(5, device=DEVICE)]
+    with torch.device("meta"):
+        sums = kernel.power_sums(tensors, 2.0)
+    torch.testing.assert_close(sums, loops.power_sums(tensors, 2.0))
+
+
 def test_tables_are_few_and_hold_no_gradient() -> None:
     tensors = [torch.randn(5, device=DEVICE) for _ in range(40)]
     for tensor in tensors:

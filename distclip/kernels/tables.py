@@ -14,7 +14,7 @@ COLUMNS = 6  # one is unused: rows of 48 bytes leave what follows aligned, or Tr
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_SIZES = torch.tensor([dtype.itemsize for dtype in DTYPES])
+_SIZES = torch.tensor([dtype.itemsize for dtype in DTYPES], device="cpu")  # whatever the default device is
 _ALIGNED = 16  # bytes: the widest load
 _ELSEWHERE = (-1, 0, 0)
 
@@ -68,14 +68,14 @@ def _kept(device: torch.device, stream: int, places: tuple[tuple[int, int, int],
 
 
 def _made(device: torch.device, places: tuple[tuple[int, int, int], ...], capturing: bool) -> Table:
-    address, numel, code = torch.tensor(places, dtype=torch.int64).unbind(1)
+    address, numel, code = torch.tensor(places, dtype=torch.int64, device="cpu").unbind(1)
     size = _SIZES[code]
     head = address % _ALIGNED // size
     num_chunks = torch.where(numel > 0, (head + numel + CHUNK - 1) // CHUNK, 0)
-    rows = torch.zeros(len(places) + 1, COLUMNS, dtype=torch.int64)
+    rows = torch.zeros(len(places) + 1, COLUMNS, dtype=torch.int64, device="cpu")
     rows[:-1, :4] = torch.stack([address - head * size, head, head + numel, code], dim=1)
     rows[1:, 4] = num_chunks.cumsum(0)
-    owners = torch.arange(len(places)).repeat_interleave(num_chunks)
+    owners = torch.arange(len(places), device="cpu").repeat_interleave(num_chunks)
     there = _uploaded(torch.cat([rows.flatten(), owners]), device, capturing)
     others = [i for i, place in enumerate(places) if place == _ELSEWHERE]
     return Table(there[: rows.numel()].view_as(rows), there[rows.numel() :], others)
