@@ -200,13 +200,14 @@ def _power_sums(
     values: Sequence[Tensor], norm_type: float, device: torch.device, scales: Tensor | None = None
 ) -> Tensor:
     """`kernels.power_sums` of tensors on several devices, brought together on one."""
+    if len({v.device for v in values}) == 1:
+        there = values[0].device
+        return kernels.power_sums(values, norm_type, None if scales is None else scales.to(there)).to(device)
     sums = torch.zeros(len(values), dtype=torch.float64, device=device)
     for there in {v.device for v in values}:
         index = [i for i, v in enumerate(values) if v.device == there]
         part = kernels.power_sums(
             [values[i] for i in index], norm_type, None if scales is None else scales[index].to(there)
         )
-        if len(index) == len(values):
-            return part.to(device)
         sums[index] = part.to(device)
     return sums
