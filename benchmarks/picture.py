@@ -28,6 +28,11 @@ def draw(rows: Sequence[Row], goals: Sequence[Goal], title: str, path: Path) -> 
             panel(axes, [find(rows, case, state, name) for name in names], find(rows, case, state, TORCH))
             axes.set_title(f"{case}, {state}", loc="left", fontsize=10)
             mark_goals(axes, [g for g in goals if (g.case, g.state, g.than) == (case, state, TORCH)], names)
+    low, high = grid[0][0].get_xlim()
+    for axes in grid.flat:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in grid[-1]:
         axes.set_xlabel("times as fast as torch (log scale)")
     figure.legend(handles=handles(grid.flat), loc="outside lower right", ncols=3, frameon=False)
@@ -48,9 +53,6 @@ def panel(axes: Axes, rows: Sequence[Row], torch: Row) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.axvline(1, color="#444444", linewidth=0.8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelbottom=True)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

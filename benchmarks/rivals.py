@@ -79,11 +79,11 @@ ON_RANKS = (
     Rival("torchtitan", torchtitan_clip),
     Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
     Rival(FUNCTION, function_clip, NORM_TOLERANCE),
+    Rival(PLAIN_READ, plain_read, None),
 )
 ALONE = (
     *ON_RANKS,
     Rival("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
     Rival("DeepSpeed", deepspeed_clip),
-    Rival(PLAIN_READ, plain_read, None),
     Rival(PLAIN_WRITE, plain_write, None),
 )
