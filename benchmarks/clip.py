@@ -1,6 +1,6 @@
 """Clipping plain tensors in one process on all cores, the rivals in turn.
 
-    python -m benchmarks.clip [--quick] [--rounds N] [--out DIR]
+    python -m benchmarks.clip [--quick] [--rounds N] [--only NAME] [--out DIR]
 
 Exits with 1 where distclip is wrong or missing.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks import show
 from benchmarks.goals import BF16, CLIP, FLOAT32, FP16, SMALL
-from benchmarks.rivals import ALONE
+from benchmarks.rivals import IN_ONE_PROCESS
 from benchmarks.timing import STATES, Gradients, Row, float64_norm, measure
 
 Shapes = list[tuple[int, ...]]
@@ -65,16 +65,25 @@ def gradients(shapes: Shapes, dtype: torch.dtype, device: str = "cpu") -> Gradie
 
 def rows_of(case: Case, rounds: int) -> list[Row]:
     work = gradients(case.shapes, case.dtype)
-    return [row for state in STATES for row in measure(case.name, state, work, ALONE, case.times * rounds)]
+    return [
+        row
+        for state, factor in STATES.items()
+        for row in measure(case.name, state, factor, work, IN_ONE_PROCESS, case.times * rounds)
+    ]
 
 
 def main() -> int:
     options = tyro.cli(show.Options, prog="python -m benchmarks.clip", description=__doc__)
-    torch.set_num_threads(os.cpu_count() or 1)
+    # With small shapes several threads would wait for each other, on a busy machine for long.
+    torch.set_num_threads(1 if options.quick else os.cpu_count() or 1)
     began = show.Began()
-    rows = [row for case in cases(options.quick) for row in rows_of(case, options.num_rounds)]
+    rows: list[Row] = []
+    for case in options.chosen(cases(options.quick)):
+        show.progress(case.name, began)
+        rows += rows_of(case, options.num_rounds)
     shapes = cases(options.quick)[0].shapes
-    work = f"one process, {torch.get_num_threads()} threads; plain: {len(shapes)} tensors of GPT-2"
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    work = f"one process, threads: {torch.get_num_threads()}; plain: {numel:,} elements in {len(shapes)} tensors"
     return show.publish("clip", "Clipping plain tensors", rows, CLIP, options, began, work)
 
 

@@ -11,7 +11,11 @@ from benchmarks.timing import Row, Spread, find, ratio
 
 @dataclass(frozen=True)
 class Goal:
-    """`rival` is `times` as fast as `than`; or, where `within` is given, takes at most that many times as long."""
+    """`rival` is `times` as fast as `than`; or, where `within` is given, takes at most that many times as long.
+
+    Attributes:
+        work: how much of the work of `than` the rival does; what it is compared with then has a name, `said`.
+    """
 
     case: str
     state: str
@@ -19,14 +23,17 @@ class Goal:
     within: float = 0.0
     than: str = TORCH
     rival: str = CLIPPER
+    work: float = 1.0
+    said: str = ""
 
     @property
     def text(self) -> str:
-        return f"within {self.within:g} {self.than}s" if self.within else f"{self.times:g}x {self.than}"
+        than = self.said or self.than
+        return f"within {self.within:g} {than}s" if self.within else f"{self.times:g}x {than}"
 
     def found(self, rows: Sequence[Row]) -> Spread | None:
         ours, theirs = (find(rows, self.case, self.state, name) for name in (self.rival, self.than))
-        return ratio(ours, theirs) if self.within else ratio(theirs, ours)
+        return ratio(ours, theirs) if self.within else ratio(theirs, ours, self.work)
 
     def judged(self, rows: Sequence[Row]) -> list[str]:
         """case, state, goal, what was found, whether that reaches it."""
@@ -35,6 +42,28 @@ class Goal:
             return [self.case, self.state, self.text, "-", "not measured"]
         reached = found.p50 <= self.within if self.within else found.p50 >= self.times
         return [self.case, self.state, self.text, found.text(), "reached" if reached else "not reached"]
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """`rival` has at most so many of what `Row` counts under this name."""
+
+    case: str
+    state: str
+    rival: str
+    name: str
+    most: int
+
+    def judged(self, rows: Sequence[Row]) -> list[str]:
+        found: int | None = getattr(find(rows, self.case, self.state, self.rival), self.name)
+        verdict = "not measured" if found is None else "reached" if found <= self.most else "not reached"
+        return [
+            self.case,
+            self.state,
+            f"at most {self.most} {self.name}",
+            "-" if found is None else str(found),
+            verdict,
+        ]
 
 
 JUDGED = ["case", "state", "goal", "found: ratio of medians (p20 to p80 of the rounds)", ""]

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.goals import Goal
+from benchmarks.goals import AtMost, Goal
 from benchmarks.rivals import TORCH
 from benchmarks.timing import Row, find, ratio
 
 BLUE, GREY, RED = "#2864a8", "#8a8f98", "#c0282d"
 
 
-def draw(rows: Sequence[Row], goals: Sequence[Goal], title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], goals: Sequence[Goal | AtMost], title: str, path: Path) -> None:
     """One row of panels a case, one column a state."""
     cases, states = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "state"))
     names = list(dict.fromkeys(row.rival for row in rows if row.seconds and row.rival != TORCH))
@@ -27,7 +27,8 @@ def draw(rows: Sequence[Row], goals: Sequence[Goal], title: str, path: Path) -> 
         for state, axes in zip(states, line, strict=True):
             panel(axes, [find(rows, case, state, name) for name in names], find(rows, case, state, TORCH))
             axes.set_title(f"{case}, {state}", loc="left", fontsize=10)
-            mark_goals(axes, [g for g in goals if (g.case, g.state, g.than) == (case, state, TORCH)], names)
+            ours = [g for g in goals if isinstance(g, Goal) and (g.case, g.state, g.than) == (case, state, TORCH)]
+            mark_goals(axes, ours, names)
     low, high = grid[0][0].get_xlim()
     for axes in grid.flat:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))

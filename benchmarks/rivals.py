@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 import distclip
 from benchmarks.correctness import NORM_TOLERANCE
@@ -16,6 +17,7 @@ from benchmarks.timing import Gradients, Rival
 
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
 PLAIN_READ, PLAIN_WRITE = "plain read", "plain write (mul_)"
+MEASURING, COPY = "distclip, measuring alone", "device copy"
 Run = Callable[[], Any]
 
 
@@ -74,6 +76,31 @@ def plain_write(gradients: Gradients, limit: float) -> Run:
     return lambda: gradients.flat.mul_(1.0)  # torch has no shortcut for 1
 
 
+def measuring(gradients: Gradients, limit: float) -> Run:
+    """What `clip_` does before it scales."""
+    clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
+    return lambda: clipper.decide((), None).norm
+
+
+def copy(gradients: Gradients, limit: float) -> Run:
+    target = torch.empty_like(gradients.flat)
+    return lambda: target.copy_(gradients.flat)
+
+
+def stepping(optimizer: Optimizer) -> list[Rival]:
+    """Clipping and the step of one optimizer, which everybody shares: its states are large."""
+
+    def torch_step(gradients: Gradients, limit: float) -> Run:
+        clip = torch_clip(gradients, limit)
+        return lambda: (clip(), optimizer.step())[0]
+
+    def clipper_step(gradients: Gradients, limit: float) -> Run:
+        clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
+        return lambda: clipper.step(optimizer).total_norm
+
+    return [Rival(TORCH, torch_step), Rival(CLIPPER, clipper_step, NORM_TOLERANCE)]
+
+
 ON_RANKS = (
     Rival(TORCH, torch_clip),
     Rival("torchtitan", torchtitan_clip),
@@ -81,7 +108,7 @@ ON_RANKS = (
     Rival(FUNCTION, function_clip, NORM_TOLERANCE),
     Rival(PLAIN_READ, plain_read, None),
 )
-ALONE = (
+IN_ONE_PROCESS = (
     *ON_RANKS,
     Rival("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
     Rival("DeepSpeed", deepspeed_clip),

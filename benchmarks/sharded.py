@@ -1,6 +1,6 @@
 """Clipping what FSDP2 and tensor parallelism have sharded, on real ranks over gloo, the rivals in turn.
 
-    python -m benchmarks.sharded [--quick] [--rounds N] [--out DIR]
+    python -m benchmarks.sharded [--quick] [--rounds N] [--only NAME] [--out DIR]
 
 A rank is a process with one thread. A round's time is that of the slowest rank, from a barrier on. Exits with 1 where
 distclip is wrong or missing.
@@ -28,7 +28,7 @@ def main() -> int:
     options = tyro.cli(show.Options, prog="python -m benchmarks.sharded", description=__doc__)
     began = show.Began()
     size = QUICK if options.quick else FULL
-    rows = measure_all(CASES, size, options.num_rounds * (1 if options.quick else 2))
+    rows = measure_all(options.chosen(CASES), size, options.num_rounds * (1 if options.quick else 2))
     work = f"gloo, one thread a rank; {size.num_blocks} blocks of 12 tensors, {size.numel:,} float32 elements"
     return show.publish("sharded", "Clipping sharded tensors", rows, SHARDED, options, began, work)
 

@@ -110,8 +110,8 @@ def rank_main(rank: int, num_ranks: int, store: str, cases: Sequence[Case], size
         rows: list[Row] = []
         for case in cases:
             work = gradients(case, size)
-            for state in STATES:
-                rows += measure(case.name, state, work, ON_RANKS, rounds, together)
+            for state, factor in STATES.items():
+                rows += measure(case.name, state, factor, work, ON_RANKS, rounds, together)
         out.put((rank, rows, ""))
         dist.barrier()
     except Exception:

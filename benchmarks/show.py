@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import picture
 from benchmarks.correctness import RESULTS, about_this_run
-from benchmarks.goals import JUDGED, Goal
+from benchmarks.goals import JUDGED, AtMost, Goal
 from benchmarks.rivals import CLIPPER, FUNCTION, PLAIN_READ, TORCH
 from benchmarks.timing import Row, find, ratio, spread
 
@@ -37,6 +39,14 @@ LEGEND = (
 )
 
 
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How long to measure, and where to put what was found."""
@@ -45,8 +55,10 @@ class Options:
     """A few rounds of small shapes: shows that it works, and nothing of how fast."""
     rounds: int = 25
     """Rounds that count."""
+    only: str = ""
+    """Leave out the cases whose names do not contain this."""
     out: Path | None = None
-    """Folder for NAME-DATE.md, .csv and .png; by default benchmarks/results, with --quick runs/quick."""
+    """Folder for NAME-DATE.md, .csv and .png; by default benchmarks/results, or runs/benchmarks for a part."""
 
     @property
     def num_rounds(self) -> int:
@@ -54,7 +66,14 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        return self.out or (Path("runs/quick") if self.quick else RESULTS)
+        return self.out or (Path("runs/benchmarks") if self.quick or self.only else RESULTS)
+
+    def chosen(self, cases: Sequence[C]) -> list[C]:
+        """Ends the program where none is left."""
+        found = [case for case in cases if self.only in case.name]
+        if not found:
+            sys.exit(f"--only {self.only!r}: no such case among {', '.join(case.name for case in cases)}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,16 @@ def facts(began: Began, options: Options, work: str) -> dict[str, str]:
     about["machine"] += f", {ram:.0f} GiB of memory"
     about["versions"] += "".join(f", {peer} {installed(peer)}" for peer in PEERS if installed(peer))
     rounds = f"{options.num_rounds} rounds or more in turn" + (", --quick: small shapes" if options.quick else "")
-    return {**about, "load": f"{began.load} at the start, {Began().load} at the end", "work": f"{work}; {rounds}"}
+    return {
+        **about,
+        "load": f"{began.load} at the start, {Began().load} at the end, on {os.cpu_count()} cores{busy(began)}",
+        "work": f"{work}; {rounds}",
+    }
+
+
+def busy(began: Began) -> str:
+    """A warning, since two threads on a core that other programs use wait for each other, and one thread does not."""
+    return ": too busy for these numbers to count" if float(began.load) > 0.5 * (os.cpu_count() or 1) else ""
 
 
 def installed(package: str) -> str:
@@ -132,12 +160,24 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
+def progress(name: str, began: Began) -> None:
+    """A sign of life on standard error."""
+    print(f"{time.perf_counter() - began.at:6.1f} s: {name}", file=sys.stderr, flush=True)
+
+
 def publish(
-    name: str, title: str, rows: Sequence[Row], goals: Sequence[Goal], options: Options, began: Began, work: str
+    name: str,
+    title: str,
+    rows: Sequence[Row],
+    goals: Sequence[Goal | AtMost],
+    options: Options,
+    began: Began,
+    work: str,
 ) -> int:
     """Shows and writes everything; 1 where distclip is wrong or did not run."""
     records, about = [record(row, rows) for row in rows], facts(began, options, work)
-    judged = [JUDGED, *(goal.judged(rows) for goal in goals)]
+    here = {row.case for row in rows}
+    judged = [JUDGED, *(goal.judged(rows) for goal in goals if goal.case in here)]
     console = Console(width=None if Console().is_terminal else 180)
     for heading, lines in tables(records).items():
         print_table(console, heading, lines)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 WARM_UP = 2  # rounds that are not counted
 CHUNK = 1 << 20  # elements that are compared in float64 at a time
+Run = Callable[[], Any]
+Clock = Callable[[Run], float]
+Count = Callable[[Run], dict[str, int]]  # fields of Row
 STATES = {"not clipping": 10.0, "clipping": 0.3}  # the limit, as a multiple of the norm
 
 
@@ -29,7 +33,7 @@ class Rival:
     """
 
     name: str
-    start: Callable[[Gradients, float], Callable[[], Any]]
+    start: Callable[[Gradients, float], Run]
     tolerance: float | None = 1e-2
     needs: str = ""
 
@@ -57,10 +61,17 @@ class Together:
     barrier: Callable[[], object] = lambda: None
 
 
-def host_seconds(run: Callable[[], Any]) -> float:
+ONE_PROCESS = Together()
+
+
+def host_seconds(run: Run) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def nothing(run: Run) -> dict[str, int]:
+    return {}
 
 
 @dataclass
@@ -78,11 +89,11 @@ class Gradients:
     flat: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.flat = torch.cat([v.flatten() for v in self.values])
-        self._saved = [part.view(v.shape) for part, v in zip(self._parts(), self.values, strict=True)]
-
-    def _parts(self) -> Sequence[Tensor]:
-        return self.flat.split([v.numel() for v in self.values])
+        sizes = [v.numel() for v in self.values]
+        self.flat = torch.empty(sum(sizes), dtype=self.values[0].dtype, device=self.values[0].device)
+        parts = zip(self.flat.split(sizes), self.values, strict=True)
+        self._saved = [part.view(v.shape) for part, v in parts]
+        torch._foreach_copy_(self._saved, self.values)
 
     def restore(self) -> None:
         torch._foreach_copy_(self.values, self._saved)
@@ -91,7 +102,7 @@ class Gradients:
         """How far the norm and the worst gradient element are from the right ones, relatively."""
         factor = min(1.0, limit / self.norm)
         pairs = zip(self.values, self._saved, strict=True)
-        return abs(float(norm) / self.norm - 1), max(worst_element(v, was, factor) for v, was in pairs)
+        return abs(float(norm) / self.norm - 1), largest(worst_element(v, was, factor) for v, was in pairs)
 
 
 def float64_norm(tensors: Sequence[Tensor]) -> float:
@@ -106,7 +117,7 @@ def worst_element(values: Tensor, was: Tensor, factor: float) -> float:
         if new.numel() and not (factor == 1 and torch.equal(new, old)):
             right = old.double() * factor
             errors.append(float(((new.double() - right).abs() / (right.abs() + floor)).max()))
-    return float(torch.tensor(errors).max())  # keeps NaN
+    return largest(errors)
 
 
 @contextmanager
@@ -123,33 +134,59 @@ def no_collection() -> Iterator[None]:
 def measure(
     case: str,
     state: str,
+    factor: float,
     gradients: Gradients,
     rivals: Sequence[Rival],
     rounds: int,
-    together: Together | None = None,
-    clock: Callable[[Callable[[], Any]], float] = host_seconds,
+    together: Together = ONE_PROCESS,
+    clock: Clock = host_seconds,
+    count: Count = nothing,
 ) -> list[Row]:
     """One row a rival. The times are those of the slowest rank, from a barrier on.
 
+    What raises or is wrong has no times: every rival is checked before the rounds, and once more after them, since a
+    call may remember something of those before it.
+
+    Args:
+        factor: the limit, as a multiple of the norm.
+        count: what else to note of a call.
+
     Collective: all ranks of `together`.
     """
-    together = together or Together()
-    limit = STATES[state] * gradients.norm
-    checked = [checked_start(case, state, rival, gradients, limit, together) for rival in rivals]
-    runs = {row.rival: run for row, run in checked if run is not None}
-    prepare = gradients.restore if limit < gradients.norm else (lambda: None)
-    taken = in_turn(runs, rounds, prepare, together, clock)
-    return [row if row.rival not in taken else with_times(row, taken[row.rival]) for row, _ in checked]
+    limit = factor * gradients.norm
+    prepare = gradients.restore if factor < 1 else (lambda: None)
+    runs = {rival.name: begin(rival, gradients, limit) for rival in rivals}
 
+    def check(row: Row, rival: Rival) -> Row:
+        return row if row.note else checked(row, rival, runs[rival.name], gradients, limit, together)
 
-def checked_start(
-    case: str, state: str, rival: Rival, gradients: Gradients, limit: float, together: Together
-) -> tuple[Row, Callable[[], Any] | None]:
-    """The call to time, unless it raises or is wrong on any rank."""
+    rows = [check(Row(case, state, rival.name), rival) for rival in rivals]
+    right = {row.rival: runs[row.rival] for row in rows if not row.note}
+    taken = in_turn(right, rounds, prepare, together, clock)
+    for place, (row, rival) in enumerate(zip(rows, rivals, strict=True)):
+        if not (again := check(row, rival)).note:
+            again = replace(again, seconds=taken[row.rival], **count(right[row.rival]))
+        rows[place] = again
     gradients.restore()
-    run, why, errors = None, "", (0.0, 0.0)
+    return rows
+
+
+def begin(rival: Rival, gradients: Gradients, limit: float) -> Run:
     try:
-        run = rival.start(gradients, limit)
+        return rival.start(gradients, limit)
+    except Exception as error:
+        return partial(reraise, error)
+
+
+def reraise(error: Exception) -> None:
+    raise error
+
+
+def checked(row: Row, rival: Rival, run: Run, gradients: Gradients, limit: float, together: Together) -> Row:
+    """The row with the errors of one call, and a note if it raises or is wrong on any rank."""
+    gradients.restore()
+    why, errors = "", (0.0, 0.0)
+    try:
         answer = run()
         errors = (0.0, 0.0) if rival.tolerance is None else gradients.errors(answer, limit)
     except Exception as error:
@@ -158,28 +195,27 @@ def checked_start(
     everywhere = together.gather((why, *errors))
     gradients.restore()
     if failed := [text for text, _, _ in everywhere if text]:
-        return Row(case, state, rival.name, note=f"does not run: {failed[0]}"), None
+        return replace(row, note=f"does not run: {failed[0]}")
     if rival.tolerance is None:
-        return Row(case, state, rival.name), run
-    norm_error, grad_error = (largest(error[i] for error in everywhere) for i in (1, 2))
+        return row
+    norm_error, grad_error = (largest(rank[i] for rank in everywhere) for i in (1, 2))
     rounding = torch.finfo(gradients.flat.dtype).eps
-    if norm_error <= rival.tolerance and grad_error <= rival.tolerance + rounding:
-        return Row(case, state, rival.name, norm_error=norm_error, grad_error=grad_error), run
-    note = f"WRONG: the norm is off by {norm_error:.2g}, a gradient by {grad_error:.2g}; not timed"
-    return Row(case, state, rival.name, norm_error=norm_error, grad_error=grad_error, note=note), None
+    right = norm_error <= rival.tolerance and grad_error <= rival.tolerance + rounding  # false for NaN
+    note = "" if right else f"WRONG: the norm is off by {norm_error:.2g}, a gradient by {grad_error:.2g}; not timed"
+    return replace(row, norm_error=norm_error, grad_error=grad_error, note=note)
 
 
-def largest(errors: Iterator[float]) -> float:
+def largest(errors: Iterable[float]) -> float:
     """NaN where any is."""
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 def in_turn(
-    runs: dict[str, Callable[[], Any]],
+    runs: dict[str, Run],
     rounds: int,
     prepare: Callable[[], object],
     together: Together,
-    clock: Callable[[Callable[[], Any]], float],
+    clock: Clock,
 ) -> dict[str, list[float]]:
     """Seconds of each round by name: in every round all run, in a new random order that the ranks share."""
     order, shuffled = list(runs), random.Random(0)
@@ -195,10 +231,6 @@ def in_turn(
     return {name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in runs}
 
 
-def with_times(row: Row, seconds: Sequence[float]) -> Row:
-    return Row(row.case, row.state, row.rival, seconds, row.norm_error, row.grad_error)
-
-
 @dataclass(frozen=True)
 class Spread:
     """p20, median and p80; of a ratio, the ratio of the medians between quantiles of the ratio of each round."""
@@ -207,21 +239,20 @@ class Spread:
     p50: float
     p80: float
 
-    def text(self, factor: float = 1.0) -> str:
-        p20, p50, p80 = (f"{factor * p:.3g}" for p in (self.p20, self.p50, self.p80))
-        return f"{p50} ({p20} to {p80})"
+    def text(self) -> str:
+        return f"{self.p50:.3g} ({self.p20:.3g} to {self.p80:.3g})"
 
 
 def spread(values: Sequence[float]) -> Spread:
     return Spread(*torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist())
 
 
-def ratio(of: Row, to: Row) -> Spread | None:
-    """The time of `of` in multiples of that of `to`; None where one was not timed."""
+def ratio(of: Row, to: Row, factor: float = 1.0) -> Spread | None:
+    """The time of `of` in multiples of that of `to`, times `factor`; None where one was not timed."""
     if not of.seconds or not to.seconds:
         return None
-    rounds = spread([a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
-    return Spread(rounds.p20, spread(of.seconds).p50 / spread(to.seconds).p50, rounds.p80)
+    rounds = spread([factor * a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
+    return Spread(rounds.p20, factor * spread(of.seconds).p50 / spread(to.seconds).p50, rounds.p80)
 
 
 def find(rows: Sequence[Row], case: str, state: str, rival: str) -> Row:
