@@ -8,6 +8,7 @@ import multiprocessing as mp
 import os
 import queue
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -140,17 +141,23 @@ def measure_on(num_ranks: int, cases: Sequence[Case], size: Size, rounds: int) -
                 given = (rank, num_ranks, f"{folder}/store", cases, size, rounds, answers)
                 started.append(context.Process(target=rank_main, args=given, daemon=True))
                 started[-1].start()
-            return first_rows(num_ranks, answers)
+            return first_rows(started, answers)
         finally:
             end(started)
 
 
-def first_rows(num_ranks: int, answers: Any) -> list[Row]:
+def first_rows(started: Sequence[mp.Process], answers: Any) -> list[Row]:
     """Those of whichever rank is done first: all ranks have the same."""
-    try:
-        rank, rows, failure = answers.get(timeout=LIMIT_S)
-    except queue.Empty:
-        raise RuntimeError(f"none of {num_ranks} ranks answered within {LIMIT_S:g} s") from None
-    if failure:
-        raise RuntimeError(f"rank {rank} of {num_ranks} failed:\n{failure}")
-    return rows
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        died = [rank for rank, process in enumerate(started) if process.exitcode is not None]
+        try:
+            rank, rows, failure = answers.get(timeout=0.5)
+        except queue.Empty:
+            if died:
+                raise RuntimeError(f"ranks {died} of {len(started)} ended without an answer") from None
+            continue
+        if failure:
+            raise RuntimeError(f"rank {rank} of {len(started)} failed:\n{failure}")
+        return rows
+    raise RuntimeError(f"none of {len(started)} ranks answered within {LIMIT_S:g} s")

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import gpu, show
+from benchmarks import gpu, sharded_ranks, show
 from benchmarks.clip import GPT2, Case, gradients
 from benchmarks.clip import cases as clip_cases
 from benchmarks.goals import CLIP, SHARDED, AtMost, Goal
 from benchmarks.models import LLAMA_1B
 from benchmarks.rivals import CLIPPER, COPY, FUNCTION, IN_ONE_PROCESS, MEASURING, ON_RANKS, TORCH, torch_clip
-from benchmarks.sharded import CASES
+from benchmarks.sharded import CASES, QUICK
 from benchmarks.timing import STATES, Gradients, Rival, Row, Together, in_turn, measure, ratio, worst_element
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +129,17 @@ def test_a_case_that_is_not_there_ends_with_one_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def end_at_once(*given: Any) -> None:
+    os._exit(3)
+
+
+def test_a_rank_that_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_ranks, "rank_main", end_at_once)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(RuntimeError, match=r"ranks \[.*\] of 2 ended without an answer"):
+        sharded_ranks.measure_on(2, CASES[:1], QUICK, 1)
+
+
 def test_gpt2_has_its_published_size() -> None:
     assert (sum(torch.Size(shape).numel() for shape in GPT2), len(GPT2)) == (124_439_808, 148)
 
@@ -179,22 +190,18 @@ def test_a_rival_that_is_wrong_has_no_speed(wrong: Callable[..., Any], state: st
     assert show.record(bad, [good, bad])["times_torch_p50"] == ""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_distclip_is_held_to_one_ulp_and_others_are_not(dtype: torch.dtype) -> None:
+def test_distclip_is_held_to_one_ulp_and_others_are_not() -> None:
     """A norm that is off by 1e-6 is a right answer of torch's, and a wrong one of distclip's."""
-    work = gradients([(30, 20), (7,)], dtype)
+    work = gradients([(30, 20), (7,)], torch.float32)
     strict = next(rival.tolerance for rival in IN_ONE_PROCESS if rival.name == CLIPPER)
 
     def off(work: Gradients, limit: float) -> Callable[[], Any]:
-        return lambda: torch_clip(work, limit)() * 0 + torch.tensor(work.norm * (1 + 1e-6))
+        return lambda: work.norm * (1 + 1e-6)
 
     rivals = [Rival("others", off), Rival(CLIPPER, off, strict)]
     theirs, ours = measure("case", "not clipping", 10.0, work, rivals, rounds=1)
     assert theirs.seconds
     assert not ours.seconds
-    options = show.Options(rounds=1, out=Path(os.devnull))
-    assert show.Row is Row
-    assert options.num_rounds == 1
 
 
 def test_a_rival_that_is_right_only_once_has_no_speed() -> None:
@@ -228,7 +235,7 @@ def test_what_is_wrong_on_another_rank_is_wrong() -> None:
     work = gradients([(30, 20)], torch.float32)
     for theirs in (("", 0.5, 0.0), ("", 0.0, math.nan), ("RuntimeError: there", 0.0, 0.0)):
         together = Together(gather=lambda mine, theirs=theirs: [mine, theirs])
-        (row,) = measure("case", "clipping", FACTOR, work, [Rival(TORCH, torch_clip)], 1, together) if theirs else ()
+        (row,) = measure("case", "clipping", FACTOR, work, [Rival(TORCH, torch_clip)], 1, together)
         assert row.note
         assert not row.seconds
 
@@ -359,16 +366,12 @@ def test_the_work_of_the_device_runs_on_a_cpu(tmp_path: Path) -> None:
 
 def test_a_step_of_the_benchmark_clips_and_steps() -> None:
     work = gradients([(30, 20), (7,)], torch.float32)
-    start = [p.detach().clone() for p in work.params]
     optimizer = torch.optim.AdamW(work.params, lr=1e-2, fused=True)
     for rival in gpu.stepping(optimizer):
         before = [p.detach().clone() for p in work.params]
         (row,) = measure("case", gpu.STEP, FACTOR, work, [rival], rounds=1)
         assert row.seconds, row.note
         assert all(not torch.equal(p, was) for p, was in zip(work.params, before, strict=True))
-    assert all(
-        isinstance(p, nn.Parameter) and not torch.equal(p, was) for p, was in zip(work.params, start, strict=True)
-    )
 
 
 def test_launches_and_syncs_are_counted() -> None:
