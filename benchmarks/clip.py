@@ -44,12 +44,12 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    model = SMALL_GPT2 if quick else GPT2
+    model, num_small = (SMALL_GPT2, 200) if quick else (GPT2, 2000)
     return [
         Case(FLOAT32, model, torch.float32),
         Case(BF16, model, torch.bfloat16),
         Case(FP16, model, torch.float16),
-        Case(SMALL, 2000 * [(100,)], torch.float32, times=1 if quick else 4),
+        Case(SMALL, num_small * [(100,)], torch.float32, times=1 if quick else 4),
     ]
 
 

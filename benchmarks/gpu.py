@@ -51,8 +51,9 @@ def device_seconds(run: Run) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def counted(run: Run) -> dict[str, int]:
+def counted(run: Run, prepare: Run) -> dict[str, int]:
     """Kernels that one call launches, and how often the host waits for the device in it."""
+    prepare()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -61,6 +62,8 @@ def counted(run: Run) -> dict[str, int]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    prepare()
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()

@@ -21,7 +21,7 @@ CASES = (
     Case(FOUR_RANKS, (4,), ("dp",)),
     Case(TWO_AXES, (2, 2), ("dp", "tp")),
 )
-FULL, QUICK = Size(num_blocks=32, width=256), Size(num_blocks=3, width=32)
+FULL, QUICK = Size(num_blocks=32, width=256), Size(num_blocks=2, width=32)
 
 
 def main() -> int:

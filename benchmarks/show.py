@@ -62,7 +62,7 @@ class Options:
 
     @property
     def num_rounds(self) -> int:
-        return min(self.rounds, 5) if self.quick else self.rounds
+        return min(self.rounds, 3) if self.quick else self.rounds
 
     @property
     def folder(self) -> Path:
@@ -89,7 +89,9 @@ def facts(began: Began, options: Options, work: str) -> dict[str, str]:
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about["machine"] += f", {ram:.0f} GiB of memory"
     about["versions"] += "".join(f", {peer} {installed(peer)}" for peer in PEERS if installed(peer))
-    rounds = f"{options.num_rounds} rounds or more in turn" + (", --quick: small shapes" if options.quick else "")
+    rounds = f"{options.num_rounds} rounds or more in turn" + (
+        ", --quick: smaller and fewer tensors than the names say" if options.quick else ""
+    )
     return {
         **about,
         "load": f"{began.load} at the start, {Began().load} at the end, on {os.cpu_count()} cores{busy(began)}",

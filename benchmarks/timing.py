@@ -18,7 +18,7 @@ WARM_UP = 2  # rounds that are not counted
 CHUNK = 1 << 20  # elements that are compared in float64 at a time
 Run = Callable[[], Any]
 Clock = Callable[[Run], float]
-Count = Callable[[Run], dict[str, int]]  # fields of Row
+Count = Callable[[Run, Run], dict[str, int]]  # of a call, after a preparation: fields of Row
 STATES = {"not clipping": 10.0, "clipping": 0.3}  # the limit, as a multiple of the norm
 
 
@@ -70,7 +70,7 @@ def host_seconds(run: Run) -> float:
     return time.perf_counter() - begin
 
 
-def nothing(run: Run) -> dict[str, int]:
+def nothing(run: Run, prepare: Run) -> dict[str, int]:
     return {}
 
 
@@ -165,7 +165,7 @@ def measure(
     taken = in_turn(right, rounds, prepare, together, clock)
     for place, (row, rival) in enumerate(zip(rows, rivals, strict=True)):
         if not (again := check(row, rival)).note:
-            again = replace(again, seconds=taken[row.rival], **count(right[row.rival]))
+            again = replace(again, seconds=taken[row.rival], **count(right[row.rival], prepare))
         rows[place] = again
     gradients.restore()
     return rows
