@@ -29,6 +29,9 @@ from benchmarks.timing import STATES, Gradients, Rival, Row, Together, in_turn, 
 
 ROOT = Path(__file__).parents[1]
 FACTOR = STATES["clipping"]
+LIMIT = 240  # seconds of a command; about ten on two idle cores, and five times as long beside other jobs
+
+pytestmark = pytest.mark.timeout(2 * LIMIT)
 Line = dict[str, str]
 
 
@@ -38,7 +41,7 @@ Line = dict[str, str]
 def command(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", f"benchmarks.{name}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def quick(name: str, out: Path) -> tuple[list[Line], str]:
