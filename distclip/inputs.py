@@ -88,13 +88,15 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
 
 
 def listed(given: Parameters) -> list[Tensor] | None:
-    """The tensors of a module or a list; None unless each is one that can be clipped, and stands there once."""
+    """The tensors of a module or a list, thousands in no time; None where not each is right and there once."""
     if isinstance(given, nn.Module):
-        tensors: list[Any] = [p for p in given.parameters() if _can_have_gradient(p)]
-    else:
-        tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
-    right = all(isinstance(t, Tensor) for t in tensors) and all(map(_can_have_gradient, tensors))
-    return tensors if right and len(set(map(id, tensors))) == len(tensors) > 0 else None
+        given = [p for p in given.parameters() if _can_have_gradient(p)]
+    tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        return None
+    dtypes = {t.dtype for t in tensors}
+    right = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+    return tensors if right and len(set(map(id, tensors))) == len(tensors) else None
 
 
 def check_fresh(module: nn.Module, params: Iterable[Tensor]) -> None:

@@ -121,33 +121,18 @@ def read_layouts(
     return [replace(h, counted=True) for h in held], None
 
 
-@dataclass(frozen=True, slots=True)
-class Same:
-    """Equal only to what holds the same object, which stays alive: two meshes that compare equal may have two roots."""
+def shown(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
+    """A key, alike for parameters that show the same layout, dtypes and devices, and what must live as long as it.
 
-    held: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.held is other.held
-
-    def __hash__(self) -> int:
-        return id(self.held)
-
-
-def placements(params: Sequence[Tensor]) -> Hashable | None:
-    """What tensors show of their layout, devices and dtypes, all told: equal for equal ones.
-
-    None where they do not show it: those of FSDP1, or of a class of their own.
+    None where they do not show their layout: those of FSDP1, or of a class of their own.
     """
     kinds = set(map(type, params))
     if not kinds <= {Tensor, nn.Parameter, DTensor} or any(getattr(p, "_fsdp_flattened", False) for p in params):
         return None
-    facts = frozenset((p.dtype, p.device) for p in params)
-    if DTensor not in kinds:
-        return len(params), facts
-    specs = [(p.placements, id(p.device_mesh)) if isinstance(p, DTensor) else None for p in params]
-    meshes = {id(p.device_mesh): p.device_mesh for p in params if isinstance(p, DTensor)}
-    return tuple(specs), facts, tuple(map(Same, meshes.values()))
+    facts = len(params), frozenset(p.dtype for p in params), all(p.is_cpu for p in params) or params[0].device
+    # By identity: meshes that compare equal may have two roots, and to compare them takes longer than to clip.
+    specs = [_spec(p) if isinstance(p, DTensor) else None for p in params] if DTensor in kinds else []
+    return (facts, tuple(map(id, specs))), specs
 
 
 def local_gradient(param: Tensor) -> Tensor | None:
@@ -203,9 +188,15 @@ def local_values(tensor: Tensor) -> Tensor:
 
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        if (spec := _spec(tensor)) is _spec(like) and not any(p.is_partial() for p in spec.placements):
+            return tensor  # FSDP2 gives both one spec: nothing to compare
         wanted = _wanted(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
+
+
+def _spec(tensor: DTensor) -> Any:
+    return cast(Any, tensor)._spec
 
 
 def _wanted(like: DTensor) -> tuple[Placement, ...]:

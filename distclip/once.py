@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import apply, inputs, kernels, measure, nonfinite, state
 from distclip.decide import decide, norms, write_
 from distclip.inputs import Parameters, named_tensors
-from distclip.layout import Same, local_gradient, local_gradients, local_values, placements, read_layouts
+from distclip.layout import local_gradient, local_gradients, local_values, read_layouts, shown
 from distclip.plan import Plan, make_plan
 from distclip.policies import About, Policy, Stateless, check_not_negative
 
@@ -88,7 +88,7 @@ def _plan(parameters: Parameters, policy: Policy[Any], mesh: DeviceMesh | None, 
     return make_plan(held, team, given.groups)
 
 
-_kept: OrderedDict[Any, Plan] = OrderedDict()
+_kept: OrderedDict[Any, tuple[Plan, object]] = OrderedDict()
 
 
 def _params_and_plan(
@@ -96,18 +96,19 @@ def _params_and_plan(
 ) -> tuple[list[Tensor], Plan]:
     """The parameters, each once, and a plan; an earlier one if it fits, since to make one takes longer than to clip.
 
-    All that a policy of scope MODEL needs of a plan follows from the placements of the parameters, and from the ranks.
+    All that a policy of scope MODEL needs of a plan follows from what the parameters show, and from the ranks.
     """
     params = inputs.listed(parameters)
-    if params is None or (kinds := placements(params)) is None:
+    if params is None or (layout := shown(params)) is None:
         plan = _plan(parameters, policy, mesh, distinct)
         return [h.param for h in plan.held], plan
-    world = id(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
-    key = (kinds, policy, Same(mesh), distinct, world)
-    if (plan := _kept.get(key)) is None:
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    key = (layout[0], policy, id(mesh), distinct, id(world))
+    if key not in _kept:
         plan = _plan(parameters, policy, mesh, distinct)
         nobody = torch.empty(0, device="meta")  # a kept plan must not keep parameters alive
-        plan = _kept[key] = replace(plan, held=[replace(h, name="", param=nobody) for h in plan.held])
+        plan = replace(plan, held=[replace(h, name="", param=nobody) for h in plan.held])
+        _kept[key] = plan, (layout[1], mesh, world)  # alive, so that no other object takes over an id
         if len(_kept) > _KEPT:
             _kept.popitem(last=False)
-    return params, plan
+    return params, _kept[key][0]
