@@ -87,9 +87,9 @@ def _row_norms(run: Tensor, row: int) -> Iterator[Tensor]:
     if run.dtype is torch.float32:
         yield torch.linalg.vector_norm(rows, dim=1)
         return
-    wide = torch.empty(min(_CHUNK // row, len(rows)), row)
+    wide = torch.empty(min(_CHUNK // row, rows.shape[0]), row)
     for chunk in cast("tuple[Tensor, ...]", rows.split(_CHUNK // row)):
-        yield torch.linalg.vector_norm(wide[: len(chunk)].copy_(chunk), dim=1)
+        yield torch.linalg.vector_norm(wide[: chunk.shape[0]].copy_(chunk), dim=1)
 
 
 def _blocks(
@@ -98,11 +98,18 @@ def _blocks(
     """Flat views of the whole rows of runs longer than `short`; and copies, packs, that hold all the rest."""
     if numels and max(numels) <= short:
         return [], _packed(joined, numels)
-    long = [flat(run) for run, numel in zip(joined, numels, strict=True) if numel > short]
-    rest = [run for run, numel in zip(joined, numels, strict=True) if numel <= short]
-    rest += [run[len(run) // row * row :] for run in long if len(run) % row]
-    whole = [run[: len(run) // row * row] if len(run) % row else run for run in long]
-    return whole, _packed(rest, list(map(Tensor.numel, rest)))
+    long: list[Tensor] = []
+    rest: list[Tensor] = []
+    for run, numel in zip(joined, numels, strict=True):
+        if numel <= short:
+            rest.append(run)
+        elif tail := numel % row:
+            values = flat(run)
+            long.append(values[: numel - tail])
+            rest.append(values[numel - tail :])
+        else:
+            long.append(flat(run))
+    return long, _packed(rest, list(map(Tensor.numel, rest)))
 
 
 def _packed(several: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
