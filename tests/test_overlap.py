@@ -190,6 +190,14 @@ def test_a_parameter_without_gradient_in_the_next_step() -> None:
         torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
 
+def test_a_bucket_that_was_reduced_but_never_written() -> None:
+    model, clipper = model_and_clipper()
+    backward(model, batches(1)[0])
+    clipper._early.reduced(model.head.weight, torch.full_like(model.head.weight, 100.0))
+    norm = reference.total_norm(gradients(model))
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
 def test_a_hook_of_the_user_that_comes_later_is_seen() -> None:
     model, clipper = model_and_clipper()
 

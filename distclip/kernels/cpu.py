@@ -27,9 +27,7 @@ _flatten: Any = torch.ops.aten.flatten_dense_tensors
 _ROW = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
 _CHUNK = 1 << 20  # elements of 16 bits upcast at a time: 4 MiB of float32 stay in the cache that cores share
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
-_PACK = (
-    1 << 15
-)  # elements of these copies: they stay in a core's own cache, and torch spreads no work so small over cores
+_PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
 _EXACT = 1 << 16  # elements: so few are all added up in float64
 # Squares below float32's range are lost or rounded: by less than 2**-26 of the sum where the mean square is above this.
 _LEAST_MEAN = 2.0**-100
@@ -60,10 +58,9 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 def _largest(joined: Sequence[Tensor]) -> Tensor:
-    blocks = _blocks(joined, list(map(Tensor.numel, joined)), _SHORT)
-    ends = [
-        end.abs().double() for several in blocks for block in several if block.numel() for end in torch.aminmax(block)
-    ]
+    long, packs = _blocks(joined, list(map(Tensor.numel, joined)), _SHORT)
+    full = [block for block in (*long, *packs) if block.numel()]
+    ends = [end.abs().double() for block in full for end in torch.aminmax(block)]
     return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64)
 
 

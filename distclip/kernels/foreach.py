@@ -14,9 +14,7 @@ from distclip.kernels.loops import clamp_, scale_each_, zero_
 
 __all__ = ["clamp_", "power_sums", "scale_", "scale_each_", "zero_"]
 
-_torch = cast(
-    Any, torch
-)  # which declares its multi-tensor functions private, though its own optimizers are made of them
+_torch = cast(Any, torch)  # its optimizers are made of its multi-tensor functions, but it calls them private
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
