@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import warnings
@@ -15,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests import reference
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 4  # sequences a rank and micro-batch
-LR = 1.0
+LR = 1 / 16  # so small that the weights stay below 1, and a power of two: updates over it are exact
 
 
 def load() -> Any:
@@ -29,6 +32,8 @@ def load() -> Any:
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes all the same, only slowly.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -59,7 +64,7 @@ def config(stage: int, dtype: str = "fp32", gas: int = 1, offload: bool = False,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 100,
             "stage3_prefetch_bucket_size": 40,
-            "sub_group_size": 60,
+            "sub_group_size": 30,
         }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -98,11 +103,22 @@ def engine(
             yield made
     finally:
         made.destroy()
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """What DeepSpeed keeps of one engine's process groups, and would use for the next engine."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(groups, name).clear()
 
 
 def batch(step: int, rank: int, micro: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    return torch.randn(BATCH, 7, generator=generator), torch.randn(BATCH, 5, generator=generator)
+    inputs, targets = torch.randn(BATCH, 7, generator=generator), torch.randn(BATCH, 5, generator=generator)
+    return inputs, targets * (1 + step % 3)  # norms that rise and fall
 
 
 def loss_of(module: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,15 +148,49 @@ def masters(made: Any) -> dict[str, Tensor]:
 
     flat = getattr(made.optimizer, "fp32_groups", None)
     if flat is not None:  # FP16_UnfusedOptimizer
-        own = {id(p): m for ps, ms in zip(made.optimizer.fp16_groups, flat, strict=True) for p, m in zip(ps, ms)}
+        params, stepped = itertools.chain(*made.optimizer.fp16_groups), itertools.chain(*flat)
+        own = {id(p): master for p, master in zip(params, stepped, strict=True)}
         return {name: own[id(p)].detach().double().clone() for name, p in made.module.named_parameters()}
+    if (flat := getattr(made.optimizer, "fp32_groups_flat", None)) is not None:  # FP16_Optimizer
+        stepped = itertools.chain(
+            *(
+                buffer.split([p.numel() for p in ps])
+                for buffer, ps in zip(flat, made.optimizer.fp16_groups, strict=True)
+            )
+        )
+        own = dict(zip(map(id, itertools.chain(*made.optimizer.fp16_groups)), stepped, strict=True))
+        return {name: own[id(p)].view(p.shape).detach().double().clone() for name, p in made.module.named_parameters()}
     if isinstance(made.optimizer, torch.optim.Optimizer):
         return {name: p.detach().double().clone() for name, p in made.module.named_parameters()}
     return {name: safe_get_full_fp32_param(p).detach().double().clone() for name, p in made.module.named_parameters()}
 
 
-def update(made: Any, step: int, dtype: str = "fp32", gas: int = 1) -> dict[str, Tensor]:
-    """What SGD subtracted from each weight in one step, over the learning rate: the gradient that was applied."""
-    before = masters(made)
-    train_step(made, step, dtype, gas)
-    return {name: (before[name] - after) / LR for name, after in masters(made).items()}
+def gradients(made: Any, scale: float = 1.0) -> dict[str, Tensor]:
+    """What the engine is about to apply, whole, on every rank, in float64: by DeepSpeed's own means."""
+    from deepspeed.utils import safe_get_full_grad
+
+    named = made.module.named_parameters()
+    return {name: safe_get_full_grad(p).detach().double().clone() / scale for name, p in named}
+
+
+def backward(made: Any, step: int, dtype: str = "fp32", gas: int = 1) -> None:
+    """All of a step but its last `engine.step()`."""
+    for micro in range(gas):
+        inputs, targets = batch(step, dist.get_rank(), micro)
+        made.backward(loss_of(made, inputs, targets, DTYPES[dtype]))
+        if micro < gas - 1:
+            made.step()
+
+
+class Applied:
+    """One step of SGD: the gradients before it, what was applied, and the weights before it."""
+
+    def __init__(self, made: Any, step: int, dtype: str = "fp32", gas: int = 1, scale: float = 1.0) -> None:
+        backward(made, step, dtype, gas)
+        self.grads, self.weights = gradients(made, scale), masters(made)
+        made.step()
+        self.update = {name: (self.weights[name] - after) / LR for name, after in masters(made).items()}
+
+
+def norm_of(tensors: dict[str, Tensor], norm_type: float = 2.0) -> float:
+    return reference.total_norm(list(tensors.values()), norm_type).item()

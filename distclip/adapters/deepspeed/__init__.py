@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import torch
@@ -107,7 +107,9 @@ class Handle:
         if self._plain is not None:
             self._plain.remove()
         elif vars(self._optimizer).get("step") == self._outer_step:
-            self._optimizer.step = self._step
+            del self._optimizer.step
+            if self._step != self._optimizer.step:  # somebody had put another in its place
+                self._optimizer.step = self._step
         self._live = False
         self._engine._config.gradient_clipping = self._own_rule[0]
         if self._own_rule[1] is not None:
@@ -116,7 +118,7 @@ class Handle:
 
     def _switch_off(self) -> None:
         config, optimizer = self._engine._config, self._optimizer
-        self._own_rule = (config.gradient_clipping, getattr(optimizer, "clip_grad", None))
+        self._own_rule: tuple[float, float | None] = (config.gradient_clipping, getattr(optimizer, "clip_grad", None))
         # Unset, it is 1.0: only one that somebody chose is worth a word.
         if config._param_dict.get("gradient_clipping") and dist.get_rank() == 0:
             warnings.warn(
@@ -135,7 +137,7 @@ class Handle:
         self._step = self._optimizer.step
         self._optimizer.step = self._outer_step
         inner = self._where.inner_optimizers(self._optimizer)
-        before = [each.register_step_pre_hook(self._before) for each in inner]
+        before = [each.register_step_pre_hook(cast(Any, self._before)) for each in inner]
         return [*before, *(each.register_step_post_hook(self._after) for each in inner)]
 
     def _outer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,8 +184,8 @@ class Handle:
         skipped = self._clipper.found_inf(self._decision, False)
         if skipped is not None and bool(skipped):
             self._hidden = [(p, p.grad) for p in stepping.values() if p.grad is not None]
-            for param, _ in self._hidden:
-                param.grad = None
+            for hidden in self._hidden:
+                hidden[0].grad = None
 
     def _applied(self, place: Place, stepping: dict[int, Tensor]) -> Tensor | None:
         if place.at is None:

@@ -86,7 +86,7 @@ def _of_fragment(
     """The tensor of a fragment; of an expert also those at its place on the ranks that have other experts."""
     param: Any = fragment.param
     kind = getattr(param, "group_name", None) if not getattr(param, "allreduce", True) else None
-    line = [] if kind is None else ranks.experts[kind]
+    line: Sequence[int] = () if kind is None else ranks.experts[kind]
     part, copies = _part(fragment, ranks, elsewhere=ranks.pipe is not None or len(line) > 1)
     data = ranks.data if kind is None else ranks.experts_data[kind]
     first_of = [data] if fragment.whole else []
@@ -188,13 +188,17 @@ def _ranks_of(engine: Any) -> Ranks:
         [dist.get_rank()] if tensor is None else listed(tensor),
         pipe if pipe is not None and len(listed(pipe)) > 1 else None,
         listed(engine.seq_data_parallel_group),
-        {name: listed(group) for name, group in (engine.expert_parallel_group or {}).items()},
-        {name: listed(group) for name, group in (engine.expert_data_parallel_group or {}).items()},
+        _listed(engine.expert_parallel_group),
+        _listed(engine.expert_data_parallel_group),
     )
 
 
+def _listed(groups: dict[str, Any] | None) -> dict[str, Sequence[int]]:
+    return {name: dist.get_process_group_ranks(group) for name, group in (groups or {}).items()}
+
+
 def _asked(mpu: Any, *methods: str) -> Any:
-    """The answer of the first method that there is: the names of newer Megatrons, of DeepSpeed's grid, of older ones."""
+    """The answer of the first method that there is: as newer Megatrons, DeepSpeed's own grid and older ones call it."""
     return next((getattr(mpu, name)() for name in methods if hasattr(mpu, name)), None)
 
 

@@ -1,13 +1,14 @@
 """Where each optimizer class of DeepSpeed keeps this rank's gradients, and of which parameters they are.
 
-| class                                  | what the inner optimizer steps            | the gradient when the outer step begins   |
-|----------------------------------------|-------------------------------------------|-------------------------------------------|
-| a torch optimizer (stage 0, float32)   | the parameters                            | their `.grad`                             |
-| `FP16_UnfusedOptimizer` (stage 0)      | `fp32_groups[i][j]`                       | `.grad` of the parameter                  |
-| `FP16_Optimizer` (stage 0, FusedAdam)  | `fp32_groups_flat[i]`                     | `.grad` of the parameter                  |
-| `BF16_Optimizer`                       | `fp32_groups_flat_partition[i]`           | `fp32_groups_gradient_flat_partition[i]`  |
-| `DeepSpeedZeroOptimizer` (1, 2)        | `single_partition_of_fp32_groups[i]`      | `averaged_gradients[i]`; offloaded `.grad` |
-| `DeepSpeedZeroOptimizer_Stage3`        | `fp32_partitioned_groups_flat[sub_group]` | `averaged_gradients[i]`; offloaded `.grad` |
+| class                                | what the inner optimizer steps       | the gradient as the outer step begins |
+|--------------------------------------|--------------------------------------|---------------------------------------|
+| a torch optimizer (stage 0, float32) | the parameters                       | their `.grad`                         |
+| `FP16_UnfusedOptimizer` (stage 0)    | `fp32_groups[i][j]`                  | `.grad` of the parameter              |
+| `FP16_Optimizer` (0, with FusedAdam) | `fp32_groups_flat[i]`                | `.grad` of the parameter              |
+| `BF16_Optimizer`                     | `fp32_groups_flat_partition[i]`      | `fp32_groups_gradient_flat_partition` |
+| `DeepSpeedZeroOptimizer` (1, 2)      | `single_partition_of_fp32_groups[i]` | `averaged_gradients[i]`               |
+| `DeepSpeedZeroOptimizer_Stage3`      | `fp32_partitioned_groups_flat[i]`    | `averaged_gradients[i]`               |
+| the last two with offload            | the same, on the CPU                 | `.grad` of what is stepped            |
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,8 @@ def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 def loss_scale(optimizer: Any) -> float:
     """What the gradients are multiplied by: before the outer step's own update, and after it."""
-    return float(getattr(optimizer, "loss_scale", 1.0))
+    scale = getattr(optimizer, "loss_scale", None)
+    return 1.0 if scale is None else float(scale)  # None: FP16_Optimizer, of gradients in bf16
 
 
 def settle(optimizer: Any) -> None:
@@ -112,7 +114,7 @@ def settle(optimizer: Any) -> None:
 
 
 def _elsewhere(optimizer: Any) -> str | None:
-    inner = type(getattr(optimizer, "optimizer", optimizer))
+    inner = cast("type[Any]", type(getattr(optimizer, "optimizer", optimizer)))
     if "muon" in inner.__name__.lower():
         return "Muon puts updates in the place of gradients"
     if "onebit" in inner.__module__:
