@@ -237,10 +237,10 @@ def _located(fragments: Sequence[Fragment], fetch: Callable[[], list[Tensor] | N
     if pieces is None:
         return [None] * len(fragments)
     begins = [0, *accumulate(piece.numel() for piece in pieces)]
-    found: list[Tensor | None] = []
-    for fragment in fragments:
-        at = bisect_right(begins, fragment.offset) - 1
-        within = fragment.offset - begins[at]
-        flat = pieces[at].reshape(-1) if fragment.size else None
-        found.append(None if flat is None else flat.narrow(0, within, fragment.size))
-    return found
+    return [_taken(fragment, pieces, begins) if fragment.size else None for fragment in fragments]
+
+
+def _taken(fragment: Fragment, pieces: Sequence[Tensor], begins: Sequence[int]) -> Tensor:
+    at = bisect_right(begins, fragment.offset) - 1
+    values = pieces[at].reshape(-1).narrow(0, fragment.offset - begins[at], fragment.size)
+    return values.view(fragment.shape) if fragment.whole else values
