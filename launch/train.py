@@ -92,6 +92,8 @@ def train(options: Options[Any], device: torch.device) -> None:
                 display.show(row, metrics.num_clipped)
             if options.save_every and (step % options.save_every == 0 or step == options.steps):
                 checkpoint.save(folder, step, run.parts, run.facts)
+    if run.zero is not None:
+        run.zero.engine.destroy()
     if metrics:
         finish(run, metrics.rows, console)
 

@@ -49,6 +49,8 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, options: An
     Collective: every rank must call it.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, alone)  # DeepSpeed reads them; without a launcher there is one rank
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,7 +63,9 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, options: An
         # Compiled as soon as ranks join, for inference alone; without it no compiler is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor. is deprecated", category=FutureWarning
+    )
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(options))
         return Zero(engine, distclip.adapters.deepspeed.attach(engine, options.policy))
