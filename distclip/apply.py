@@ -9,33 +9,40 @@ from torch import Tensor
 
 from distclip import kernels
 
+Pieces = Sequence[Sequence[Tensor]]  # dense values on any devices, as `kernels.pieces` has them
+
 
 def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
     """min(1, limit / norm); 1 up to the limit, also where both are zero or infinite; NaN where either is NaN."""
     return torch.where(norm <= limit, 1.0, limit / norm)
 
 
-def scale_(values: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiplies dense values, on any devices, by a float64 scalar. On a CPU a factor of 1 writes nothing."""
-    for device in {v.device for v in values}:
-        kernels.scale_([v for v in values if v.device == device], factor.to(device))
+def is_one(factor: Tensor) -> bool:
+    """Whether nothing need be written; only known of a number that is on the CPU."""
+    return factor.is_cpu and factor.item() == 1
 
 
-def zero_(values: Sequence[Tensor], where: Tensor) -> None:
-    """Sets dense values, on any devices, to zero if the bool scalar `where` is true: NaN and infinities too."""
-    for device in {v.device for v in values}:
-        kernels.zero_([v for v in values if v.device == device], where.to(device))
+def scale_(pieces: Pieces, factor: Tensor) -> None:
+    """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
+    for piece in pieces:
+        kernels.scale_(piece, factor.to(piece[0].device))
 
 
-def clamp_(values: Sequence[Tensor], bound: Tensor) -> None:
-    """Clamps dense values to [-bound, bound]; NaN stays NaN."""
-    if any(v.is_complex() for v in values):
+def zero_(pieces: Pieces, where: Tensor) -> None:
+    """Sets everything to zero if the bool scalar `where` is true: NaN and infinities too."""
+    for piece in pieces:
+        kernels.zero_(piece, where.to(piece[0].device))
+
+
+def clamp_(pieces: Pieces, bound: Tensor) -> None:
+    """Clamps to [-bound, bound]; NaN stays NaN."""
+    if any(tensor.is_complex() for piece in pieces for tensor in piece):
         raise ValueError(
             "cannot clamp a complex gradient: complex numbers have no order, so that there is no largest value. "
             "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
         )
-    for device in {v.device for v in values}:
-        kernels.clamp_([v for v in values if v.device == device], bound.to(device))
+    for piece in pieces:
+        kernels.clamp_(piece, bound.to(piece[0].device))
 
 
 def scale_units_(views: Iterable[tuple[Tensor, int | None, int]], factors: Tensor) -> None:

@@ -11,13 +11,14 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distclip import amp, apply, fused, inputs, nonfinite, optimizers, state
+from distclip import amp, apply, fused, inputs, kernels, measure, nonfinite, optimizers, state
 from distclip.attach import Attached
 from distclip.decide import Decision, decide, kept, norms, report_of, write_
 from distclip.errors import LayoutError
 from distclip.inputs import Parameters, ParamGroups, named_tensors
-from distclip.layout import Layouts, local_gradient, local_values, read_layouts
+from distclip.layout import Layouts, local_gradient, local_gradients, local_values, read_layouts
 from distclip.optimizers import Optimizers
+from distclip.overlap import Early
 from distclip.plan import make_plan
 from distclip.policies import About, ClipNorm, Policy, Scope, Stateless, check_not_negative
 from distclip.report import Report
@@ -38,6 +39,10 @@ class Clipper:
             "raise" raises on every rank and leaves the gradients as they are; "skip" leaves them as they are, and
             `step` leaves the optimizer's step out; "zero" makes them zero.
         max_consecutive_skips: with "skip" and "zero", how many steps in a row may be so before a call raises.
+        overlap: measure each gradient during backward, as soon as it is final: under FSDP2 after its reduce-scatter,
+            under DDP after its bucket's all-reduce (the clipper needs the module, and takes DDP's one communication
+            hook), of plain parameters at once. A gradient that has changed since, and any other, is measured when
+            the clipper is called; a write through `.data` alone cannot be seen.
 
     Raises:
         LayoutError: it cannot be told which ranks hold which elements.
@@ -58,6 +63,7 @@ class Clipper:
         layouts: Layouts | None = None,
         on_nonfinite: str = "propagate",
         max_consecutive_skips: int = 20,
+        overlap: bool = False,
     ) -> None:
         nonfinite.check_rule(on_nonfinite, max_consecutive_skips)
         self.policy = policy
@@ -68,7 +74,9 @@ class Clipper:
         self._modules = given.modules
         held, team = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
         self.plan = make_plan(held, team, given.groups)
+        self._params = [h.param for h in held]
         self._states = state.start(self.plan)
+        self._early = Early(self.plan, self._modules) if overlap else None
 
     @property
     def skipped(self) -> Tensor:
@@ -159,14 +167,15 @@ class Clipper:
         if stepped and inverse_scale is not None and tuple(stepped) not in self._agreed:
             optimizers.check_same_parameters(stepped, self.plan)
             self._agreed.add(tuple(stepped))
-        decision = decide(
-            self._values() if values is None else values, self.plan, self._states, inverse_scale, self._on_nonfinite
-        )
+        early = self._early if values is None else None
+        values = self._values() if values is None else values
+        local = early.local(values) if early is not None else measure.local(values, self.plan)
+        decision = decide(values, local, self.plan, self._states, inverse_scale, self._on_nonfinite)
         amp.record(scaler, stepped, decision.finite)
         too_many = self._on_nonfinite in ("skip", "zero") and self._skips.count_(decision.finite)
         if too_many or (self._on_nonfinite == "raise" and not bool(decision.finite)):
             in_a_row = self._skips.most_in_a_row if too_many else None
-            raise nonfinite.error(decision.norm, decision.local, self.plan, in_a_row)
+            raise nonfinite.error(decision.norm, decision.values, self.plan, in_a_row)
         self._states = kept(decision, self._states)
         return decision
 
@@ -198,10 +207,13 @@ class Clipper:
         return attached.report
 
     def _values(self) -> list[Tensor | None]:
-        values = [local_gradient(h.param) for h in self.plan.held]
+        values = local_gradients(self._params) if self._early is None else self._early.values()
         if all(v is None for v in values):
             for module in self._modules:
                 self._check_fresh(module)
+        for group in self.plan.groups:
+            if group.policy.scope is Scope.UNIT:
+                inputs.check_dense([(h.name, h.param) for h in self.plan.held[group.members]])
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,10 +254,10 @@ def total_norm_of(
     """The total norm of the values of `tensors`, or of a module's gradients: a float64 scalar; see `get_total_norm`."""
     plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    (joined,), local = norms([read(h.param) for h in plan.held], plan)
-    norm = joined.total
+    values = [read(h.param) for h in plan.held]
+    norm = norms(measure.local(values, plan), plan)[0].total
     if error_if_nonfinite and not bool(norm.float().isfinite()):
-        raise nonfinite.error(norm, local, plan)
+        raise nonfinite.error(norm, values, plan)
     return norm
 
 
@@ -254,15 +266,15 @@ def scale_gradients_(parameters: Parameters, policy: Policy[Any], norm: Tensor) 
     norm = local_values(norm).double()
     limit, _ = policy.limit(norm, Stateless(), About(torch.ones_like(norm), None, norm))
     if limit is not None:
-        apply.scale_(_gradients(parameters), apply.coefficient(norm, limit))
+        apply.scale_(_pieces(parameters), apply.coefficient(norm, limit))
 
 
 def clamp_gradients_(parameters: Parameters, clip_value: float) -> None:
     """See `clip_grad_value_`."""
     check_not_negative("clip_value", clip_value)
-    apply.clamp_(_gradients(parameters), torch.tensor(clip_value, dtype=torch.float64))
+    apply.clamp_(_pieces(parameters), torch.tensor(clip_value, dtype=torch.float64))
 
 
-def _gradients(parameters: Parameters) -> list[Tensor]:
-    found = (local_gradient(param) for _, param in named_tensors(parameters))
-    return [values for values in found if values is not None]
+def _pieces(parameters: Parameters) -> apply.Pieces:
+    values = local_gradients([param for _, param in named_tensors(parameters)])
+    return kernels.pieces([v for v in values if v is not None])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distclip import apply, measure, nonfinite, reduce
+from distclip import apply, kernels, measure, nonfinite, reduce
 from distclip.plan import Group, Plan
 from distclip.policies import About, Scope
 from distclip.report import Report
@@ -66,12 +66,22 @@ class Decision:
         factor = verdict.coefficients if self.inverse is None else verdict.coefficients * self.inverse
         return nonfinite.ruled(factor, self.finite, self.rule)
 
+    def applied_to(self, values: Sequence[Tensor | None], inverse: Tensor | None) -> Decision:
+        """The same verdicts for values that lie elsewhere than those measured, times another scale's inverse."""
+        local = self.local._replace(pieces=[None] * len(self.plan.groups))
+        return replace(self, values=values, local=local, inverse=inverse)
+
 
 def decide(
-    values: Sequence[Tensor | None], plan: Plan, states: Sequence[Any], inverse_scale: Tensor | None, rule: str
+    values: Sequence[Tensor | None],
+    local: measure.Local,
+    plan: Plan,
+    states: Sequence[Any],
+    inverse_scale: Tensor | None,
+    rule: str,
 ) -> Decision:
-    """Reads every gradient once, and changes none. Collective: see `reduce.all_reduce_`."""
-    joined, local = norms(values, plan)
+    """Changes no gradient. Collective: see `reduce.all_reduce_`."""
+    joined = norms(local, plan)
     inverse = None if inverse_scale is None else inverse_scale.to(plan.device).double()
     if inverse is not None:
         joined = [j.times(inverse) for j in joined]
@@ -80,12 +90,11 @@ def decide(
     return Decision(plan, values, local, total, total.float().isfinite(), verdicts, inverse, rule)
 
 
-def norms(values: Sequence[Tensor | None], plan: Plan) -> tuple[list[reduce.Joined], measure.Local]:
-    """The norms of every group, float64, the same on every rank that keeps them; and what this rank measured."""
-    local = measure.local(values, plan)
+def norms(local: measure.Local, plan: Plan) -> list[reduce.Joined]:
+    """The norms of every group, float64, the same on every rank that keeps them."""
     numbers = local.numbers.clone()
     reduce.all_reduce_(numbers, plan)
-    return reduce.norms(numbers, local.units, local.weights, plan), local
+    return reduce.norms(numbers, local.units, local.weights, plan)
 
 
 def total_norm(joined: Sequence[reduce.Joined], plan: Plan) -> Tensor:
@@ -114,25 +123,30 @@ def _verdict(joined: reduce.Joined, group: Group, state: Any) -> Verdict:
 
 def write_(decision: Decision) -> None:
     """The one pass that writes; with "zero" on an accelerator there is another."""
-    for group, verdict in zip(decision.plan.groups, decision.verdicts, strict=True):
-        _write_group_(decision, group, verdict)
+    for place in range(len(decision.plan.groups)):
+        _write_group_(decision, place)
     if decision.rule == "zero":
-        apply.zero_([v for v in decision.values if v is not None], ~decision.finite)
+        apply.zero_(_pieces(decision.values, None), ~decision.finite)
 
 
-def _write_group_(decision: Decision, group: Group, verdict: Verdict) -> None:
-    values = decision.values[group.members]
-    here = [v for v in values if v is not None]
+def _write_group_(decision: Decision, place: int) -> None:
+    group, verdict = decision.plan.groups[place], decision.verdicts[place]
+    values, measured = decision.values[group.members], decision.local.pieces[place]
     if group.policy.scope is Scope.ELEMENT:
+        pieces = _pieces(values, measured)
         if decision.inverse is not None:
-            apply.scale_(here, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
+            apply.scale_(pieces, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
         if verdict.limits is not None:
-            apply.clamp_(here, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
+            apply.clamp_(pieces, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
     elif (factor := decision.factor_of(verdict)) is not None:
-        if group.units is None:
-            apply.scale_(here, factor)
-        else:
+        if group.units is not None:
             apply.scale_units_(group.units.views(values), factor)
+        elif not apply.is_one(factor):
+            apply.scale_(_pieces(values, measured), factor)
+
+
+def _pieces(values: Sequence[Tensor | None], measured: apply.Pieces | None) -> apply.Pieces:
+    return measured if measured is not None else kernels.pieces([v for v in values if v is not None])
 
 
 def report_of(decision: Decision) -> Report:
@@ -144,7 +158,8 @@ def report_of(decision: Decision) -> Report:
         {name: _least(verdict.limits, math.inf, decision.norm) for name, verdict in named},
         {name: _least(coefficients, 1.0, decision.norm) for name, coefficients in ruled.items()},
         total_norm=decision.norm.float(),
-        search=partial(nonfinite.offenders, decision.local, plan),
+        # Not all of `local`, whose pieces are the gradients themselves.
+        search=partial(nonfinite.offenders, decision.local.names, decision.local.each, plan),
     )
 
 

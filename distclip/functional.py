@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from distclip import apply, layout, reduce
+from distclip import apply, kernels, layout, reduce
 from distclip.clipper import total_norm_of
 from distclip.inputs import named_tensors
 from distclip.policies import ClipNorm, check_not_negative
@@ -126,7 +126,7 @@ def _coefficient(norms: Tensor, clip_norm: float) -> Tensor:
 
 def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     copies = [t.clone() for t in tensors]
-    apply.scale_([layout.local_values(copy) for copy in copies], factor)
+    apply.scale_(kernels.pieces([layout.local_values(copy) for copy in copies]), factor)
     return copies
 
 

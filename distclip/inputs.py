@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from distclip.policies import Policy
@@ -83,6 +84,17 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
+
+
+def check_dense(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError where a gradient is sparse."""
+    for name, param in named:
+        if param.grad is not None and param.grad.layout is torch.sparse_coo:
+            raise ValueError(
+                f"cannot clip the units of {name!r}: its gradient is sparse, and the rows that it stores are not those "
+                f"of the parameter, so that each would meet another's limit. Make the layer without `sparse=True`, "
+                f"or give it a policy of another scope, such as ClipTensorNorm, in a parameter group of its own."
+            )
 
 
 def _can_have_gradient(tensor: Tensor) -> bool:

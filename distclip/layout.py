@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from distclip.errors import LayoutError
 from distclip.pieces import Part, spread
@@ -143,6 +143,24 @@ def local_gradient(param: Tensor) -> Tensor | None:
     return _dense(settled)
 
 
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """`local_gradient` of each; a plain one costs no call, for there may be thousands."""
+    plain, dense = Tensor, torch.strided
+    return [
+        grad if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense) else local_gradient(p)
+        for p in params
+    ]
+
+
+def final_gradient(param: Tensor) -> Tensor | None:
+    """`local_gradient`, but None where a collective or a sum has yet to make its values. Communicates nothing."""
+    grad = param.grad
+    if grad is None or grad.layout is torch.sparse_coo:
+        return None
+    waits = isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != _wanted(param)
+    return None if waits else _dense(grad)
+
+
 def settled(tensor: Tensor) -> Tensor:
     """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
     return _settled(tensor, like=tensor)
@@ -164,9 +182,13 @@ def local_values(tensor: Tensor) -> Tensor:
 
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
-        wanted = tuple(Replicate() if p.is_partial() else p for p in like.placements)
+        wanted = _wanted(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
+
+
+def _wanted(like: DTensor) -> tuple[Placement, ...]:
+    return tuple(Replicate() if p.is_partial() else p for p in like.placements)
 
 
 def _dense(tensor: Tensor) -> Tensor:

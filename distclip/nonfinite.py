@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distclip import reduce
+from distclip import measure, reduce
 from distclip.errors import NonFiniteGradientError
-from distclip.measure import Local
 from distclip.plan import Plan
 
 RULES = ("propagate", "raise", "skip", "zero")
@@ -82,19 +82,22 @@ class Skips:
         return int(in_a_row) > self.most_in_a_row
 
 
-def offenders(local: Local, plan: Plan) -> dict[str, list[int]]:
+def offenders(names: Sequence[str], each: Tensor, plan: Plan) -> dict[str, list[int]]:
     """See `Report.offenders`. Collective: an all-gather of names; all ranks of the team must call."""
-    mine = [name for name, number in zip(local.names, local.each.cpu(), strict=True) if not math.isfinite(number)]
+    mine = [name for name, number in zip(names, each.cpu(), strict=True) if not math.isfinite(number)]
     mine = list(dict.fromkeys(mine))
     found: dict[str, list[int]] = {}
-    for rank, names in reduce.gathered(mine[:_MOST_NAMES], plan).items():
-        for name in names:
+    for rank, broken in reduce.gathered(mine[:_MOST_NAMES], plan).items():
+        for name in broken:
             found.setdefault(name, []).append(rank)
     return found
 
 
-def error(norm: Tensor, local: Local, plan: Plan, skipped: int | None = None) -> NonFiniteGradientError:
+def error(
+    norm: Tensor, values: Sequence[Tensor | None], plan: Plan, skipped: int | None = None
+) -> NonFiniteGradientError:
     """The error for all ranks. All of them come here together, since `norm` is the same on each."""
+    local = measure.local(values, plan, apart=True)
     numbers = [float(n) for n in local.each.cpu()]
     ranked = [(_badness(n), n, name) for name, n in zip(local.names, numbers, strict=True)]
     mine = max(ranked, key=lambda found: found[0], default=None)

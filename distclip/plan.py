@@ -23,11 +23,13 @@ class Group:
     Attributes:
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units travel from all places on the distinct axes, and where this one begins.
+        copies: some of the parameters are counted by other ranks.
     """
 
     name: str
     members: slice
     policy: Policy[Any]
+    copies: bool
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -106,10 +108,11 @@ def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[st
 
 
 def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[Held], device: torch.device) -> Group:
+    copies = not all(h.counted for h in held[members])
     if policy.scope in (Scope.MODEL, Scope.ELEMENT):
-        return Group(name, members, policy)
+        return Group(name, members, policy, copies)
     units = make_units(held[members], policy, device)
-    return Group(name, members, policy, units, units.num_slots)
+    return Group(name, members, policy, copies, units, units.num_slots)
 
 
 def _after_other_places(groups: Sequence[Group], team: Team) -> list[Group]:

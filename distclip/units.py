@@ -69,6 +69,14 @@ class Units:
                 yield from span.views(held)
 
     @cached_property
+    def spans_of(self) -> dict[int, list[Span]]:
+        """By the place of the parameter in its group."""
+        found: dict[int, list[Span]] = {}
+        for span in self.spans:
+            found.setdefault(span.held, []).append(span)
+        return found
+
+    @cached_property
     def row_names(self) -> list[str]:
         return [span.part.name for span in self.spans for _ in range(span.count)]
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distclip.kernels.runs import flat
+
 # Elements upcast at a time: 256 KiB of float64 stay in a core's cache.
 _CHUNK = 1 << 15
 
@@ -54,7 +56,7 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
 def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    parts = [_chunk_sum(chunk, norm_type, scale) for chunk in torch.split(_flat(tensor), _CHUNK)]
+    parts = [_chunk_sum(chunk, norm_type, scale) for chunk in torch.split(flat(tensor), _CHUNK)]
     if len(parts) == 1:
         return parts[0]
     return torch.stack(parts).amax() if math.isinf(norm_type) else torch.stack(parts).sum()
@@ -67,12 +69,6 @@ def _chunk_sum(chunk: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
     if norm_type == 2:
         return torch.dot(wide, wide)
     return wide.abs().amax() if math.isinf(norm_type) else wide.abs().pow(norm_type).sum()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """One dim over all elements in the order of memory: a view wherever the elements lie dense."""
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.permute(order).reshape(-1)
 
 
 def unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None = None) -> Tensor:

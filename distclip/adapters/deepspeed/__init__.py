@@ -180,7 +180,7 @@ class Handle:
         values = [self._applied(place, stepping) for place in self._places]
         grown = self._where.loss_scale(self._optimizer) / self._scale
         correction = None if grown == 1.0 else torch.tensor(grown, dtype=torch.float64)
-        write_(replace(self._decision, values=values, inverse=correction))
+        write_(self._decision.applied_to(values, correction))
         skipped = self._clipper.found_inf(self._decision, False)
         if skipped is not None and bool(skipped):
             self._hidden = [(p, p.grad) for p in stepping.values() if p.grad is not None]

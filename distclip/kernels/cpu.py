@@ -1,0 +1,114 @@
+"""The CPU at the speed of its memory: the norms of short rows in float32, one call for a run of any length.
+
+A row is so short that its norm errs by a unit or two in the last place even where all elements are equal, so that
+every rounding errs to the same side; what the rows give is added up in float64. Where squares leave the range of
+float32, `loops` does the work again in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distclip.kernels import loops
+from distclip.kernels.runs import flat
+
+# The overload for Python numbers rounds them to 16 bits where tensors have so few; that for tensors does not.
+_foreach_mul_: Any = vars(torch)["_foreach_mul_"]
+_flatten: Any = torch.ops.aten.flatten_dense_tensors
+
+# Elements of a row. The squares of bf16 have 16 bits and leave float32 room to add up many without rounding.
+_ROW = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
+_CHUNK = 1 << 20  # elements of 16 bits upcast at a time: 4 MiB of float32 stay in the cache that cores share
+_SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
+_PACK = (
+    1 << 15
+)  # elements of these copies: they stay in a core's own cache, and torch spreads no work so small over cores
+_EXACT = 1 << 16  # elements: so few are all added up in float64
+# Squares below float32's range are lost or rounded: by less than 2**-26 of the sum where the mean square is above this.
+_LEAST_MEAN = 2.0**-100
+
+
+def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """sum(|x|**p) over all tensors, of one dtype, together, or max(|x|) for p = inf: a float64 scalar."""
+    dtype = tensors[0].dtype
+    if norm_type == 2 and dtype in _ROW:
+        return _squares(tensors, _ROW[dtype])
+    if not math.isinf(norm_type):
+        return loops.power_sums(tensors, norm_type).sum()
+    return loops.power_sums(tensors, norm_type).amax() if dtype.is_complex else _largest(tensors)
+
+
+def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+    """See `loops.power_sums`."""
+    if scales is not None or all(tensor.numel() <= _EXACT for tensor in tensors):
+        return loops.power_sums(tensors, norm_type, scales)
+    return torch.stack([power_sum([tensor], norm_type) for tensor in tensors])
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """See `loops.scale_`. Goes backwards, since what was measured last may still lie in the cache."""
+    if coefficient.item() != 1:
+        wide = torch.promote_types(tensors[0].dtype, torch.float32).to_real()
+        _foreach_mul_(tensors[::-1], coefficient.to(wide))
+
+
+def _largest(joined: Sequence[Tensor]) -> Tensor:
+    blocks = _blocks(joined, list(map(Tensor.numel, joined)), _SHORT)
+    ends = [
+        end.abs().double() for several in blocks for block in several if block.numel() for end in torch.aminmax(block)
+    ]
+    return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64)
+
+
+def _squares(joined: Sequence[Tensor], row: int) -> Tensor:
+    """The sum of squares of 16- or 32-bit numbers."""
+    numels = list(map(Tensor.numel, joined))
+    numel = sum(numels)
+    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, row)
+    # A dot would wake the other cores for these few.
+    sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
+    if long:
+        norms = torch.cat([norm for run in long for norm in _row_norms(run, row)]).double()
+        rows = torch.dot(norms, norms)
+        fits = _LEAST_MEAN * numel <= rows.item() < math.inf
+        sums.append(rows if fits else loops.power_sums(long, 2.0).sum())
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def _row_norms(run: Tensor, row: int) -> Iterator[Tensor]:
+    rows = run.view(-1, row)
+    if run.dtype is torch.float32:
+        yield torch.linalg.vector_norm(rows, dim=1)
+        return
+    wide = torch.empty(min(_CHUNK // row, len(rows)), row)
+    for chunk in cast("tuple[Tensor, ...]", rows.split(_CHUNK // row)):
+        yield torch.linalg.vector_norm(wide[: len(chunk)].copy_(chunk), dim=1)
+
+
+def _blocks(
+    joined: Sequence[Tensor], numels: Sequence[int], short: int, row: int = 1
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat views of the whole rows of runs longer than `short`; and copies, packs, that hold all the rest."""
+    if numels and max(numels) <= short:
+        return [], _packed(joined, numels)
+    long = [flat(run) for run, numel in zip(joined, numels, strict=True) if numel > short]
+    rest = [run for run, numel in zip(joined, numels, strict=True) if numel <= short]
+    rest += [run[len(run) // row * row :] for run in long if len(run) % row]
+    whole = [run[: len(run) // row * row] if len(run) % row else run for run in long]
+    return whole, _packed(rest, list(map(Tensor.numel, rest)))
+
+
+def _packed(several: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
+    """Flat copies of many tensors; none is larger than a pack, unless it is of one tensor."""
+    if not several:
+        return []
+    if sum(numels) > _PACK and len(several) > 1:
+        middle = len(several) // 2
+        return _packed(several[:middle], numels[:middle]) + _packed(several[middle:], numels[middle:])
+    # cat takes tensors of one number of dims; a view of each would take longer than all the rest.
+    return [torch.cat(list(several)) if set(map(Tensor.dim, several)) == {1} else _flatten(several)]

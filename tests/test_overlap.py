@@ -1,0 +1,391 @@
+"""Gradients measured during backward: the same numbers, from backward alone, and never stale ones.
+
+`.data` writes past what torch counts, so that a gradient multiplied through it shows whether the number that comes
+out was measured in backward (as before the write) or by the call (as after it).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import distclip
+from tests import reference
+from tests.ranks import Ranks, mesh, same_bits_everywhere
+from tests.wrapped import WRAPPERS, Model, local, loss_of, make_model, tokens_of_all_ranks
+
+POLICIES = {
+    "2": distclip.ClipNorm(0.5),
+    "1": distclip.ClipNorm(0.5, 1.0),
+    "inf": distclip.ClipNorm(0.01, math.inf),
+    "8": distclip.ClipNorm(0.5, 8.0),
+    "value": distclip.ClipValue(0.05),
+    "tensor": distclip.ClipTensorNorm(0.2),
+    "unit": distclip.AGC(0.05),
+}
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [local(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def double_unseen(model: nn.Module) -> None:
+    for grad in gradients(model):
+        grad.data.mul_(2)
+
+
+def backward(model: nn.Module, batch: Tensor) -> None:
+    loss_of(model, batch).backward()
+
+
+def batches(count: int) -> list[Tensor]:
+    """Of this rank, one for each micro-batch."""
+    mine = tokens_of_all_ranks().chunk(dist.get_world_size() if dist.is_initialized() else 1)
+    return list(mine[dist.get_rank() if dist.is_initialized() else 0].chunk(count))
+
+
+def make(kind: str, device: str = "cpu") -> nn.Module:
+    torch.manual_seed(1)
+    return make_model(device) if kind == "plain" else WRAPPERS[kind][0](make_model(device), device)
+
+
+# In one process
+
+
+def model_and_clipper(policy: Any = POLICIES["2"], **options: Any) -> tuple[Model, distclip.Clipper]:
+    model = make_model()
+    return model, distclip.Clipper(model, policy, overlap=True, **options)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_gradients_as_without(policy: str) -> None:
+    (early, clipper), late = model_and_clipper(POLICIES[policy]), make_model()
+    for batch in batches(2):
+        backward(early, batch)
+        backward(late, batch)
+    report, expected = clipper.clip_(), distclip.Clipper(late, POLICIES[policy]).clip_()
+    assert expected.clipped
+    torch.testing.assert_close(report.total_norm, expected.total_norm, rtol=1e-7, atol=0)
+    for a, b in zip(gradients(early), gradients(late), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_backward_alone_measures(policy: str) -> None:
+    model, clipper = model_and_clipper(POLICIES[policy])
+    backward(model, batches(1)[0])
+    norm = reference.total_norm(gradients(model), POLICIES[policy].norm_type)
+    double_unseen(model)
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_the_last_of_several_micro_batches_counts() -> None:
+    model, clipper = model_and_clipper()
+    for batch in batches(3):
+        backward(model, batch)
+    norm = reference.total_norm(gradients(model))
+    double_unseen(model)
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def multiply(model: nn.Module) -> None:
+    model.head.weight.grad.mul_(3)
+
+
+def replace(model: nn.Module) -> None:
+    model.head.weight.grad = torch.full_like(model.head.weight, 0.3)
+
+
+def drop(model: nn.Module) -> None:
+    model.head.weight.grad = None
+
+
+def drop_all_but_one(model: nn.Module) -> None:
+    for param in model.parameters():
+        if param is not model.head.bias:
+            param.grad = None
+
+
+def zeros(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+def inside_a_view(model: nn.Module) -> None:
+    model.head.weight.grad.view(-1)[:5].add_(7)
+
+
+def a_sparse_one(model: nn.Module) -> None:
+    model.embed.weight.grad = model.embed.weight.grad.to_sparse()
+
+
+def one_more_backward_that_raises(model: nn.Module) -> None:
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise ValueError("in backward")
+
+    x = Raises.apply(model.embed(batches(1)[0]))
+    with pytest.raises(ValueError, match="in backward"):
+        model.head(model.blocks[1](x)).square().sum().backward()
+
+
+def the_same_graph_twice(model: nn.Module) -> None:
+    loss = loss_of(model, batches(1)[0])
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+CHANGES = [
+    multiply,
+    replace,
+    drop,
+    drop_all_but_one,
+    zeros,
+    inside_a_view,
+    a_sparse_one,
+    one_more_backward_that_raises,
+    the_same_graph_twice,
+]
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "tensor", "unit"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_after_it_was_measured_is_measured_again(change: Callable[[nn.Module], None], policy: str) -> None:
+    model, clipper = model_and_clipper(POLICIES[policy])
+    for _ in range(2):
+        backward(model, batches(1)[0])
+        change(model)
+        if change is a_sparse_one and policy == "unit":
+            with pytest.raises(ValueError, match=r"units of 'embed\.weight'.*sparse"):
+                clipper.clip_()
+            return
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients(model)]
+        norm = reference.total_norm(values, POLICIES[policy].norm_type)
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+        model.zero_grad()
+
+
+def test_a_hook_of_the_user_that_comes_later_is_seen() -> None:
+    model, clipper = model_and_clipper()
+
+    def multiply_it(param: Tensor) -> None:
+        param.grad.mul_(5)
+
+    model.head.weight.register_post_accumulate_grad_hook(multiply_it)
+    backward(model, batches(1)[0])
+    norm = reference.total_norm(gradients(model))
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_second_call_measures_what_the_first_has_left() -> None:
+    model, clipper = model_and_clipper()
+    backward(model, batches(1)[0])
+    assert clipper.clip_().clipped
+    again = clipper.clip_()
+    torch.testing.assert_close(again.total_norm.double(), reference.total_norm(gradients(model)), rtol=1e-6, atol=0)
+
+
+def test_nan_is_found_and_named() -> None:
+    model, clipper = model_and_clipper(on_nonfinite="skip")
+    backward(model, batches(1)[0])
+    model.head.bias.grad.fill_(math.nan)
+    report = clipper.clip_()
+    assert not report.finite
+    assert report.offenders() == {"head.bias": [0]}
+
+
+def test_gradients_are_let_go() -> None:
+    model, clipper = model_and_clipper()
+    backward(model, batches(1)[0])
+    kept = clipper.clip_()  # a report that is kept does not keep them either
+    alive = [weakref.ref(p.grad) for p in model.parameters()]
+    model.zero_grad()
+    gc.collect()
+    assert [ref for ref in alive if ref() is not None] == []
+    assert kept.clipped
+
+
+def test_a_clipper_that_is_gone_leaves_no_hook() -> None:
+    model, clipper = model_and_clipper()
+    assert all(p._post_accumulate_grad_hooks for p in model.parameters())
+    del clipper
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    backward(model, batches(1)[0])
+
+
+def test_loss_scale() -> None:
+    model, clipper = model_and_clipper()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    backward(model, batches(1)[0])
+    norm = reference.total_norm(gradients(model))
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, batches(1)[0])).backward()
+    report = clipper.clip_(optimizer, scaler)
+    torch.testing.assert_close(report.total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+# On ranks
+
+
+def without_reduction(model: nn.Module) -> AbstractContextManager[Any]:
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+    return nullcontext()
+
+
+def with_reduction(model: nn.Module) -> None:
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(True)
+
+
+def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
+    model = make(kind, device)
+    clipper = distclip.Clipper(model, POLICIES[policy], overlap=True)
+    plain = distclip.Clipper(model, distclip.ClipNorm(math.inf, POLICIES[policy].norm_type))
+    for count, reduce_all in [(1, True), (2, False), (2, True), (1, True)]:
+        for batch in (micro := batches(count))[:-1]:
+            with nullcontext() if reduce_all else without_reduction(model):
+                backward(model, batch)
+        with_reduction(model)
+        backward(model, micro[-1])
+        norm = plain.clip_().total_norm
+        if kind == "ddp" or len(micro) == 1 or not reduce_all:
+            # FSDP2 adds to the gradients of a unit one after the other, and each such write counts for all of them,
+            # since they lie in one buffer: then the call measures again.
+            double_unseen(model)
+        report = clipper.clip_()
+        torch.testing.assert_close(
+            report.total_norm, norm, rtol=2e-7, atol=0, msg=lambda m: f"{count, reduce_all}: {m}"
+        )
+        assert same_bits_everywhere(report.total_norm)
+        assert report.clipped
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "tensor", "unit"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp"])
+def test_ranks_measure_what_was_reduced(four_ranks: Ranks, kind: str, policy: str) -> None:
+    four_ranks.run(measures_reduced_gradients, kind, policy, four_ranks.device)
+
+
+def clips_as_without(kind: str, policy: str, device: str) -> None:
+    results = []
+    for overlap in (True, False):
+        model = make(kind, device)
+        clipper = distclip.Clipper(model, POLICIES[policy], overlap=overlap)
+        for _ in range(2):
+            model.zero_grad()
+            backward(model, batches(1)[0] if kind not in ("tp", "fsdp2 x tp") else tokens_of_all_ranks())
+            report = clipper.clip_()
+        assert report.clipped
+        results.append((report.total_norm, gradients(model)))
+    (norm, early), (expected, late) = results
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    for a, b in zip(early, late, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["2", "unit"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp", "fsdp2 x tp", "fsdp1 FULL_SHARD original"])
+def test_every_wrapper_clips_as_without(four_ranks: Ranks, kind: str, policy: str) -> None:
+    four_ranks.run(clips_as_without, kind, policy, four_ranks.device)
+
+
+def ddp_variants() -> None:
+    for options in ({"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"bucket_cap_mb": 0.0001}):
+        model = make_model()
+        model.unused = nn.Linear(3, 3)
+        for param in model.unused.parameters():
+            param.requires_grad_("find_unused_parameters" in options)
+        wrapped = DistributedDataParallel(model, **options)
+        clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.5), overlap=True)
+        for _ in range(3):
+            backward(wrapped, batches(1)[0])
+            norm = reference.total_norm(gradients(wrapped))
+            double_unseen(wrapped)
+            torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+            wrapped.zero_grad()
+
+
+def test_ddp_with_its_options(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(ddp_variants)
+
+
+def a_backward_that_raises_under_ddp() -> None:
+    wrapped = DistributedDataParallel(make_model(), bucket_cap_mb=0.0001)
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(math.inf), overlap=True)
+    backward(wrapped, batches(1)[0])
+    norm = clipper.clip_().total_norm
+    one_more_backward_that_raises_in(wrapped)  # DDP itself needs a new module after that
+    expected = reference.total_norm(gradients(wrapped))
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), expected, rtol=1e-6, atol=0)
+    assert norm > 0
+
+
+def one_more_backward_that_raises_in(wrapped: nn.Module) -> None:
+    def fail(grad: Tensor) -> Tensor:
+        raise ValueError("in backward")
+
+    out = wrapped(batches(1)[0])
+    handle = wrapped.module.embed.weight.register_hook(fail)
+    with pytest.raises(ValueError, match="in backward"):
+        out.square().sum().backward()
+    handle.remove()
+
+
+def test_ddp_after_a_backward_that_raised(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(a_backward_that_raises_under_ddp)
+
+
+def second_hook_is_refused() -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    wrapped = DistributedDataParallel(make_model())
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    with pytest.raises(distclip.LayoutError, match="communication hook already"):
+        distclip.Clipper(wrapped, overlap=True)
+    backward(wrapped, batches(1)[0])
+    assert distclip.Clipper(wrapped).clip_().finite
+
+
+def test_a_second_communication_hook_is_refused(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(second_hook_is_refused)
+
+
+def plain_beside_sharded() -> None:
+    """A parameter that no hook of FSDP2 concerns, beside those that it shards."""
+    model = make_model()
+    fully_shard(model.blocks[0], mesh=mesh((4,), ("fsdp",)))
+    clipper = distclip.Clipper(model, distclip.ClipNorm(0.5), overlap=True)
+    plain = distclip.Clipper(model, distclip.ClipNorm(math.inf))
+    backward(model, tokens_of_all_ranks())
+    norm = plain.clip_().total_norm
+    double_unseen(model)
+    torch.testing.assert_close(clipper.clip_().total_norm, norm, rtol=2e-7, atol=0)
+
+
+def test_plain_parameters_beside_sharded_ones(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(plain_beside_sharded)
