@@ -35,7 +35,8 @@ def attach(engine: Any, policy: Policy[Any] | None = None, on_nonfinite: str = "
     The engine's own `gradient_clipping` is off meanwhile, also after `load_checkpoint`.
 
     Where a norm is not finite, most of DeepSpeed's optimizers leave the step out by themselves, whatever
-    `on_nonfinite` says; it decides in bf16 under ZeRO-1 and 2, and in float32 at stage 0.
+    `on_nonfinite` says ("raise" apart); it decides in float32 at stage 0, and in bf16 under ZeRO-1 and 2 where the
+    config has `check_grad_overflow` off.
 
     Args:
         engine: what `deepspeed.initialize` returned, with an optimizer.
