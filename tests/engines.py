@@ -35,6 +35,7 @@ def load() -> Any:
     # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes all the same, only slowly.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)  # pipelines and experts are made before an engine
     return deepspeed
 
 

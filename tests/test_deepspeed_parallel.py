@@ -240,6 +240,7 @@ def line_batch(data_rank: int, micro: int) -> tuple[Tensor, Tensor]:
 
 
 def pipeline(stages: int) -> Any:
+    engines.load()
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     layers = [
@@ -310,6 +311,7 @@ class Mixture(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        engines.load()
         from deepspeed.moe.layer import MoE
 
         torch.manual_seed(0)
