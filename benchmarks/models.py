@@ -67,14 +67,15 @@ def _norms(dim: int) -> Unit:
     return Weight("attention_norm", (dim,)), Weight("ffn_norm", (dim,))
 
 
-def _llama3(size: str, dim: int, num_layers: int, ffn: int) -> Model:
-    """Heads of 128 elements, 8 of them for keys and values; no biases, nothing tied."""
+def _llama3(size: str, dim: int, num_layers: int, ffn: int, head: int = 128, tied: bool = False) -> Model:
+    """Heads of `head` elements, 8 of them for keys and values; no biases. Tied: no output matrix of its own."""
     queries = Weight("wq", (dim, dim), tp=0)
-    keys_values = Weight("wk", (8 * 128, dim), tp=0), Weight("wv", (8 * 128, dim), tp=0)
+    keys_values = Weight("wk", (8 * head, dim), tp=0), Weight("wv", (8 * head, dim), tp=0)
     layer = (*_norms(dim), queries, *keys_values, Weight("wo", (dim, dim), tp=1), *_gated("ffn", dim, ffn))
-    embedding, head = _ends(dim, 128_256)
-    source = f"{num_layers} layers, width {dim}, 8 kv heads of 128, ffn {ffn}, vocabulary 128256 (arXiv:2407.21783)"
-    return Model(f"Llama-3 {size}", source, embedding, ((layer,),) * num_layers, head)
+    embedding, (norm, output) = _ends(dim, 128_256)
+    source = f"{num_layers} layers, width {dim}, 8 kv heads of {head}, ffn {ffn}, vocabulary 128256 (arXiv:2407.21783)"
+    last = (norm,) if tied else (norm, output)
+    return Model(f"Llama-3 {size}", source, embedding, ((layer,),) * num_layers, last)
 
 
 def _latent_attention(dim: int) -> Unit:
@@ -98,6 +99,7 @@ def _mixture256() -> Model:
     return Model("mixture of 256", source, embedding, ((dense,),) * 3 + ((routed, experts),) * 58, head)
 
 
+LLAMA_1B = _llama3("1B", 2048, 16, 8192, head=64, tied=True)  # of Llama 3.2
 LLAMA_8B = _llama3("8B", 4096, 32, 14_336)
 LLAMA_70B = _llama3("70B", 8192, 80, 28_672)
 LLAMA_405B = _llama3("405B", 16_384, 126, 53_248)

@@ -50,8 +50,12 @@ def scale_units_(views: Iterable[tuple[Tensor, int | None, int]], factors: Tenso
 
     Shapes: views: values, the dim that their units lie on (None: they are one), the place of the first in `factors`.
     """
+    whole: list[tuple[Tensor, Tensor]] = []
     for values, dim, base in views:
         if dim is None:
-            kernels.scale_([values], factors[base].to(values.device))
+            whole.append((values, factors[base]))
         else:
             kernels.scale_units_(values, dim, factors[base : base + values.shape[dim]].to(values.device))
+    for device in {values.device for values, _ in whole}:
+        here = [(values, factor) for values, factor in whole if values.device == device]
+        kernels.scale_each_([values for values, _ in here], torch.stack([factor for _, factor in here]).to(device))

@@ -6,21 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distclip import amp, apply, fused, inputs, kernels, measure, nonfinite, optimizers, state
+from distclip import amp, fused, inputs, measure, nonfinite, optimizers, state
 from distclip.attach import Attached
-from distclip.decide import Decision, decide, kept, norms, report_of, write_
-from distclip.errors import LayoutError
-from distclip.inputs import Parameters, ParamGroups, named_tensors
-from distclip.layout import Layouts, local_gradient, local_gradients, local_values, read_layouts
+from distclip.decide import Decision, decide, kept, report_of, write_
+from distclip.inputs import Parameters, ParamGroups
+from distclip.layout import Layouts, local_gradients, read_layouts
 from distclip.optimizers import Optimizers
 from distclip.overlap import Early
 from distclip.plan import make_plan
-from distclip.policies import About, ClipNorm, Policy, Scope, Stateless, check_not_negative
+from distclip.policies import ClipNorm, Policy, Scope
 from distclip.report import Report
 
 
@@ -210,7 +209,7 @@ class Clipper:
         values = local_gradients(self._params) if self._early is None else self._early.values()
         if all(v is None for v in values):
             for module in self._modules:
-                self._check_fresh(module)
+                inputs.check_fresh(module, self._params)
         for group in self.plan.groups:
             if group.policy.scope is Scope.UNIT:
                 inputs.check_dense([(h.name, h.param) for h in self.plan.held[group.members]])
@@ -230,51 +229,3 @@ class Clipper:
             ValueError: a state of another version, another policy or other parameters; nothing is loaded.
         """
         self._states = state.from_dict(self.plan, self._states, saved)
-
-    def _check_fresh(self, module: nn.Module) -> None:
-        known = {id(h.param) for h in self.plan.held}
-        for name, param in module.named_parameters():
-            if param.grad is not None and id(param) not in known:
-                raise LayoutError(
-                    f"cannot clip {name!r}: the model got this parameter after the Clipper was made, and none of "
-                    f"those that the Clipper knows has a gradient, so that nothing would be clipped. "
-                    f"Make the Clipper after the model has been wrapped (fully_shard, FSDP, parallelize_module)."
-                )
-
-
-@torch.no_grad()
-def total_norm_of(
-    tensors: Parameters,
-    policy: Policy[Any],
-    error_if_nonfinite: bool = False,
-    *,
-    mesh: DeviceMesh | None = None,
-    distinct: Sequence[str] = ("pp",),
-) -> Tensor:
-    """The total norm of the values of `tensors`, or of a module's gradients: a float64 scalar; see `get_total_norm`."""
-    plan = Clipper(tensors, policy, mesh=mesh, distinct=distinct).plan
-    read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    values = [read(h.param) for h in plan.held]
-    norm = norms(measure.local(values, plan), plan)[0].total
-    if error_if_nonfinite and not bool(norm.float().isfinite()):
-        raise nonfinite.error(norm, values, plan)
-    return norm
-
-
-def scale_gradients_(parameters: Parameters, policy: Policy[Any], norm: Tensor) -> None:
-    """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
-    norm = local_values(norm).double()
-    limit, _ = policy.limit(norm, Stateless(), About(torch.ones_like(norm), None, norm))
-    if limit is not None:
-        apply.scale_(_pieces(parameters), apply.coefficient(norm, limit))
-
-
-def clamp_gradients_(parameters: Parameters, clip_value: float) -> None:
-    """See `clip_grad_value_`."""
-    check_not_negative("clip_value", clip_value)
-    apply.clamp_(_pieces(parameters), torch.tensor(clip_value, dtype=torch.float64))
-
-
-def _pieces(parameters: Parameters) -> apply.Pieces:
-    values = local_gradients([param for _, param in named_tensors(parameters)])
-    return kernels.pieces([v for v in values if v is not None])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distclip import apply, kernels, layout, reduce
-from distclip.clipper import total_norm_of
 from distclip.inputs import named_tensors
+from distclip.once import total_norm_of
 from distclip.policies import ClipNorm, check_not_negative
 
 

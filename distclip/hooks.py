@@ -51,11 +51,14 @@ def _listen_to_buckets(listener: Listener, module: DistributedDataParallel) -> N
     from torch._C._distributed_c10d import GradBucket
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    arrived: list[Tensor] = []
+    arrived: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
 
     def finish() -> None:
-        for param in arrived:
-            listener.written(param)
+        for param, values, before, version in arrived:
+            grad = param.grad
+            # A parameter that no rank used keeps its gradient, whatever its place in the bucket holds.
+            if grad is not before or _version(grad) != version or _alias(grad, values):
+                listener.written(param)
         arrived.clear()
 
     def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -68,7 +71,7 @@ def _listen_to_buckets(listener: Listener, module: DistributedDataParallel) -> N
         def reduced(future: torch.futures.Future[Tensor]) -> Tensor:
             for param, values in zip(params, views, strict=True):
                 listener.reduced(param, values)
-            arrived.extend(params)
+                arrived.append((param, values, param.grad, _version(param.grad)))
             return future.value()
 
         return allreduce_hook(group, bucket).then(reduced)
@@ -81,6 +84,14 @@ def _listen_to_buckets(listener: Listener, module: DistributedDataParallel) -> N
             "already, and it takes but one, so that nothing would tell when a bucket has been reduced. "
             "Make the Clipper without overlap=True, or leave the hook out."
         ) from error
+
+
+def _version(grad: Tensor | None) -> int:
+    return -1 if grad is None else grad._version
+
+
+def _alias(grad: Tensor | None, values: Tensor) -> bool:
+    return grad is not None and grad.data_ptr() == values.data_ptr()
 
 
 def _after_backward(call: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from distclip.errors import LayoutError
 from distclip.policies import Policy
 from distclip.shards import named_parameters
 
@@ -84,6 +85,30 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
+
+
+def listed(given: Parameters) -> list[Tensor] | None:
+    """The tensors of a module or a list, thousands in no time; None where not each is right and there once."""
+    if isinstance(given, nn.Module):
+        given = [p for p in given.parameters() if _can_have_gradient(p)]
+    tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        return None
+    dtypes = {t.dtype for t in tensors}
+    right = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+    return tensors if right and len(set(map(id, tensors))) == len(tensors) else None
+
+
+def check_fresh(module: nn.Module, params: Iterable[Tensor]) -> None:
+    """Raises LayoutError where a parameter of the module has a gradient, but is none of `params`."""
+    known = {id(param) for param in params}
+    for name, param in module.named_parameters():
+        if param.grad is not None and id(param) not in known:
+            raise LayoutError(
+                f"cannot clip {name!r}: the model got this parameter after the Clipper was made, and none of "
+                f"those that the Clipper knows has a gradient, so that nothing would be clipped. "
+                f"Make the Clipper after the model has been wrapped (fully_shard, FSDP, parallelize_module)."
+            )
 
 
 def check_dense(named: Iterable[tuple[str, Tensor]]) -> None:

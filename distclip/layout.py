@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
@@ -129,6 +129,20 @@ def read_layouts(
     return [replace(h, counted=True) for h in held], None
 
 
+def shown(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
+    """A key, alike for parameters that show the same layout, dtypes and devices, and what must live as long as it.
+
+    None where they do not show their layout: those of FSDP1, or of a class of their own.
+    """
+    kinds = set(map(type, params))
+    if not kinds <= {Tensor, nn.Parameter, DTensor} or any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return None
+    facts = len(params), frozenset(p.dtype for p in params), all(p.is_cpu for p in params) or params[0].device
+    # By identity: meshes that compare equal may have two roots, and to compare them takes longer than to clip.
+    specs = [_spec(p) if isinstance(p, DTensor) else None for p in params] if DTensor in kinds else []
+    return (facts, tuple(map(id, specs))), specs
+
+
 def local_gradient(param: Tensor) -> Tensor | None:
     """The dense values of a parameter's gradient on this rank; what changes them changes the gradient.
 
@@ -182,9 +196,15 @@ def local_values(tensor: Tensor) -> Tensor:
 
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        if (spec := _spec(tensor)) is _spec(like) and not any(p.is_partial() for p in spec.placements):
+            return tensor  # FSDP2 gives both one spec: nothing to compare
         wanted = _wanted(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
+
+
+def _spec(tensor: DTensor) -> Any:
+    return cast(Any, tensor)._spec
 
 
 def _wanted(like: DTensor) -> tuple[Placement, ...]:

@@ -86,8 +86,9 @@ class Store:
             self.each[place] = 0.0 if values is None else _each([values], p, self._device)[0]
             return
         for span in units.spans_of[place]:
-            views = [] if values is None else [(v, dim, base - span.base) for v, dim, base in span.views(values)]
-            self.each[span.base : span.base + span.count] = _unit_columns(views, p, span.count, self._device)
+            self.each[span.base : span.base + span.count] = 0.0
+            if values is not None:
+                _add_units_(self.each, span.views(values), p, units)
 
     def local(self, members: Sequence[Held]) -> Local:
         if self._group.units is not None:
@@ -112,7 +113,7 @@ def _group(
     values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device, apart: bool
 ) -> Local:
     if group.units is not None:
-        columns = _unit_columns(group.units.views(values), group.norm_type, group.units.num, device)
+        columns = _unit_columns(values, group.norm_type, group.units)
         return _of_units(columns, members, group, group.units)
     counted, copies = [v for v in values if v is not None], list[Tensor]()
     if group.copies:
@@ -152,7 +153,7 @@ def _of_units(columns: Tensor, members: Sequence[Held], group: Group, units: Uni
         added = torch.where(counted | ~columns.isfinite(), columns, 0.0)
     travel, weights = [powers.joined(added, group.norm_type), _cut(added, group, units)], None
     if group.policy.needs_weights:
-        weights = _unit_columns(units.views([h.weights for h in members]), group.norm_type, units.num, columns.device)
+        weights = _unit_columns([h.weights for h in members], group.norm_type, units)
         travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
     each = powers.root(columns, group.norm_type)
     return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
@@ -164,8 +165,14 @@ def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
     return travelling
 
 
-def _unit_columns(views: Iterable[View], norm_type: float, num: int, device: torch.device) -> Tensor:
-    columns = torch.zeros(num, powers.num_columns(norm_type), dtype=torch.float64, device=device)
+def _unit_columns(values: Sequence[Tensor | None], norm_type: float, units: Units) -> Tensor:
+    columns = torch.zeros(units.num, powers.num_columns(norm_type), dtype=torch.float64, device=units.sizes.device)
+    _add_units_(columns, units.views(values), norm_type, units)
+    return columns
+
+
+def _add_units_(columns: Tensor, views: Iterable[View], norm_type: float, units: Units) -> None:
+    device = columns.device
     whole: list[tuple[Tensor, int]] = []
     for part, dim, base in views:
         if dim is None:
@@ -174,10 +181,9 @@ def _unit_columns(views: Iterable[View], norm_type: float, num: int, device: tor
         rows = torch.arange(base, base + part.shape[dim], device=device)
         powers.add_(columns, rows, powers.columns(_rows(part, dim, norm_type).to(device), norm_type), norm_type)
     if whole:
-        index = torch.tensor([base for _, base in whole], device=device)
         each = _each([part for part, _ in whole], norm_type, device)
+        index = units.index_of([base for _, base in whole])
         powers.add_(columns, index, powers.columns(each, norm_type), norm_type)
-    return columns
 
 
 def _rows(part: Tensor, dim: int, norm_type: float) -> Tensor:
@@ -200,13 +206,14 @@ def _power_sums(
     values: Sequence[Tensor], norm_type: float, device: torch.device, scales: Tensor | None = None
 ) -> Tensor:
     """`kernels.power_sums` of tensors on several devices, brought together on one."""
+    if len({v.device for v in values}) == 1:
+        there = values[0].device
+        return kernels.power_sums(values, norm_type, None if scales is None else scales.to(there)).to(device)
     sums = torch.zeros(len(values), dtype=torch.float64, device=device)
     for there in {v.device for v in values}:
         index = [i for i, v in enumerate(values) if v.device == there]
         part = kernels.power_sums(
             [values[i] for i in index], norm_type, None if scales is None else scales[index].to(there)
         )
-        if len(index) == len(values):
-            return part.to(device)
         sums[index] = part.to(device)
     return sums

@@ -68,6 +68,16 @@ class Units:
             if (held := values[span.held]) is not None:
                 yield from span.views(held)
 
+    def index_of(self, bases: list[int]) -> Tensor:
+        """`bases` on the device, where they are already if the last call had the same: a copy there is waited for."""
+        if self._latest.get("bases") != bases:
+            self._latest.update(bases=bases, index=torch.tensor(bases, device=self.sizes.device))
+        return self._latest["index"]
+
+    @cached_property
+    def _latest(self) -> dict[str, Any]:
+        return {}
+
     @cached_property
     def spans_of(self) -> dict[int, list[Span]]:
         """By the place of the parameter in its group."""

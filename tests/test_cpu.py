@@ -133,6 +133,7 @@ def test_a_coefficient_of_one_writes_nothing() -> None:
         param.grad = torch.ones_like(param)
     report = distclip.Clipper(params, distclip.ClipNorm(1e9)).clip_()
     assert not report.clipped
+    kernels.scale_([param.grad for param in params], torch.ones((), dtype=torch.float64))
     assert [param.grad._version for param in params] == [0, 0, 0]
     assert distclip.Clipper(params, distclip.ClipNorm(1.0)).clip_().clipped
     assert [param.grad._version for param in params] == [1, 1, 1]

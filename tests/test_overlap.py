@@ -180,6 +180,16 @@ def test_what_changed_after_it_was_measured_is_measured_again(change: Callable[[
         model.zero_grad()
 
 
+def test_a_parameter_without_gradient_in_the_next_step() -> None:
+    model, clipper = model_and_clipper()
+    everything = list(model.parameters())
+    for used in (everything, everything[3:], everything):
+        model.zero_grad()
+        loss_of(model, batches(1)[0]).backward(inputs=used)
+        norm = reference.total_norm(gradients(model))
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
 def test_a_hook_of_the_user_that_comes_later_is_seen() -> None:
     model, clipper = model_and_clipper()
 
@@ -273,9 +283,7 @@ def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
             # since they lie in one buffer: then the call measures again.
             double_unseen(model)
         report = clipper.clip_()
-        torch.testing.assert_close(
-            report.total_norm, norm, rtol=2e-7, atol=0, msg=lambda m: f"{count, reduce_all}: {m}"
-        )
+        torch.testing.assert_close(report.total_norm, norm, rtol=2e-7, atol=0)
         assert same_bits_everywhere(report.total_norm)
         assert report.clipped
         model.zero_grad()
@@ -329,6 +337,35 @@ def ddp_variants() -> None:
 def test_ddp_with_its_options(four_ranks: Ranks) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(ddp_variants)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        return self.first(x) + (self.second(x) if both else 0)
+
+
+def an_unused_head_keeps_its_gradient(view: bool) -> None:
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(TwoHeads(), find_unused_parameters=True, gradient_as_bucket_view=view)
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.1), overlap=True)
+    assert not any(p._post_accumulate_grad_hooks for p in wrapped.parameters())
+    for _ in range(2):
+        for both in (True, False):
+            wrapped(torch.ones(2, 3), both).square().sum().backward()
+        norm = reference.total_norm(gradients(wrapped))
+        assert norm > reference.total_norm(gradients(wrapped.module.first))
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+        wrapped.zero_grad()
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_ddp_did_not_use_in_the_last_micro_batch(four_ranks: Ranks, view: bool) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(an_unused_head_keeps_its_gradient, view)
 
 
 def a_backward_that_raises_under_ddp() -> None:

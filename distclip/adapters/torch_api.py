@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.clipper import (
-    About,
-    ClipNorm,
-    Clipper,
-    Parameters,
-    clamp_gradients_,
-    scale_gradients_,
-    total_norm_of,
-)
+from distclip import once
+from distclip.clipper import ClipNorm, Parameters
 
 if TYPE_CHECKING:
     from distclip import About, Stateless
@@ -75,9 +68,7 @@ def clip_grad_norm_(
     """
     del foreach
     policy = _TorchNorm(float(max_norm), float(norm_type))
-    on_nonfinite = "raise" if error_if_nonfinite else "propagate"
-    clipper = Clipper(parameters, policy, mesh=mesh, distinct=distinct, on_nonfinite=on_nonfinite)
-    return clipper.clip_().total_norm
+    return once.clip_(parameters, policy, error_if_nonfinite, mesh, tuple(distinct))
 
 
 def get_total_norm(
@@ -95,7 +86,7 @@ def get_total_norm(
     """
     del foreach
     policy = ClipNorm(math.inf, float(norm_type))
-    return total_norm_of(tensors, policy, error_if_nonfinite, mesh=mesh, distinct=distinct).float()
+    return once.total_norm_of(tensors, policy, error_if_nonfinite, mesh=mesh, distinct=distinct).float()
 
 
 @torch.no_grad()
@@ -110,7 +101,7 @@ def clip_grads_with_norm_(
     Collective: none.
     """
     del foreach
-    scale_gradients_(parameters, _TorchNorm(float(max_norm)), total_norm)
+    once.scale_gradients_(parameters, _TorchNorm(float(max_norm)), total_norm)
 
 
 @torch.no_grad()
@@ -123,4 +114,4 @@ def clip_grad_value_(parameters: Parameters, clip_value: float, foreach: bool | 
     Collective: none (`Partial` gradients are reduced first).
     """
     del foreach
-    clamp_gradients_(parameters, float(clip_value))
+    once.clamp_gradients_(parameters, float(clip_value))

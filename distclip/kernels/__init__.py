@@ -7,17 +7,18 @@ correct; the others do the same faster.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from operator import attrgetter
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from distclip.kernels import cpu, loops
-from distclip.kernels.loops import clamp_ as clamp_
+from distclip.kernels import cpu, foreach
 from distclip.kernels.loops import scale_units_ as scale_units_
 from distclip.kernels.loops import unit_power_sums as unit_power_sums
-from distclip.kernels.loops import zero_ as zero_
 from distclip.kernels.runs import runs
 
 
@@ -34,7 +35,7 @@ def pieces(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """sum(|x|**p) over all tensors of a piece together, or max(|x|) for p = inf: a float64 scalar."""
-    if tensors[0].is_cpu:
+    if _best(tensors) is cpu:
         return cpu.power_sum(tensors, norm_type)
     each = power_sums(tensors, norm_type)
     return each.amax() if math.isinf(norm_type) else each.sum()
@@ -42,17 +43,52 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
     """See `loops.power_sums`."""
-    return _of(tensors).power_sums(tensors, norm_type, scales)
+    return _best(tensors).power_sums(tensors, norm_type, scales)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See `loops.scale_`."""
-    _of(tensors).scale_(tensors, coefficient)
+    _best(tensors).scale_(tensors, coefficient)
 
 
-def _of(tensors: Sequence[Tensor]) -> ModuleType:
-    """The kernels for the device that the tensors are on."""
-    return cpu if not tensors or tensors[0].is_cpu else loops
+def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    """See `loops.scale_each_`."""
+    _best(tensors).scale_each_(tensors, coefficients)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
+    """See `loops.clamp_`."""
+    _best(tensors).clamp_(tensors, bound)
+
+
+def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
+    """See `loops.zero_`."""
+    _best(tensors).zero_(tensors, where)
+
+
+def _best(tensors: Sequence[Tensor]) -> ModuleType:
+    return _on(tensors[0].device) if tensors else cpu
+
+
+@cache
+def _on(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return cpu
+    return (device.type == "cuda" and _triton(device)) or foreach
+
+
+def _triton(device: torch.device) -> ModuleType | None:
+    """None where Triton is missing, or fails: it may know neither the chip nor a C compiler."""
+    try:
+        from distclip.kernels import triton
+
+        triton.power_sums([torch.ones(1, device=device)], 2.0)
+    except ImportError:
+        return None
+    except Exception as error:  # Triton raises anything, and training should go on
+        warnings.warn(f"Triton does not run on {device}, so that clipping is slower there: {error!r}", stacklevel=2)
+        return None
+    return triton
 
 
 def _by(key: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from distclip.kernels import loops
 from distclip.kernels.runs import flat
 
+clamp_, scale_each_, zero_ = loops.clamp_, loops.scale_each_, loops.zero_
+
 # The overload for Python numbers rounds them to 16 bits where tensors have so few; that for tensors does not.
 _foreach_mul_: Any = vars(torch)["_foreach_mul_"]
 _flatten: Any = torch.ops.aten.flatten_dense_tensors

@@ -39,6 +39,12 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
             tensor.mul_(factor)
 
 
+def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    """`scale_` of each tensor with a coefficient of its own. Shapes: coefficients: [len(tensors)]."""
+    for tensor, coefficient in zip(tensors, coefficients.unbind(), strict=True):
+        scale_([tensor], coefficient)
+
+
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """Sets every element to zero if `where`, a bool scalar, is true. On a CPU it writes nothing otherwise."""
     if where.device.type != "cpu" or where.item():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import add, attrgetter
 
 from torch import Tensor
 
 
 def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The elements of tensors, neighbours in one storage as one tensor.
+    """The elements of tensors of one dtype, neighbours in one storage as one tensor.
 
     Gradients lie side by side in what FSDP reduces and scatters, in DDP's buckets and in the flat buffers of
     Megatron and DeepSpeed. A run never reaches across a gap, whose padding may hold anything. What has no neighbour
@@ -20,7 +20,17 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
     if set(begins).isdisjoint(ends):  # nothing touches, as with thousands of tensors of their own
         return list(tensors)
     order = sorted((i for i in range(len(tensors)) if ends[i] > begins[i]), key=begins.__getitem__)
-    return [members[0] if len(members) == 1 else _joined(members) for members in _neighbours(tensors, order)]
+    found: list[list[Tensor]] = []
+    end = storage = -1
+    for i in order:
+        # Two allocations may touch by chance: neighbours are of one storage.
+        within = tensors[i].untyped_storage().data_ptr() if tensors[i].is_contiguous() else -1
+        if begins[i] == end and within == storage:
+            found[-1].append(tensors[i])
+        else:
+            found.append([tensors[i]])
+        end, storage = (ends[i], within) if within != -1 else (-1, -1)
+    return [members[0] if len(members) == 1 else _joined(members) for members in found]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -29,30 +39,6 @@ def flat(tensor: Tensor) -> Tensor:
         return tensor.view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     return tensor.permute(order).reshape(-1)
-
-
-def _neighbours(tensors: Sequence[Tensor], order: Sequence[int]) -> Iterator[list[Tensor]]:
-    members: list[Tensor] = []
-    for tensor in (tensors[i] for i in order):
-        if members and _continues(members[-1], tensor):
-            members.append(tensor)
-        else:
-            if members:
-                yield members
-            members = [tensor]
-    if members:
-        yield members
-
-
-def _continues(before: Tensor, tensor: Tensor) -> bool:
-    return (
-        before.data_ptr() + before.nbytes == tensor.data_ptr()
-        and before.is_contiguous()
-        and tensor.is_contiguous()
-        and before.dtype == tensor.dtype
-        # Two allocations may touch by chance.
-        and before.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    )
 
 
 def _joined(members: Sequence[Tensor]) -> Tensor:
