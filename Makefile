@@ -17,10 +17,12 @@ STAMP := .venv/.installed
 
 install: $(STAMP)
 
+# DeepSpeed is built here, and its build imports torch; DS_BUILD_OPS=0: nothing is compiled.
 $(STAMP): pyproject.toml constraints.txt tests/peers.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed
 	touch $@
 
 run: $(STAMP)

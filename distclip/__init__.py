@@ -9,6 +9,9 @@ from distclip.clipper import Clipper as Clipper
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.layout import Layout as Layout
+from distclip.pieces import Box as Box
+from distclip.pieces import Part as Part
+from distclip.pieces import Run as Run
 from distclip.plan import Plan as Plan
 from distclip.policies import AGC as AGC
 from distclip.policies import About as About

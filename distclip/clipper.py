@@ -151,15 +151,24 @@ class Clipper:
         return Attached(self, optimizer, scaler)
 
     def decide(
-        self, stepped: Sequence[Optimizer], scaler: GradScaler | None, inverse_scale: Tensor | None = None
+        self,
+        stepped: Sequence[Optimizer],
+        scaler: GradScaler | None,
+        inverse_scale: Tensor | None = None,
+        values: Sequence[Tensor | None] | None = None,
     ) -> Decision:
-        """Measures, decides, tells the scaler; raises on all ranks together. Changes no gradient."""
+        """Measures, decides, tells the scaler; raises on all ranks together. Changes no gradient.
+
+        Args:
+            values: of the gradients, in the order of `plan.held`, where they do not lie in `.grad`.
+        """
         inverse_scale = amp.inverse_scale(scaler, stepped) if inverse_scale is None else inverse_scale
-        if inverse_scale is not None and tuple(stepped) not in self._agreed:
+        if stepped and inverse_scale is not None and tuple(stepped) not in self._agreed:
             optimizers.check_same_parameters(stepped, self.plan)
             self._agreed.add(tuple(stepped))
-        values = self._values()
-        local = self._early.local(values) if self._early is not None else measure.local(values, self.plan)
+        early = self._early if values is None else None
+        values = self._values() if values is None else values
+        local = early.local(values) if early is not None else measure.local(values, self.plan)
         decision = decide(values, local, self.plan, self._states, inverse_scale, self._on_nonfinite)
         amp.record(scaler, stepped, decision.finite)
         too_many = self._on_nonfinite in ("skip", "zero") and self._skips.count_(decision.finite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,11 @@ class Decision:
             return None
         factor = verdict.coefficients if self.inverse is None else verdict.coefficients * self.inverse
         return nonfinite.ruled(factor, self.finite, self.rule)
+
+    def applied_to(self, values: Sequence[Tensor | None], inverse: Tensor | None) -> Decision:
+        """The same verdicts for values that lie elsewhere than those measured, times another scale's inverse."""
+        local = self.local._replace(pieces=[None] * len(self.plan.groups))
+        return replace(self, values=values, local=local, inverse=inverse)
 
 
 def decide(

@@ -29,6 +29,10 @@ class Layout:
         replicated: axes whose ranks hold identical copies, of which the one at index 0 counts. Where that rank holds
             none (a weight tied between two inner pipeline stages), let the rank that is to count declare the axis as
             sharded, and the others as replicated.
+        parts: the tensors of the model that it holds elements of, and which, where it is a piece of a flat buffer.
+            All ranks must declare the same parts in the same order, also those that hold nothing of them.
+        counted: whether this rank adds the elements to the total, where no axis tells: of the ranks that hold the
+            same elements, exactly one must say True. None goes by `replicated`.
 
     Raises:
         LayoutError: an axis is named in both.
@@ -36,6 +40,8 @@ class Layout:
 
     sharded: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
+    parts: tuple[Part, ...] = ()
+    counted: bool | None = None
 
     def __post_init__(self) -> None:
         for field_name in ("sharded", "replicated"):
@@ -52,6 +58,8 @@ class Layout:
         Of the ranks that hold the same elements, the one at the origin of every replicated axis
         counts them. Summed over the mesh, every element then counts once.
         """
+        if self.counted is not None:
+            return self.counted
         return all(coordinate[axis] == 0 for axis in self.replicated)
 
     def __str__(self) -> str:
@@ -244,14 +252,16 @@ def _held(name: str, param: Tensor, own: Own, team: Team | None, layouts: Layout
         lines |= {axis: team.line(axis) for axis in outside}
         sharded |= outside & team.distinct
     coordinate = {axis: line.index(dist.get_rank()) for axis, line in lines.items()}
-    if layouts is not None and (declared := _declared(name, layouts(name, param))) is not None:
+    declared = None if layouts is None else _declared(name, layouts(name, param))
+    if declared is not None:
         sharded = _overruled(name, sharded, declared, sorted(lines))
         apart = sharded - own.sharded - (team.distinct if team is not None else frozenset())
-        parts = (
-            tuple(spread(part, prod(len(lines.get(axis, ())) for axis in apart)) for part in parts) if apart else parts
-        )
+        if declared.parts:
+            parts = declared.parts
+        elif apart:
+            parts = tuple(spread(part, prod(len(lines.get(axis, ())) for axis in apart)) for part in parts)
     real = {axis for axis, line in lines.items() if len(line) > 1}  # an axis of one rank divides nothing
-    layout = Layout(sharded & real, frozenset(real - sharded))
+    layout = Layout(sharded & real, frozenset(real - sharded), counted=declared and declared.counted)
     mesh = ", ".join(f"{axis}={len(lines[axis])}/{lines[axis][1] - lines[axis][0]}" for axis in sorted(real))
     return Held(name, param, layout, coordinate, mesh, layout.counted_at(coordinate), parts)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from zero import Zero
 
 KEPT = 2
 FACTS = "run.json"
@@ -43,7 +44,9 @@ def save(folder: Path, step: int, parts: dict[str, Any], facts: dict[str, Any]) 
     Collective: every rank must call it, at the same step.
     """
     temporary = folder / f"unfinished-{step}"
-    dcp.save(parts, checkpoint_id=temporary)
+    dcp.save(_without_zero(parts), checkpoint_id=temporary)
+    for part in _zero_of(parts):
+        part.save(temporary)
     # The name says that the checkpoint is complete: it may only appear when the last rank has written its part.
     dist.barrier()
     if dist.get_rank() == 0:
@@ -51,6 +54,15 @@ def save(folder: Path, step: int, parts: dict[str, Any], facts: dict[str, Any]) 
         temporary.rename(folder / f"step-{step:07d}")
         for old in complete(folder)[:-KEPT]:
             shutil.rmtree(old)
+
+
+def _zero_of(parts: dict[str, Any]) -> list[Zero]:
+    """DeepSpeed's engines, which write files of their own."""
+    return [part for part in parts.values() if isinstance(part, Zero)]
+
+
+def _without_zero(parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in parts.items() if not isinstance(part, Zero)}
 
 
 def complete(folder: Path) -> list[Path]:
@@ -78,7 +90,9 @@ def load(folder: Path, parts: dict[str, Any], facts: dict[str, Any]) -> int:
         return 0
     path, step = chosen
     try:
-        dcp.load(parts, checkpoint_id=path)
+        for part in _zero_of(parts):
+            part.load(path)
+        dcp.load(_without_zero(parts), checkpoint_id=path)
     except CheckpointException as error:
         reason = next((str(failure[0]) for failure in error.failures.values()), "no reason given")
         raise UserError(f"checkpoint {path} does not fit this run: {reason.strip().splitlines()[0]}") from None

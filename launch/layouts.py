@@ -54,6 +54,8 @@ def wrap(model: nn.Module, layout: str, precision: str, device: torch.device) ->
     mesh = _mesh(layout, device)
     model, dtype = model.to(device), DTYPES[precision]
     wrappers = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2, "hsdp": _fsdp2, "tp": _tp, "fsdp2+tp": _fsdp2_tp}
+    if layout not in wrappers:  # zero1 to zero3: an engine takes the whole model
+        return Wrapped(model, dist.get_rank(), dist.get_world_size(), contextlib.nullcontext)
     wrapped = wrappers[layout](model, mesh, dtype)
     cast = layout in ("ddp", "tp") and dtype != torch.float32
     # Ranks along the tp axis work on one batch together; along every other axis each has its own share.

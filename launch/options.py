@@ -30,7 +30,7 @@ POLICIES: dict[str, Any] = {
     "none": distclip.ClipNorm(math.inf),  # measures, never writes a gradient
 }
 
-MIN_RANKS = {"ddp": 1, "fsdp1": 1, "fsdp2": 1, "hsdp": 4, "tp": 2, "fsdp2+tp": 4}
+MIN_RANKS = {"ddp": 1, "fsdp1": 1, "fsdp2": 1, "hsdp": 4, "tp": 2, "fsdp2+tp": 4, "zero1": 1, "zero2": 1, "zero3": 1}
 DEFAULT_WIDTHS = {"gpt": 192, "lstm": 256}
 DEFAULT_DEPTHS = {"gpt": 3, "lstm": 2}
 HEADS = 4
@@ -46,10 +46,10 @@ class Options(Generic[PolicyT]):
     """The name given to --policy; kept for the report."""
     model: Literal["gpt", "lstm"] = "gpt"
     """Byte-level GPT of about 1.5M parameters, or an LSTM of about 1.2M."""
-    layout: Literal["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2+tp"] = "ddp"
-    """How the ranks share the model. tp needs 2 ranks, hsdp and fsdp2+tp need 4."""
+    layout: Literal["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2+tp", "zero1", "zero2", "zero3"] = "ddp"
+    """How the ranks share the model. tp needs 2 ranks, hsdp and fsdp2+tp need 4; zero1 to zero3 need DeepSpeed."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the forward pass computes in; parameters and gradients stay in float32."""
+    """What the forward pass computes in; parameters and gradients stay in float32, except under ZeRO."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or plain SGD as the LSTM papers on exploding gradients use."""
     steps: int = 300
@@ -104,6 +104,8 @@ def _policy_name(args: Sequence[str]) -> tuple[str, list[str]]:
     name, rest, words = "clip-norm", [], iter(args)
     for word in words:
         flag, equals, value = word.partition("=")
+        if flag == "--local_rank":  # from the deepspeed launcher, which says it in the environment as well
+            continue
         if flag == "--policy":
             name = value if equals else next(words, "")
         else:

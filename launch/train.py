@@ -6,6 +6,7 @@ python launch/train.py --model lstm --steps 50
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -28,6 +29,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
+from zero import STAGES, Zero, start_engine
 
 import distclip
 
@@ -43,11 +45,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     clipper: distclip.Clipper
+    zero: Zero | None = None
 
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds. The data position is the step: batches are a function of (seed, step)."""
-        training = checkpoint.Training(self.wrapped.model, self.optimizer)
+        training = self.zero or checkpoint.Training(self.wrapped.model, self.optimizer)
         return {"training": training, "clipper": self.clipper, "scaler": self.scaler}
 
     @property
@@ -89,6 +92,8 @@ def train(options: Options[Any], device: torch.device) -> None:
                 display.show(row, metrics.num_clipped)
             if options.save_every and (step % options.save_every == 0 or step == options.steps):
                 checkpoint.save(folder, step, run.parts, run.facts)
+    if run.zero is not None:
+        run.zero.engine.destroy()
     if metrics:
         finish(run, metrics.rows, console)
 
@@ -108,11 +113,26 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), **settings)
     else:
         optimizer = torch.optim.SGD(params, **settings)
+    if options.layout in STAGES:
+        return start_zero(options, device, corpus, wrapped, optimizer)
     # FSDP1's flat shards are plain tensors: only its own scaler knows that an overflow on one rank is everybody's.
     scaler_type = ShardedGradScaler if options.layout == "fsdp1" else GradScaler
     scaler = scaler_type(device.type, enabled=options.precision == "fp16")
     clipper = make_clipper(wrapped.model, options.policy)
     return Run(options, device, corpus, wrapped, optimizer, scaler, clipper)
+
+
+def start_zero(
+    options: Options[Any],
+    device: torch.device,
+    corpus: Corpus,
+    whole: layouts.Wrapped,
+    optimizer: torch.optim.Optimizer,
+) -> Run:
+    made = start_engine(whole.model, optimizer, options, device)
+    wrapped = dataclasses.replace(whole, model=made.engine)
+    scaler = GradScaler(device.type, enabled=False)  # the engine has its own
+    return Run(options, device, corpus, wrapped, made.optimizer, scaler, made.clipper, made)
 
 
 def make_clipper(model: torch.nn.Module, policy: Any) -> distclip.Clipper:
@@ -145,15 +165,22 @@ def train_step(run: Run, step: int) -> Row:
     with run.wrapped.autocast():
         logits = run.wrapped.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    report = update(run, loss)
+    row = {"step": step, "loss": mean_over_ranks(loss)} | measured(report)
+    tokens = run.options.batch * run.options.context
+    return row | {"lr": lr, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+
+
+def update(run: Run, loss: torch.Tensor) -> distclip.Report:
+    if run.zero is not None:
+        return run.zero.update(loss)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     report = run.clipper.clip_()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    row = {"step": step, "loss": mean_over_ranks(loss)} | measured(report)
-    tokens = run.options.batch * run.options.context
-    return row | {"lr": lr, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+    return report
 
 
 def learning_rate(options: Options[Any], step: int) -> float:

@@ -61,7 +61,7 @@ STEP = """all_reduce all_reduce_coalesced all_gather_into_tensor all_gather_tens
 SETUP = "all_gather all_gather_object gather_object broadcast_object_list scatter_object_list monitored_barrier"
 CALLS: dict[str, set[str]] = {
     **{name: {"reduce"} for name in STEP.split()},
-    **{name: {"layout", "plan", "reduce"} for name in SETUP.split()},
+    **{name: {"layout", "plan", "reduce", "adapters"} for name in SETUP.split()},
     "redistribute": {"layout", "reduce"},  # a Partial gradient, once, before it is measured
 }
 # Names that tensors and strings have too: a collective only where they come from torch.distributed.
