@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from distclip import amp, fused, inputs, measure, nonfinite, optimizers, state
 from distclip.attach import Attached
 from distclip.decide import Decision, decide, kept, report_of, write_
+from distclip.gradients import local_gradients
 from distclip.inputs import Parameters, ParamGroups
-from distclip.layout import Layouts, local_gradients, read_layouts
+from distclip.layout import Layouts, read_layouts
 from distclip.optimizers import Optimizers
 from distclip.overlap import Early
 from distclip.plan import make_plan

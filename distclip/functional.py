@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from distclip import apply, kernels, layout, reduce
+from distclip import apply, gradients, kernels, reduce
 from distclip.inputs import named_tensors
 from distclip.once import total_norm_of
 from distclip.policies import ClipNorm, check_not_negative
@@ -40,18 +40,18 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     Reference: TensorFlow, `tf.clip_by_norm`.
     """
     check_not_negative("clip_norm", clip_norm)
-    t = layout.settled(t)
+    t = gradients.settled(t)
     if axes is None:
         return _scaled([t], _coefficient(_norm([t]), clip_norm))[0]
     named_tensors(t)
     _check_dense(t)
     dims = _dims(t, axes)
     clipped = t.clone()
-    local = layout.local_values(clipped)
+    local = gradients.local_values(clipped)
     wide = local.to(torch.promote_types(local.dtype, torch.float64))
     squares = wide.abs().square()
     sums = squares.sum(dims, keepdim=True) if dims else squares  # torch takes no dims for all dims
-    reduce.sum_(sums, layout.groups_cutting(t, dims))
+    reduce.sum_(sums, gradients.groups_cutting(t, dims))
     local.copy_(wide * _coefficient(sums.sqrt(), clip_norm))
     return clipped
 
@@ -75,7 +75,7 @@ def clip_by_global_norm(
     Reference: TensorFlow, `tf.clip_by_global_norm`.
     """
     check_not_negative("clip_norm", clip_norm)
-    given = [None if t is None else layout.settled(t) for t in t_list]
+    given = [None if t is None else gradients.settled(t) for t in t_list]
     present = [t for t in given if t is not None]
     norm = _norm(present) if use_norm is None else _as_norm(use_norm, present)
     # Judged in float32, as the norm that the caller sees.
@@ -106,7 +106,7 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
             "Clip its norm instead, or clamp `torch.view_as_real(t)`."
         )
     _check_dense(t)
-    return layout.settled(t).clamp(clip_value_min, clip_value_max)
+    return gradients.settled(t).clamp(clip_value_min, clip_value_max)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -115,7 +115,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _as_norm(given: float | Tensor, beside: Sequence[Tensor]) -> Tensor:
     if isinstance(given, Tensor):
-        return layout.local_values(given).double()
+        return gradients.local_values(given).double()
     device = beside[0].device if beside else torch.device("cpu")
     return torch.full((), given, dtype=torch.float64, device=device)
 
@@ -126,7 +126,7 @@ def _coefficient(norms: Tensor, clip_norm: float) -> Tensor:
 
 def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     copies = [t.clone() for t in tensors]
-    apply.scale_(kernels.pieces([layout.local_values(copy) for copy in copies]), factor)
+    apply.scale_(kernels.pieces([gradients.local_values(copy) for copy in copies]), factor)
     return copies
 
 

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import apply, inputs, kernels, measure, nonfinite, state
 from distclip.decide import decide, norms, write_
+from distclip.gradients import local_gradient, local_gradients, local_values, shown
 from distclip.inputs import Parameters, named_tensors
-from distclip.layout import local_gradient, local_gradients, local_values, read_layouts, shown
+from distclip.layout import read_layouts
 from distclip.plan import Plan, make_plan
 from distclip.policies import About, Policy, Stateless, check_not_negative
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import hooks, measure
-from distclip.layout import final_gradient, local_gradient
+from distclip.gradients import final_gradient, local_gradient
 from distclip.plan import Plan
 
 

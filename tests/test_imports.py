@@ -16,7 +16,7 @@ CORE = {"layout", "plan", "measure", "reduce", "apply", "report", "policies", "k
 
 # A room is a file or a folder directly in distclip/; these files are parts of a room that another file names.
 PART_OF = {
-    **{"errors": "layout", "team": "layout", "pieces": "layout", "shards": "layout", "hooks": "layout"},
+    **dict.fromkeys(["errors", "team", "pieces", "shards", "hooks", "gradients"], "layout"),
     **dict.fromkeys(["powers", "verify", "units"], "plan"),
     **dict.fromkeys(
         ["inputs", "decide", "optimizers", "fused", "amp", "attach", "nonfinite", "state", "overlap", "once"], "clipper"
