@@ -72,21 +72,25 @@ def _squares(joined: Sequence[Tensor], row: int) -> Tensor:
     # A dot would wake the other cores for these few.
     sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
     if long:
-        norms = torch.cat([norm for run in long for norm in _row_norms(run, row)]).double()
+        norms = torch.cat(list(_row_norms(long, row))).double()
         rows = torch.dot(norms, norms)
         fits = _LEAST_MEAN * numel <= rows.item() < math.inf
         sums.append(rows if fits else loops.power_sums(long, 2.0).sum())
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def _row_norms(run: Tensor, row: int) -> Iterator[Tensor]:
-    rows = run.view(-1, row)
-    if run.dtype is torch.float32:
-        yield torch.linalg.vector_norm(rows, dim=1)
-        return
-    wide = torch.empty(min(_CHUNK // row, rows.shape[0]), row)
-    for chunk in cast("tuple[Tensor, ...]", rows.split(_CHUNK // row)):
-        yield torch.linalg.vector_norm(wide[: chunk.shape[0]].copy_(chunk), dim=1)
+def _row_norms(runs: Sequence[Tensor], row: int) -> Iterator[Tensor]:
+    """The norms of the rows of runs that consist of whole rows, in float32."""
+    narrow = runs[0].dtype is not torch.float32
+    longest = max(map(Tensor.numel, runs)) // row
+    wide = torch.empty(min(_CHUNK // row, longest), row) if narrow else runs[0]
+    for run in runs:
+        rows = run.view(-1, row)
+        if not narrow:
+            yield torch.linalg.vector_norm(rows, dim=1)
+            continue
+        for chunk in cast("tuple[Tensor, ...]", rows.split(_CHUNK // row)):
+            yield torch.linalg.vector_norm(wide[: chunk.shape[0]].copy_(chunk), dim=1)
 
 
 def _blocks(
