@@ -104,6 +104,25 @@ def equal_meshes_with_two_roots() -> None:
     assert {expected, 4} <= set(kept)
 
 
+def what_a_key_names_stays_alive() -> None:
+    """Another object could take over the id of one that is gone, and be given its plan."""
+    param = nn.Parameter(distribute_tensor(torch.zeros(4), mesh((4,), ("own",)), [Shard(0)], src_data_rank=None))
+    param.grad = torch.ones_like(param)
+    distclip.clip_grad_norm_([param], 100.0)
+    spec = weakref.ref(param._spec)
+    del param
+    gc.collect()
+    assert spec() is not None
+    once._kept.clear()
+    gc.collect()
+    assert spec() is None
+
+
+def test_what_a_key_names_stays_alive(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(what_a_key_names_stays_alive)
+
+
 def test_meshes_that_compare_equal(four_ranks: Ranks) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(equal_meshes_with_two_roots)
