@@ -16,10 +16,19 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-fail() { echo "torchrun.sh: error: $*" >&2; exit 2; }
+# Of the launchers that one srun has started only the first speaks: the others have the same to say.
+say() { ((${SLURM_PROCID:-0} > 0)) || echo "torchrun.sh: $*" >&2; }
+
+fail() {
+    say "error: $*"
+    ((${SLURM_PROCID:-0} == 0)) || sleep 1 # srun --kill-on-bad-exit ends the first one with the others
+    exit 2
+}
 
 number() { # number NAME VALUE MINIMUM
-    [[ $2 =~ ^[0-9]+$ ]] && (($2 >= $3)) || fail "$1=$2: a whole number, at least $3"
+    if ! [[ $2 =~ ^[0-9]+$ ]] || (($2 < $3)); then
+        fail "$1=$2: a whole number, at least $3"
+    fi
 }
 
 num_gpus() {
@@ -53,6 +62,9 @@ number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0
 if [[ -n ${SLURM_NNODES-} ]] && ((nodes > SLURM_NNODES)); then
     fail "NNODES=$nodes and this job has $SLURM_NNODES: sbatch --nodes=$nodes, or leave NNODES unset"
 fi
+if [[ -n ${SLURM_STEP_ID-} ]] && ((SLURM_NTASKS > SLURM_NNODES)); then
+    fail "$SLURM_NTASKS launchers on $SLURM_NNODES nodes: srun --ntasks-per-node=1; NPROC_PER_NODE sets the ranks of each"
+fi
 ((node < nodes)) || fail "NODE_RANK=$node of NNODES=$nodes: they count from 0"
 backend=gloo
 ((gpus >= ranks)) && backend=nccl
@@ -78,5 +90,5 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-$here/../.venv/bin/python}
 [[ -n ${PYTHON-} || -x $python ]] || python=python3
-echo "torchrun.sh: $ranks ranks ($gpus GPUs, $backend), $said, ${MAX_RESTARTS:-0} restarts" >&2
+say "$ranks ranks here ($gpus GPUs, $backend), $said, ${MAX_RESTARTS:-0} restarts"
 exec "$python" "$here/run.py" --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" "${where[@]}" "$@"
