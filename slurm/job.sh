@@ -8,8 +8,25 @@ warned=''
 
 fail() { echo "$name: error: $*" >&2; exit 2; }
 
-# The comment at the top of a script is its help.
-explain() { sed -n '2,/^[^#]/{/^#SBATCH/d; s/^# \{0,1\}//p}' "$0"; }
+# The comment at the top of a script, then what all of them take.
+explain() {
+    sed -n '2,/^[^#]/{/^#SBATCH/d; s/^# \{0,1\}//p}' "$0"
+    cat <<'END'
+
+sbatch's own options come before the script's name, or from the environment: SBATCH_ACCOUNT, SBATCH_PARTITION,
+SBATCH_TIMELIMIT, SBATCH_SIGNAL, SBATCH_GPUS_PER_NODE, SBATCH_GPUS_PER_TASK. Also from the environment:
+
+  PYTHON              python that has torch and distclip   .venv/bin/python of the repository
+  CONTAINER           words to run it in a container       none, as in "apptainer exec --nv image.sif"
+  DATA                folder of text that all nodes see    Python's standard library
+  OUT                 folder that all nodes share          runs/JOBNAME-JOBID
+  WARNING_SECONDS     as in --signal=B:USR1@SECONDS        120
+  DISTCLIP            the repository                       where sbatch was called
+  MASTER_PORT         port on the first node               20000 + JOBID % 10000
+  GLOO_SOCKET_IFNAME  interface between the nodes          the one that leads to the first node
+  NCCL_SOCKET_IFNAME  the same for NCCL                    NCCL's choice
+END
+}
 
 # The values of this site, checked; PYTHON and OUT are set where they were not.
 begin() {

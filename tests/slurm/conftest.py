@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.jobs import Jobs
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four nodes. Each test worker has a cluster of its own: nothing of it has a name on the real machine."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no SLURM cluster: {reason}")
+    # Not pytest's own folder: a unix socket's path holds 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder))
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Jobs]:
+    """Submits jobs; all of them are gone and all nodes back when the test is over."""
+    jobs = Jobs(cluster, text, tmp_path)
+    yield jobs
+    report = request.node.stash.get(FAILED, False)
+    cluster.repair()
+    if report:
+        print(jobs.logs())
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for module in (json, subprocess):
+        source = Path(module.__file__ or "")
+        (folder / source.name).write_text(source.read_text())
+    return folder
