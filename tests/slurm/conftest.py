@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, why_not
-from tests.slurm.jobs import Jobs
+from tests.slurm.jobs import Jobs, Row, local_run
+from tests.slurm.machines import Machines
+from tests.slurm.machines import why_not as why_no_machines
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +58,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = Path(module.__file__ or "")
         (folder / source.name).write_text(source.read_text())
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The first 600 steps on two ranks, to which every disturbed run of two ranks has to be equal."""
+    return local_run(text, tmp_path_factory.mktemp("undisturbed") / "out", 600)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Machines]:
+    """Two machines without SLURM."""
+    reason = why_no_machines()
+    if reason:
+        pytest.skip(f"no machines: {reason}")
+    with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
+        machines = Machines(Path(folder), 2)
+        try:
+            yield machines
+        finally:
+            machines.stop()

@@ -66,15 +66,23 @@ class Space:
     def popen(self, words: Sequence[object], **options: object) -> subprocess.Popen:
         return subprocess.Popen([*self.enter, *map(str, words)], stdin=subprocess.DEVNULL, **options)
 
-    def run(self, *words: object, check: bool = True, timeout: float = 60, **options: object) -> str:
-        """What the command printed; its errors go to this Python's."""
-        words = (*self.enter, *map(str, words))
-        pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
-        return subprocess.run(words, check=check, timeout=timeout, **(pipe | options)).stdout
+    def call(self, *words: object, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
+        """The command's exit code and all that it printed."""
+        kept = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+        return subprocess.run([*self.enter, *map(str, words)], timeout=timeout, **(kept | options))
+
+    def run(self, *words: object, check: bool = True, **options: object) -> str:
+        """What the command printed."""
+        done = self.call(*words, **options)
+        assert not check or done.returncode == 0, f"{words} left with {done.returncode}: {done.stderr}"
+        return done.stdout
 
     def kill(self) -> None:
         """Ends every process of the machine at once, as when its power fails."""
         self._outer.kill()  # --kill-child: the kernel then ends the first process, and it all others
+        self.wait()
+
+    def wait(self) -> None:
         self._outer.wait()
         wait_until(lambda: not Path(f"/proc/{self.pid}").exists(), 10, f"the end of {self.name}")
 
@@ -129,3 +137,5 @@ class Machines:
 
     def stop(self) -> None:
         self.head.kill()  # the machines' namespaces lie in its own
+        for node in self.nodes.values():
+            node.wait()

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ENVIRONMENT, ROOT, SLURM, Jobs, Row, assert_same, local_run, processes, rows
+from tests.slurm.jobs import ENVIRONMENT, ROOT, SLURM, Jobs, Row, assert_same, processes, rows
 from tests.slurm.machines import wait_until
 
 SCRIPTS = sorted(path.name for path in SLURM.glob("*.sbatch"))
-NUM_STEPS = 600
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    return local_run(text, tmp_path_factory.mktemp("undisturbed") / "out", NUM_STEPS)
 
 
 def test_there_are_scripts() -> None:
@@ -51,10 +44,9 @@ def test_scripts_are_clean() -> None:
 def test_slurm_takes_every_script(cluster: Cluster) -> None:
     for script in SCRIPTS:
         cluster.run("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", SLURM / script)
-    refused = cluster.machines.head.popen(
-        ["sbatch", "--test-only", "--nodes=9", SLURM / "train.sbatch"], env=cluster.env, stderr=subprocess.PIPE
-    )
-    assert refused.wait(20) != 0
+    refused = cluster.machines.head.call("sbatch", "--test-only", "--nodes=9", SLURM / "train.sbatch", env=cluster.env)
+    assert refused.returncode != 0
+    assert "More processors requested than permitted" in refused.stderr
 
 
 def test_one_node_runs_to_the_end(jobs: Jobs) -> None:
@@ -75,7 +67,7 @@ def test_a_warned_job_comes_back_and_goes_on_to_the_same_bits(jobs: Jobs, undist
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
     jobs.cluster.wait(job, 60, ("RUNNING",), restarts=1)
     (stop,) = jobs.stopped_at(job)
-    assert stop == jobs.checkpoints()[-1] < NUM_STEPS
+    assert stop == jobs.checkpoints()[-1]
     assert len(rows(jobs.out / "metrics.jsonl")) == stop
     jobs.wait_for_step(stop + 20)
     assert f"going on after step {stop}" in jobs.log(job)
