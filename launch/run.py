@@ -58,6 +58,7 @@ def run() -> None:
     args = parse_args(None)
     if args.rdzv_backend == "c10d" and args.rdzv_endpoint and not args.standalone:
         check_head(args.rdzv_endpoint, args.node_rank)
+        args.node_rank = 0  # c10d numbers the machines itself, and torchrun warns of other numbers
     with tempfile.TemporaryDirectory() as folder:
         os.environ[EXIT_FILE] = f"{folder}/code"
         try:

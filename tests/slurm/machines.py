@@ -68,8 +68,8 @@ class Space:
 
     def call(self, *words: object, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
         """The command's exit code and all that it printed."""
-        kept = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
-        return subprocess.run([*self.enter, *map(str, words)], timeout=timeout, **(kept | options))
+        kept = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        return subprocess.run([*self.enter, *map(str, words)], check=False, timeout=timeout, **(kept | options))
 
     def run(self, *words: object, check: bool = True, **options: object) -> str:
         """What the command printed."""
