@@ -55,6 +55,8 @@ def run() -> None:
     # What torchrun logs of a failed rank stands in its closing table too, which is shown unless the user was at fault.
     for name in ("api", "errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    # One store for all starts of the ranks would show them addresses of ranks that are gone.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     args = parse_args(None)
     if args.rdzv_backend == "c10d" and args.rdzv_endpoint and not args.standalone:
         check_head(args.rdzv_endpoint, args.node_rank)
