@@ -150,7 +150,8 @@ def leave(error: UserError) -> NoReturn:
             dist.destroy_process_group()
     elif not speaks:
         # torchrun stops all ranks when the first one leaves: the one that speaks has to be it, or its line is lost.
-        until = time.monotonic() + SECONDS_FOR_RANK_0
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        until = time.monotonic() + (SECONDS_FOR_RANK_0 if under_torchrun else 1.0)
         while time.monotonic() < until and not signals.warned():
             time.sleep(0.05)
     signals.leave(signals.USER_ERROR)

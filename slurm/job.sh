@@ -65,7 +65,9 @@ check_time() {
 train() {
     local step code=0 options=()
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
-    srun --kill-on-bad-exit=1 --input=none "${options[@]}" "${container[@]}" "${@:2}" & # the traps would have to wait for a command in the foreground
+    # Ranks that stop, or that share a mistake, leave by themselves and with one code, which --kill-on-bad-exit=1 would
+    # replace by that of a kill. Any that are left 30 s after the first are stuck.
+    srun --kill-on-bad-exit=0 --wait=30 --input=none "${options[@]}" "${container[@]}" "${@:2}" & # the traps would have to wait for a command in the foreground
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         if [[ -n $warned ]]; then

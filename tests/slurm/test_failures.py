@@ -148,10 +148,11 @@ def test_deepspeed(jobs: Jobs) -> None:
     assert len(rows(jobs.out / "metrics.jsonl")) == 3
 
 
-def line_of(jobs: Jobs, job: str, seconds: float = 90) -> str:
+def line_of(jobs: Jobs, job: str, codes: tuple[int, ...] = (2,)) -> str:
     """The one line of error with which the job ended."""
-    done = jobs.cluster.wait(job, seconds)
-    assert (done.state, done.code) == ("FAILED", 2), jobs.log(job)
+    done = jobs.cluster.wait(job, 120)
+    assert done.state == "FAILED"
+    assert done.code in codes
     (line,) = [line for line in jobs.log(job).splitlines() if "error:" in line and not line.startswith("srun:")]
     assert "Traceback" not in jobs.log(job)
     return line
@@ -190,8 +191,9 @@ def test_a_port_that_is_taken(jobs: Jobs, script: str) -> None:
     with jobs.cluster.machines.nodes["node1"].popen([jobs.env["PYTHON"], "-c", listen]) as other:
         try:
             time.sleep(0.5)
-            job = jobs.submit(script, "--nodes=2", "--ntasks-per-node=1", MASTER_PORT=port)
-            line = line_of(jobs, job)
+            args = tuple(word if word != "15" else "120" for word in TINY)  # of --timeout: the default
+            job = jobs.submit(script, "--nodes=2", "--ntasks-per-node=1", args=args, MASTER_PORT=port)
+            line = line_of(jobs, job, (2, 137, 143))  # the other node still tries, and is killed after 30 s
         finally:
             other.kill()
     assert "taken, perhaps by an earlier run: end that" in line
