@@ -30,13 +30,14 @@ HEAD_SECONDS = "LAUNCH_HEAD_SECONDS"
 def forward() -> None:
     """Passes warnings on to the ranks, for as long as this process lives; leaves at once where there are none yet."""
     while True:
-        signal.sigwait(WARNINGS)
+        number = signal.sigwait(WARNINGS)
         ranks = children()
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         if not ranks:
-            os._exit(STOPPED)
+            # Nothing is lost, but only a warning asks for another start: SIGTERM may say that another machine failed.
+            os._exit(STOPPED if number == signal.SIGUSR1 else 128 + number)
 
 
 def children() -> list[int]:

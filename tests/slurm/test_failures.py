@@ -131,7 +131,7 @@ def test_a_sweep_ends_in_one_picture(jobs: Jobs) -> None:
     sweep = jobs.submit("sweep.sbatch", "--array=0-1", args=args, SWEEP=str(jobs.folder / "sweep.txt"))
     wait_until(lambda: "Submitted batch job" in jobs.logs(), 30, "the job after the array")
     (picture,) = re.findall(r"Submitted batch job (\d+)", jobs.logs())
-    assert jobs.cluster.wait(picture, 120).state == "COMPLETED"
+    assert jobs.cluster.wait(picture, 120).state == "COMPLETED", (jobs.out / "compare.log").read_text()
     assert {jobs.cluster.job(f"{sweep}_{task}").state for task in range(2)} == {"COMPLETED"}
     assert (jobs.out / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert [len(rows(jobs.out / name / "metrics.jsonl")) for name in ("none", "clip-norm_max-norm_0.5")] == [3, 3]
@@ -153,7 +153,9 @@ def line_of(jobs: Jobs, job: str, codes: tuple[int, ...] = (2,)) -> str:
     done = jobs.cluster.wait(job, 120)
     assert done.state == "FAILED"
     assert done.code in codes
-    (line,) = [line for line in jobs.log(job).splitlines() if "error:" in line and not line.startswith("srun:")]
+    (line,) = [
+        line for line in jobs.log(job).splitlines() if "error:" in line and not line.startswith(("srun", "slurmstepd"))
+    ]
     assert "Traceback" not in jobs.log(job)
     return line
 
