@@ -93,8 +93,10 @@ def _not_joined(error: RuntimeError, store: dist.Store, rank: int) -> UserError:
         f"rank {rank} on {socket.gethostname()} could not connect to the other ranks: {_first(error)} ({where}; they "
         "have to name the network interface that leads to the other machines)"
     )
-    with contextlib.suppress(RuntimeError):  # rank 0, which holds the store, may have gone
+    try:
         complaint.speaks = store.add("complaints", 1) == 1
+    except RuntimeError:  # rank 0, which holds the store, has gone, and has said it
+        complaint.speaks = rank == 0
     return complaint
 
 
@@ -150,8 +152,8 @@ def leave(error: UserError) -> NoReturn:
             dist.destroy_process_group()
     elif not speaks:
         # torchrun stops all ranks when the first one leaves: the one that speaks has to be it, or its line is lost.
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        until = time.monotonic() + (SECONDS_FOR_RANK_0 if under_torchrun else 1.0)
+        together = "TORCHELASTIC_RUN_ID" in os.environ and error.speaks is None
+        until = time.monotonic() + (SECONDS_FOR_RANK_0 if together else 1.0)
         while time.monotonic() < until and not signals.warned():
             time.sleep(0.05)
     signals.leave(signals.USER_ERROR)

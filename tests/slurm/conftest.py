@@ -78,3 +78,11 @@ def hosts() -> Iterator[Machines]:
             yield machines
         finally:
             machines.stop()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what takes minutes, unless -m speaks of it."""
+    if "cluster_slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("cluster_slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-slurm"))

@@ -83,17 +83,18 @@ def assert_same(found: list[Row], expected: list[Row], at_least: int) -> None:
     assert found[:common] == expected[:common]
 
 
-def processes(*words: str) -> list[str]:
-    """The command lines of this machine's processes, in any namespace, that hold all the words."""
-    lines = []
+def processes(out: Path, *, ranks: bool) -> list[int]:
+    """Processes of the run that writes to `out`, on any machine: its ranks, or its launchers and shells."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = path.read_bytes().split(b"\0")
+            is_rank = b"\0RANK=" in b"\0" + (path.parent / "environ").read_bytes()
         except OSError:
             continue  # ended while we looked
-        if all(word in line for word in words) and int(path.parent.name) != os.getpid():
-            lines.append(line)
-    return lines
+        if str(out).encode() in words and is_rank == ranks:
+            found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def local_run(text: Path, out: Path, num_steps: int, num_ranks: int = 2) -> list[Row]:

@@ -64,7 +64,7 @@ class Space:
         return ["nsenter", f"--target={self.pid}", "--all", f"--wdns={os.getcwd()}"]
 
     def popen(self, words: Sequence[object], **options: object) -> subprocess.Popen:
-        return subprocess.Popen([*self.enter, *map(str, words)], stdin=subprocess.DEVNULL, **options)
+        return subprocess.Popen([*self.enter, *map(str, words)], **({"stdin": subprocess.DEVNULL} | options))
 
     def call(self, *words: object, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
         """The command's exit code and all that it printed."""

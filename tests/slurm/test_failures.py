@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, text: Path)
     jobs.wait_for_step(60)
     jobs.cluster.machines.cable("node1", "down")  # both ranks are there: nothing fails, they go on
     jobs.cluster.wait(job, BACK_S, ("RUNNING",), restarts=1)
-    assert processes("launch/train.py", str(jobs.out))
+    assert processes(jobs.out, ranks=True)  # of the first start: the second has not come so far
     step = resumed_from(jobs, job)
     lines = "now belongs to a later start of this run"
     wait_until(lambda: lines in jobs.log(job), 60, "the cut-off ranks notice")
@@ -101,25 +102,15 @@ def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, text: Path)
     assert_same(found, local_run(text, jobs.folder / "undisturbed", step + 70), step + 60)
 
 
-def ranks_of(jobs: Jobs) -> list[int]:
-    """The process ids of the ranks, torchrun's launchers left out."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().split(b"\0")[:-1]
-        if str(jobs.out).encode() in words and b"launch/train.py" in words[:4] and b"bash" not in words[0]:
-            found.append(int(path.parent.name))
-    return [pid for pid in found if "RANK=" in Path(f"/proc/{pid}/environ").read_text()]
-
-
 def test_a_killed_rank_starts_again_as_often_as_allowed(jobs: Jobs, undisturbed: list[Row]) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2", MAX_RESTARTS="1")
     jobs.wait_for_step(60)
-    os.kill(ranks_of(jobs)[-1], signal.SIGKILL)
+    os.kill(processes(jobs.out, ranks=True)[-1], signal.SIGKILL)
     step = resumed_from(jobs, job)
     assert step % 50 == 0
     jobs.wait_for_step(step + 20)
     assert_same(rows(jobs.out / "metrics.jsonl"), undisturbed, step + 20)
-    os.kill(ranks_of(jobs)[-1], signal.SIGKILL)
+    os.kill(processes(jobs.out, ranks=True)[-1], signal.SIGKILL)
     done = jobs.cluster.wait(job, 90)
     assert done.state == "FAILED"
     assert done.code != 0
@@ -153,9 +144,8 @@ def line_of(jobs: Jobs, job: str, codes: tuple[int, ...] = (2,)) -> str:
     done = jobs.cluster.wait(job, 120)
     assert done.state == "FAILED"
     assert done.code in codes
-    (line,) = [
-        line for line in jobs.log(job).splitlines() if "error:" in line and not line.startswith(("srun", "slurmstepd"))
-    ]
+    lines = [line for line in jobs.log(job).splitlines() if not line.startswith(("srun", "slurmstepd"))]
+    (line,) = [line for line in lines if "error:" in line]
     assert "Traceback" not in jobs.log(job)
     return line
 
@@ -189,14 +179,15 @@ def test_more_launchers_than_nodes(jobs: Jobs) -> None:
 @pytest.mark.parametrize("script", ["train.sbatch", "train-direct.sbatch"])
 def test_a_port_that_is_taken(jobs: Jobs, script: str) -> None:
     port = "23456"
-    listen = f"import socket, time; s = socket.create_server(('', {port})); time.sleep(100)"
-    with jobs.cluster.machines.nodes["node1"].popen([jobs.env["PYTHON"], "-c", listen]) as other:
+    listen = f"import socket, sys; s = socket.create_server(('', {port})); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with jobs.cluster.machines.nodes["node1"].popen([jobs.env["PYTHON"], "-c", listen], **pipes) as other:
         try:
-            time.sleep(0.5)
+            other.stdout.readline()
             args = tuple(word if word != "15" else "120" for word in TINY)  # of --timeout: the default
             job = jobs.submit(script, "--nodes=2", "--ntasks-per-node=1", args=args, MASTER_PORT=port)
             line = line_of(jobs, job, (2, 137, 143))  # the other node still tries, and is killed after 30 s
         finally:
-            other.kill()
+            other.stdin.close()
     assert "taken, perhaps by an earlier run: end that" in line
     assert port in line

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import ENVIRONMENT, ROOT, TINY, Row, assert_same, rows
+from tests.slurm.jobs import ENVIRONMENT, ROOT, TINY, Row, assert_same, processes, rows
 from tests.slurm.machines import NETWORK, Machines, wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -53,12 +54,19 @@ def error_lines(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if "error:" in line]
 
 
+def is_launcher(pid: int, rank: int) -> bool:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return f"--node-rank={rank}".encode() in words and words[0] != b"nsenter"
+
+
 def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, undisturbed: list[Row]) -> None:
     launchers.start(0)
     launchers.start(1)
     path = tmp_path / "out" / "metrics.jsonl"
     wait_until(lambda: len(rows(path)) >= 30, 90, "30 steps on two machines")
-    launchers.running[1].terminate()  # one launcher is told; the ranks of both stop, with a checkpoint
+    # One launcher is told; the ranks of both stop, with a checkpoint.
+    (told,) = (pid for pid in processes(tmp_path / "out", ranks=False) if is_launcher(pid, rank=1))
+    os.kill(told, signal.SIGTERM)
     for launcher in launchers.running.values():
         launcher.communicate(timeout=60)
         assert launcher.returncode == 75

@@ -72,7 +72,11 @@ def test_a_warned_job_comes_back_and_goes_on_to_the_same_bits(jobs: Jobs, undist
     jobs.wait_for_step(stop + 20)
     assert f"going on after step {stop}" in jobs.log(job)
     assert jobs.cancel(job).state == "CANCELLED"  # and not requeued
-    wait_until(lambda: not processes(str(jobs.out)), 15, "no process of a cancelled job")
+    wait_until(
+        lambda: not processes(jobs.out, ranks=True) + processes(jobs.out, ranks=False),
+        15,
+        "no process of a cancelled job",
+    )
     assert_same(rows(jobs.out / "metrics.jsonl"), undisturbed, stop + 20)
     if script == "train.sbatch":
         assert f"2, rendezvous {job}.0 at node1:{20000 + int(job)}, interface eth0" in jobs.log(job)
