@@ -146,10 +146,9 @@ def leave(error: UserError) -> NoReturn:
     if speaks:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
-    if dist.is_initialized():
+    if dist.is_initialized() and error.speaks is None:
         with contextlib.suppress(RuntimeError):  # a rank that is ahead may have closed its connections
             dist.barrier()
-            dist.destroy_process_group()
     elif not speaks:
         # torchrun stops all ranks when the first one leaves: the one that speaks has to be it, or its line is lost.
         together = "TORCHELASTIC_RUN_ID" in os.environ and error.speaks is None

@@ -44,7 +44,10 @@ def leave(code: int) -> NoReturn:
         Path(path).write_text(str(code))
     # torchrun would start a rank that fails again (--max-restarts), and this one has done what it was asked to.
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    sys.exit(0 if code == STOPPED and under_torchrun else code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads can keep Python from ending when the other ranks have gone.
+    os._exit(0 if code == STOPPED and under_torchrun else code)
 
 
 def stay_out() -> None:

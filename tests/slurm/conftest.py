@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, why_not
-from tests.slurm.jobs import Jobs, Row, local_run
+from tests.slurm.jobs import Jobs, Undisturbed
 from tests.slurm.machines import Machines
 from tests.slurm.machines import why_not as why_no_machines
 
@@ -61,9 +61,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """The first 600 steps on two ranks, to which every disturbed run of two ranks has to be equal."""
-    return local_run(text, tmp_path_factory.mktemp("undisturbed") / "out", 600)
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The run of two ranks to which every disturbed one has to be equal."""
+    return Undisturbed(text, tmp_path_factory)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import distclip
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.machines import wait_until
@@ -75,14 +77,6 @@ def rows(path: Path) -> list[Row]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
-def assert_same(found: list[Row], expected: list[Row], at_least: int) -> None:
-    """That two runs are equal to the last bit as far as both went, and that this is past step `at_least`."""
-    common = min(len(found), len(expected))
-    assert common >= at_least, (len(found), len(expected))
-    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
-    assert found[:common] == expected[:common]
-
-
 def processes(out: Path, *, ranks: bool) -> list[int]:
     """Processes of the run that writes to `out`, on any machine: its ranks, or its launchers and shells."""
     found = []
@@ -97,15 +91,32 @@ def processes(out: Path, *, ranks: bool) -> list[int]:
     return sorted(found)
 
 
-def local_run(text: Path, out: Path, num_steps: int, num_ranks: int = 2) -> list[Row]:
-    """The first steps of the same training on this machine, without SLURM and undisturbed."""
-    start = [sys.executable, "launch/run.py", "--standalone", f"--nproc-per-node={num_ranks}", "launch/train.py"]
-    words = [*start, "--data", str(text), "--out", str(out), *TINY]
-    path = out / "metrics.jsonl"
-    with subprocess.Popen(words, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL) as parent:
-        try:
-            wait_until(lambda: len(rows(path)) >= num_steps, START_S + num_steps / 10, f"{num_steps} steps")
-        finally:
-            parent.terminate()  # passed on: the ranks stop by themselves
-    assert parent.returncode == 75
-    return rows(path)
+class Undisturbed:
+    """The same training on this machine, without SLURM and undisturbed: as many of its first steps as asked for."""
+
+    def __init__(self, text: Path, folders: pytest.TempPathFactory, num_ranks: int = 2) -> None:
+        self.text, self.folders, self.num_ranks = text, folders, num_ranks
+        self.rows: list[Row] = []
+
+    def assert_same(self, out: Path, at_least: int) -> None:
+        """That the run in `out` is equal to this one to the last bit, up to step `at_least` and as far as both went."""
+        found = rows(out / "metrics.jsonl")
+        assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+        assert len(found) >= at_least
+        if len(self.rows) < at_least:
+            self._run(at_least + 100)
+        common = min(len(found), len(self.rows))
+        assert found[:common] == self.rows[:common]
+
+    def _run(self, num_steps: int) -> None:
+        start = [sys.executable, "launch/run.py", "--standalone", f"--nproc-per-node={self.num_ranks}"]
+        out = self.folders.mktemp("undisturbed")
+        words, path = [*start, "launch/train.py", "--data", self.text, "--out", out, *TINY], out / "metrics.jsonl"
+        env = {**os.environ, **ENVIRONMENT}
+        with subprocess.Popen([str(word) for word in words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as parent:
+            try:
+                wait_until(lambda: len(rows(path)) >= num_steps, START_S + num_steps / 10, f"{num_steps} steps")
+            finally:
+                parent.terminate()  # passed on: the ranks stop by themselves
+        assert parent.returncode == 75
+        self.rows = rows(path)

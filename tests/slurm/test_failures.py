@@ -7,11 +7,10 @@ import re
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import TINY, Jobs, Row, assert_same, local_run, processes, rows
+from tests.slurm.jobs import TINY, Jobs, Undisturbed, processes, rows
 from tests.slurm.machines import wait_until
 
 pytestmark = [pytest.mark.cluster_slow, pytest.mark.timeout(400)]
@@ -24,15 +23,15 @@ def resumed_from(jobs: Jobs, job: str) -> int:
     return int(re.findall(r"going on after step (\d+)", jobs.log(job))[-1])
 
 
-def goes_on_as(jobs: Jobs, job: str, undisturbed: list[Row]) -> int:
+def goes_on_as(jobs: Jobs, job: str, undisturbed: Undisturbed) -> int:
     step = resumed_from(jobs, job)
     jobs.wait_for_step(step + 20)
     jobs.cancel(job)
-    assert_same(rows(jobs.out / "metrics.jsonl"), undisturbed, step + 20)
+    undisturbed.assert_same(jobs.out, step + 20)
     return step
 
 
-def test_a_job_of_higher_priority_takes_the_nodes(jobs: Jobs, undisturbed: list[Row]) -> None:
+def test_a_job_of_higher_priority_takes_the_nodes(jobs: Jobs, undisturbed: Undisturbed) -> None:
     low = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(20)
     words = ("--partition=high", "--nodes=4", "--exclusive", f"--output={jobs.folder}/high.log", "--wrap=sleep 3")
@@ -43,16 +42,16 @@ def test_a_job_of_higher_priority_takes_the_nodes(jobs: Jobs, undisturbed: list[
     assert goes_on_as(jobs, low, undisturbed) == stop
 
 
-def test_the_time_limit_warns_early_enough(jobs: Jobs, text: Path, tmp_path: Path) -> None:
+def test_the_time_limit_warns_early_enough(jobs: Jobs, undisturbed: Undisturbed) -> None:
     options = ("--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=B:USR1@30")
     job = jobs.submit("train-direct.sbatch", *options, WARNING_SECONDS="30")
     jobs.cluster.wait(job, 100, ("RUNNING",), restarts=1)
     (stop,) = jobs.stopped_at(job)
-    assert goes_on_as(jobs, job, local_run(text, tmp_path / "undisturbed", stop + 30)) == stop
+    assert goes_on_as(jobs, job, undisturbed) == stop
 
 
 @pytest.mark.parametrize("to", [["--batch"], []], ids=["the batch shell", "the ranks and launchers"])
-def test_a_terminated_job_comes_back(jobs: Jobs, undisturbed: list[Row], to: list[str]) -> None:
+def test_a_terminated_job_comes_back(jobs: Jobs, undisturbed: Undisturbed, to: list[str]) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(20)
     jobs.cluster.run("scancel", *to, "--signal=TERM", job)
@@ -62,7 +61,7 @@ def test_a_terminated_job_comes_back(jobs: Jobs, undisturbed: list[Row], to: lis
 
 
 @pytest.mark.parametrize("lost", ["worker", "batch"])
-def test_a_crashed_node_is_replaced(jobs: Jobs, undisturbed: list[Row], lost: str) -> None:
+def test_a_crashed_node_is_replaced(jobs: Jobs, undisturbed: Undisturbed, lost: str) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(60)
     assert jobs.cluster.job(job).nodes == "node[1-2]"
@@ -73,7 +72,7 @@ def test_a_crashed_node_is_replaced(jobs: Jobs, undisturbed: list[Row], lost: st
     assert goes_on_as(jobs, job, undisturbed) % 50 == 0
 
 
-def test_a_pulled_cable_ends_the_ranks_within_their_timeout(jobs: Jobs, undisturbed: list[Row]) -> None:
+def test_a_pulled_cable_ends_the_ranks_within_their_timeout(jobs: Jobs, undisturbed: Undisturbed) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(60)
     jobs.cluster.machines.cable("node2", "down")
@@ -86,7 +85,7 @@ def test_a_pulled_cable_ends_the_ranks_within_their_timeout(jobs: Jobs, undistur
     assert goes_on_as(jobs, job, undisturbed) in range(stuck - 50, stuck + 50)
 
 
-def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, text: Path) -> None:
+def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, undisturbed: Undisturbed) -> None:
     job = jobs.submit("train.sbatch", "--nodes=1", NPROC_PER_NODE="2")
     jobs.wait_for_step(60)
     jobs.cluster.machines.cable("node1", "down")  # both ranks are there: nothing fails, they go on
@@ -97,19 +96,18 @@ def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, text: Path)
     wait_until(lambda: lines in jobs.log(job), 60, "the cut-off ranks notice")
     assert jobs.log(job).count(lines) == 1
     jobs.wait_for_step(step + 60)
-    found = rows(jobs.out / "metrics.jsonl")
     jobs.cancel(job)
-    assert_same(found, local_run(text, jobs.folder / "undisturbed", step + 70), step + 60)
+    undisturbed.assert_same(jobs.out, step + 60)
 
 
-def test_a_killed_rank_starts_again_as_often_as_allowed(jobs: Jobs, undisturbed: list[Row]) -> None:
+def test_a_killed_rank_starts_again_as_often_as_allowed(jobs: Jobs, undisturbed: Undisturbed) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2", MAX_RESTARTS="1")
     jobs.wait_for_step(60)
     os.kill(processes(jobs.out, ranks=True)[-1], signal.SIGKILL)
     step = resumed_from(jobs, job)
     assert step % 50 == 0
     jobs.wait_for_step(step + 20)
-    assert_same(rows(jobs.out / "metrics.jsonl"), undisturbed, step + 20)
+    undisturbed.assert_same(jobs.out, step + 20)
     os.kill(processes(jobs.out, ranks=True)[-1], signal.SIGKILL)
     done = jobs.cluster.wait(job, 90)
     assert done.state == "FAILED"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import ENVIRONMENT, ROOT, TINY, Row, assert_same, processes, rows
+from tests.slurm.jobs import ENVIRONMENT, ROOT, TINY, Undisturbed, processes, rows
 from tests.slurm.machines import NETWORK, Machines, wait_until
 
 pytestmark = pytest.mark.timeout(240)
@@ -59,7 +59,7 @@ def is_launcher(pid: int, rank: int) -> bool:
     return f"--node-rank={rank}".encode() in words and words[0] != b"nsenter"
 
 
-def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, undisturbed: list[Row]) -> None:
+def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, undisturbed: Undisturbed) -> None:
     launchers.start(0)
     launchers.start(1)
     path = tmp_path / "out" / "metrics.jsonl"
@@ -70,7 +70,7 @@ def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, un
     for launcher in launchers.running.values():
         launcher.communicate(timeout=60)
         assert launcher.returncode == 75
-    assert_same(rows(path), undisturbed, 30)
+    undisturbed.assert_same(tmp_path / "out", 30)
     (last,) = [p for p in (tmp_path / "out" / "checkpoints").iterdir() if int(p.name[5:]) == len(rows(path))]
     assert (last / "run.json").exists()
 
