@@ -87,7 +87,7 @@ else
     [[ -z $interface ]] || export GLOO_SOCKET_IFNAME=$interface
     # Rank 0 tells the others where it is: by address, since a machine's own name often means 127.0.1.1 to itself.
     own=$(ip -o -4 address show dev "$interface" 2>/dev/null | awk '{ split($4, a, "/"); print a[1]; exit }' || true)
-    [[ -z $own ]] || where+=(--local-addr="$own")
+    [[ -z $own || $own == 127.* ]] || where+=(--local-addr="$own")
     said="machine $node of $nodes, rendezvous $id at $head:$port, interface ${interface:-left to the backend}"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
