@@ -39,7 +39,8 @@ class Launchers:
     def stop(self) -> None:
         self.hosts.stop()
         for launcher in self.running.values():
-            launcher.communicate()
+            launcher.wait()
+            launcher.stdout.close()
 
 
 @pytest.fixture
