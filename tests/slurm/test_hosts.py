@@ -13,7 +13,7 @@ import pytest
 from tests.slurm.jobs import ENVIRONMENT, ROOT, TINY, Undisturbed, processes, rows
 from tests.slurm.machines import NETWORK, Machines, wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.cluster_slow, pytest.mark.timeout(240)]
 WITHIN_S = 30.0
 
 
@@ -76,7 +76,6 @@ def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, un
     assert (last / "run.json").exists()
 
 
-@pytest.mark.cluster_slow
 @pytest.mark.parametrize("interface", ["nosuch", "lo"])
 def test_a_wrong_interface(launchers: Launchers, interface: str) -> None:
     launchers.start(0, GLOO_SOCKET_IFNAME=interface)
@@ -88,7 +87,6 @@ def test_a_wrong_interface(launchers: Launchers, interface: str) -> None:
     assert f"GLOO_SOCKET_IFNAME={interface}" in line
 
 
-@pytest.mark.cluster_slow
 @pytest.mark.parametrize(
     ("address", "said"),
     [
@@ -105,7 +103,6 @@ def test_an_unreachable_head(launchers: Launchers, address: str, said: str) -> N
     assert said in line
 
 
-@pytest.mark.cluster_slow
 def test_a_rendezvous_of_an_earlier_run(launchers: Launchers) -> None:
     launchers.start(0)
     time.sleep(5)
