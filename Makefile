@@ -1,9 +1,9 @@
-# make run | compare | test | lint | format | clean      more options for a run: make run ARGS="--layout tp --steps 50"
+# make run | compare | test | test-slurm | lint | format | clean      more options for a run: make run ARGS="--layout tp --steps 50"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare test lint format types wheel clean
+.PHONY: install run compare test test-slurm lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
@@ -32,7 +32,12 @@ compare: $(STAMP)
 	$(PY) launch/compare.py --out runs/compare $(ARGS)
 
 test: lint types wheel
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_ARGS) --ignore=tests/slurm
+	$(PY) -m pytest tests/slurm -m "not cluster_slow"
+
+# Crashes, cables, time limits on the SLURM cluster: ten minutes. Needs root, and the packages that .ci/run installs.
+test-slurm: $(STAMP)
+	$(PY) -m pytest tests/slurm -m "cluster_slow or not cluster_slow" --durations=0
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,8 +1,15 @@
-"""Checkpoints that are whole or not there: written under another name, renamed when every rank is done."""
+"""Checkpoints that are whole or not there: written under another name, renamed when every rank is done.
+
+Two starts of one run may live at once, where a node was cut off and the run went on elsewhere. Each start claims the
+folder with a token of its own; only the last to claim it may complete a checkpoint.
+"""
 
 import json
 import re
 import shutil
+import socket
+import time
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +26,8 @@ from zero import Zero
 
 KEPT = 2
 FACTS = "run.json"
+OWNER = ".owner"  # beside the folder of checkpoints
+SECONDS_TO_SHARE = 10.0  # network file systems remember for a few seconds that a file was not there
 
 
 class Training(Stateful):
@@ -38,22 +47,85 @@ class Training(Stateful):
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def save(folder: Path, step: int, parts: dict[str, Any], facts: dict[str, Any]) -> None:
+def claim(folder: Path, *, everything: bool) -> str:
+    """Makes `folder` this start's own, and returns its token; for rank 0 alone.
+
+    Removes what a killed run left half-written, or every checkpoint; nothing that has another name.
+    """
+    token = uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_suffix(f".{token}")
+    unfinished.write_text(token)
+    unfinished.rename(folder.with_suffix(OWNER))
+    for pattern in ("unfinished-*", "discarded-*", "step-*") if everything else ("unfinished-*", "discarded-*"):
+        for path in folder.glob(pattern):
+            _discard(path, token)
+    return token
+
+
+def _discard(path: Path, token: str) -> None:
+    """Renames before removing: an earlier start that completes this very checkpoint has it whole, or not at all."""
+    out_of_reach = path.with_name(f"discarded-{token}-{path.name}")
+    try:
+        path.rename(out_of_reach)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(out_of_reach, ignore_errors=True)  # a rank that is cut off may still write into it
+
+
+def owned(folder: Path, token: str) -> bool:
+    """Whether no later start has claimed `folder`."""
+    try:
+        return folder.with_suffix(OWNER).read_text() == token
+    except FileNotFoundError:
+        return False
+
+
+def check_shared(folder: Path, token: str) -> None:
+    """Raises UserError where this rank does not see what rank 0 wrote into `folder`."""
+    until = time.monotonic() + SECONDS_TO_SHARE
+    while not owned(folder, token):
+        if time.monotonic() > until:
+            raise UserError(
+                f"--out {folder.parent}: {socket.gethostname()} does not see there what rank 0 wrote: it has to be a "
+                "folder that all machines share"
+            )
+        time.sleep(0.1)
+
+
+def save(folder: Path, token: str, step: int, parts: dict[str, Any], facts: dict[str, Any]) -> None:
     """Writes one checkpoint below `folder` and removes all but the last two.
 
     Collective: every rank must call it, at the same step.
+
+    Raises: UserError on every rank, where a later start has claimed the folder.
     """
-    temporary = folder / f"unfinished-{step}"
+    temporary = folder / f"unfinished-{token}-{step}"
+    from_rank_0(lambda: _check_owned(folder, token))
     dcp.save(_without_zero(parts), checkpoint_id=temporary)
     for part in _zero_of(parts):
         part.save(temporary)
     # The name says that the checkpoint is complete: it may only appear when the last rank has written its part.
     dist.barrier()
-    if dist.get_rank() == 0:
+    from_rank_0(lambda: _complete(folder, token, step, facts))
+
+
+def _complete(folder: Path, token: str, step: int, facts: dict[str, Any]) -> None:
+    temporary = folder / f"unfinished-{token}-{step}"
+    try:
         (temporary / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1))
+        _check_owned(folder, token)
         temporary.rename(folder / f"step-{step:07d}")
-        for old in complete(folder)[:-KEPT]:
-            shutil.rmtree(old)
+    except FileNotFoundError:  # a later start has discarded it in this moment
+        _check_owned(folder, token)
+        raise
+    for old in complete(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def _check_owned(folder: Path, token: str) -> None:
+    if not owned(folder, token):
+        raise UserError(f"{folder} now belongs to a later start of this run: this one ends and writes no more")
 
 
 def _zero_of(parts: dict[str, Any]) -> list[Zero]:
@@ -69,13 +141,6 @@ def complete(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, the newest last."""
     found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name))
     return sorted((path for path in found if (path / FACTS).is_file()), key=lambda path: int(path.name[5:]))
-
-
-def clear(folder: Path, *, everything: bool) -> None:
-    """Removes what a killed run left half-written, or every checkpoint; nothing that has another name."""
-    for pattern in ("unfinished-*", "step-*") if everything else ("unfinished-*",):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
 
 
 def load(folder: Path, parts: dict[str, Any], facts: dict[str, Any]) -> int:

@@ -44,6 +44,8 @@ class Options:
     """Folder for compare.png and a folder for each run."""
     time_limit: float = 300.0
     """Seconds after which a run is given up."""
+    draw_only: bool = False
+    """Train nothing: show what runs of these policies have left in their folders in --out."""
 
 
 def main() -> None:
@@ -52,8 +54,10 @@ def main() -> None:
     began, runs = time.perf_counter(), {}
     for policy in options.policies:
         console.print(f"--policy {policy}", style="bold", highlight=False)
-        runs[label(policy)] = train(options, policy)
+        runs[label(policy)] = rows_of(options, policy) if options.draw_only else train(options, policy)
     title = f"The same LSTM, seed and batches at learning rate {options.lr:g}; only the clipping differs"
+    if options.draw_only:
+        title = f"{options.out}: only the clipping differs"
     picture = options.out / "compare.png"
     plots.compare(runs, title, picture)
     console.print(table(runs, title))
@@ -68,17 +72,37 @@ def label(policy: str) -> str:
 
 def train(options: Options, policy: str) -> list[Row]:
     """The rows of one run of train.py; ends this program with the run's exit code where it fails."""
-    out = options.out / policy.replace(" --policy.", "_").replace(" ", "_")
     command = [sys.executable, HERE / "run.py", "--standalone", f"--nproc-per-node={options.ranks}", HERE / "train.py"]
     shared = f"--lr {options.lr} --steps {options.steps} --seed {options.seed} --save-every 0"
-    words = [*command, *options.setting.split(), *shared.split(), "--out", out, "--policy", *policy.split()]
+    words = [
+        *command,
+        *options.setting.split(),
+        *shared.split(),
+        "--out",
+        folder(options, policy),
+        "--policy",
+        *policy.split(),
+    ]
     try:
         done = subprocess.run([str(word) for word in words], check=False, timeout=options.time_limit)
     except subprocess.TimeoutExpired:
         sys.exit(f"compare.py: error: --policy {policy} took more than {options.time_limit:g} s (--time-limit)")
     if done.returncode:
         sys.exit(done.returncode)
-    return read(out / "metrics.jsonl")
+    return rows_of(options, policy)
+
+
+def rows_of(options: Options, policy: str) -> list[Row]:
+    path = folder(options, policy) / "metrics.jsonl"
+    try:
+        return read(path)
+    except OSError as error:
+        sys.exit(f"compare.py: error: {path} cannot be read: {error.strerror}")
+
+
+def folder(options: Options, policy: str) -> Path:
+    """Where the run of a policy is; slurm/sweep.sbatch names its folders so too."""
+    return options.out / policy.replace(" --policy.", "_").replace(" ", "_")
 
 
 def table(runs: dict[str, list[Row]], title: str) -> Table:

@@ -71,15 +71,16 @@ class Options(Generic[PolicyT]):
     out: Path = Path("runs/main")
     """Folder for metrics.jsonl, report.png and checkpoints/. Without --resume an earlier run in it is replaced."""
     resume: bool = False
-    """Go on from the last complete checkpoint in --out; from the start where there is none."""
+    """Go on from the last complete checkpoint in --out; from the start where there is none. Also done without it when
+    torchrun or SLURM starts a run again."""
     save_every: int = 50
-    """Steps between checkpoints, of which the last two are kept; 0 saves none."""
+    """Steps between checkpoints, of which the last two are kept; with 0, one only when asked to stop."""
     seed: int = 0
     """Seed of the first weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPUs where there is one for each rank of the machine, else the CPU."""
     timeout: float = 120.0
-    """Seconds a rank waits for the others before it gives up."""
+    """Seconds a rank waits for the others before it gives up, as when a machine or a cable is lost."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -167,10 +168,10 @@ def _check_ranks(options: Options[Any]) -> None:
     """Read from torchrun's environment, so that the line comes before anyone waits for a process group."""
     num_ranks, needed = int(os.environ.get("WORLD_SIZE", "1")), MIN_RANKS[options.layout]
     if num_ranks < needed:
-        raise UserError(
-            f"--layout {options.layout} needs {needed} ranks or more and there are {num_ranks}: "
-            f"torchrun --standalone --nproc-per-node={needed} {sys.argv[0]} ..."
-        )
+        start = f"torchrun --standalone --nproc-per-node={needed} {sys.argv[0]} ..."
+        if "SLURM_JOB_ID" in os.environ:
+            start = "raise --nodes, --ntasks-per-node (srun) or NPROC_PER_NODE (torchrun)"
+        raise UserError(f"--layout {options.layout} needs {needed} ranks or more and there are {num_ranks}: {start}")
     if needed == MIN_RANKS["hsdp"] and num_ranks % 2:
         raise UserError(f"--layout {options.layout} pairs the ranks up and there are {num_ranks}: use an even number")
     if options.layout == "tp" and (HEADS % num_ranks or options.context % num_ranks):

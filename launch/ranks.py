@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+import signals
 import torch
 import torch.distributed as dist
 
@@ -22,6 +24,9 @@ SECONDS_FOR_RANK_0 = 30.0
 class UserError(Exception):
     """Something the user can put right; shown as one line, without a traceback."""
 
+    speaks: bool | None = None
+    """Whether this rank says it, where the ranks could not agree; otherwise rank 0 does."""
+
 
 def pick_device(choice: str) -> torch.device:
     """A GPU of its own for this rank, or the CPU."""
@@ -29,8 +34,14 @@ def pick_device(choice: str) -> torch.device:
     num_gpus = torch.cuda.device_count() if choice != "cpu" else 0
     if num_gpus >= num_local:
         return torch.device("cuda", local_rank)
+    # Under --gpus-per-task a rank sees its own alone, as device 0; SLURM counts those of the whole node.
+    if num_gpus and int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) >= num_gpus * num_local:
+        return torch.device("cuda", 0)
     if choice == "cuda":
-        raise UserError(f"--device cuda: {num_local} ranks on this machine and {num_gpus} GPUs; NCCL needs one a rank")
+        slurm = " (--gpus-per-node or --gpus-per-task)" if "SLURM_JOB_ID" in os.environ else ""
+        raise UserError(
+            f"--device cuda: {num_local} ranks on this machine and {num_gpus} GPUs; NCCL needs one a rank{slurm}"
+        )
     return torch.device("cpu")
 
 
@@ -46,10 +57,51 @@ def join(device: torch.device, timeout: float) -> None:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit, device_id=bound)
+        store, rank, size = _meet(limit)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, timeout=limit, device_id=bound, store=store, rank=0, world_size=1)
+        store, rank, size = dist.HashStore(), 0, 1
+    try:
+        dist.init_process_group(
+            backend, timeout=limit, device_id=bound, store=dist.PrefixStore("group", store), rank=rank, world_size=size
+        )
+        dist.barrier()  # NCCL connects at its first collective only
+    except RuntimeError as error:
+        raise _not_joined(error, store, rank) from None
+
+
+def _meet(limit: timedelta) -> tuple[dist.Store, int, int]:
+    """The store through which the ranks find each other."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        return next(dist.rendezvous("env://", timeout=limit))
+    except (RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error):
+            text = f"port {port} of {address} is taken, perhaps by an earlier run: end that, or set another MASTER_PORT"
+        else:
+            text = f"{address}:{port} (MASTER_ADDR, MASTER_PORT) was not reached in {limit.seconds} s: {_first(error)}"
+        complaint = UserError(text)
+        # Nothing reaches the others: each machine says it once.
+        complaint.speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise complaint from None
+
+
+def _not_joined(error: RuntimeError, store: dist.Store, rank: int) -> UserError:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    where = given or f"{names[0]} and {names[1]} are not set"
+    complaint = UserError(
+        f"rank {rank} on {socket.gethostname()} could not connect to the other ranks: {_first(error)} ({where}; they "
+        "have to name the network interface that leads to the other machines)"
+    )
+    try:
+        complaint.speaks = store.add("complaints", 1) == 1
+    except RuntimeError:  # rank 0, which holds the store, has gone, and has said it
+        complaint.speaks = rank == 0
+    return complaint
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(" Exception raised from ")[0]
 
 
 def agree(work: Callable[[], T]) -> T:
@@ -78,20 +130,32 @@ def from_rank_0(work: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
+def any_rank(here: bool) -> bool:
+    """Whether `here` is true on any rank.
+
+    Collective: every rank must call it.
+    """
+    flags = [here] * dist.get_world_size()
+    dist.all_gather_object(flags, here)
+    return any(flags)
+
+
 def leave(error: UserError) -> NoReturn:
-    """Ends this rank with exit code 2; rank 0 says why, and no rank goes before it has."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    """Ends this rank with exit code 2; one rank says why, and no rank goes before it has."""
+    speaks = os.environ.get("RANK", "0") == "0" if error.speaks is None else error.speaks
+    if speaks:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
-    if dist.is_initialized():
+    if dist.is_initialized() and error.speaks is None:
         with contextlib.suppress(RuntimeError):  # a rank that is ahead may have closed its connections
             dist.barrier()
-            dist.destroy_process_group()
-    elif rank:
-        # torchrun stops all ranks when the first one leaves: rank 0 has to be that one, or its line is lost.
-        time.sleep(SECONDS_FOR_RANK_0)
-    sys.exit(2)
+    elif not speaks:
+        # torchrun stops all ranks when the first one leaves: the one that speaks has to be it, or its line is lost.
+        together = "TORCHELASTIC_RUN_ID" in os.environ and error.speaks is None
+        until = time.monotonic() + (SECONDS_FOR_RANK_0 if together else 1.0)
+        while time.monotonic() < until and not signals.warned():
+            time.sleep(0.05)
+    signals.leave(signals.USER_ERROR)
 
 
 def _tell_torchrun(line: str) -> None:

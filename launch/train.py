@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import signals  # before torch, which takes seconds in which a signal would end this rank
+
+# isort: split
 import checkpoint
+import environment
 import layouts
 import models
 import ranks
@@ -64,38 +68,53 @@ class Run:
 
 def main() -> None:
     try:
+        environment.settle()
         options = read_options(sys.argv[1:])
         device = ranks.pick_device(options.device)
         ranks.join(device, options.timeout)
-        train(options, device)
+        complete = train(options, device)
     except ranks.UserError as error:
         ranks.leave(error)
     dist.destroy_process_group()
+    if not complete:
+        signals.leave(signals.STOPPED)
 
 
-def train(options: Options[Any], device: torch.device) -> None:
+def train(options: Options[Any], device: torch.device) -> bool:
+    """Trains to the last step, or to the one at which the ranks agreed to stop; whether it was the last."""
     corpus = ranks.agree(lambda: read_corpus(options.data, options.context))
     run = start(options, device, corpus)
     folder = options.out / "checkpoints"
-    ranks.from_rank_0(lambda: prepare(options))
-    done = checkpoint.load(folder, run.parts, run.facts) if options.resume else 0
+    # torchrun counts restarts for each machine on its own.
+    resume = ranks.any_rank(options.resume or environment.restarted())
+    token = ranks.from_rank_0(lambda: prepare(options, resume))
+    ranks.agree(lambda: checkpoint.check_shared(folder, token))
+    done = checkpoint.load(folder, run.parts, run.facts) if resume else 0
     console = Console()
     metrics = Metrics(options.out / "metrics.jsonl", done) if dist.get_rank() == 0 else None
     display = Display(console, done, options.steps) if metrics else None
     if metrics:
-        console.print(opening(run, done), highlight=False, soft_wrap=True)
+        console.print(opening(run, done, resume), highlight=False, soft_wrap=True)
+    stop = False
     with display.bar if display else contextlib.nullcontext():
         for step in range(done + 1, options.steps + 1):
-            row = train_step(run, step)
+            row, stop = train_step(run, step)
             if metrics and display:
                 metrics.append(row)
                 display.show(row, metrics.num_clipped)
-            if options.save_every and (step % options.save_every == 0 or step == options.steps):
-                checkpoint.save(folder, step, run.parts, run.facts)
+            due = options.save_every and (step % options.save_every == 0 or step == options.steps)
+            stop = stop and step < options.steps
+            if due or stop:
+                checkpoint.save(folder, token, step, run.parts, run.facts)
+            if stop:
+                break
     if run.zero is not None:
         run.zero.engine.destroy()
-    if metrics:
+    if metrics and stop:
+        console.print(f"asked to stop: checkpoint of step {step} is complete, and --resume goes on", soft_wrap=True)
+    elif metrics:
         finish(run, metrics.rows, console)
+    return not stop
 
 
 def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
@@ -142,18 +161,16 @@ def make_clipper(model: torch.nn.Module, policy: Any) -> distclip.Clipper:
         raise ranks.UserError(str(error)) from None
 
 
-def prepare(options: Options[Any]) -> None:
-    """The output folder, without what a killed run left half-written and, unless resuming, without an earlier run."""
-    folder = options.out / "checkpoints"
+def prepare(options: Options[Any], resume: bool) -> str:
+    """Claims the output folder: without what a killed run left half-written and, unless resuming, an earlier run."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.clear(folder, everything=not options.resume)
+        return checkpoint.claim(options.out / "checkpoints", everything=not resume)
     except OSError as error:
         raise ranks.UserError(f"--out {options.out} cannot be used: {error.strerror}") from None
 
 
-def train_step(run: Run, step: int) -> Row:
-    """One step of training; what happened, as plain numbers.
+def train_step(run: Run, step: int) -> tuple[Row, bool]:
+    """One step of training: what happened, as plain numbers, and whether the ranks stop after it.
 
     Collective: every rank must call it. Reading the numbers is the step's one wait for the device.
     """
@@ -166,9 +183,10 @@ def train_step(run: Run, step: int) -> Row:
         logits = run.wrapped.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     report = update(run, loss)
-    row = {"step": step, "loss": mean_over_ranks(loss)} | measured(report)
+    mean, stop = over_ranks(loss, signals.warned())
+    row = {"step": step, "loss": mean} | measured(report)
     tokens = run.options.batch * run.options.context
-    return row | {"lr": lr, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+    return row | {"lr": lr, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}, stop
 
 
 def update(run: Run, loss: torch.Tensor) -> distclip.Report:
@@ -199,11 +217,13 @@ def local_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return share[:, :-1].contiguous(), share[:, 1:].contiguous()
 
 
-def mean_over_ranks(loss: torch.Tensor) -> float:
+def over_ranks(loss: torch.Tensor, warned: bool) -> tuple[float, bool]:
+    """The mean loss, and whether any rank was asked to stop: one collective, so that all stop at the same step."""
     # Over all ranks and not only the data ranks: along a tp axis all hold the same loss, and the mean stays what it is.
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    both = torch.stack([loss.detach(), loss.new_tensor(warned)])
+    dist.all_reduce(both)
+    total, num_warned = both.tolist()
+    return total / dist.get_world_size(), num_warned > 0
 
 
 def measured(report: distclip.Report) -> Row:
@@ -211,12 +231,12 @@ def measured(report: distclip.Report) -> Row:
     return {name: values[name] for name in ("total_norm", "limit", "coefficient", "clipped", "finite")}
 
 
-def opening(run: Run, done: int) -> str:
-    options, corpus = run.options, run.corpus
+def opening(run: Run, done: int, resume: bool) -> str:
+    corpus = run.corpus
     size = f"{len(corpus.data) / 1e6:.1f} MB from {corpus.num_files} files of {corpus.source}"
     if done:
         return f"{describe(run)}: going on after step {done}, on {size}"
-    missing = "nothing to resume in --out, " if options.resume else ""
+    missing = "nothing to resume in --out, " if resume else ""
     return f"{describe(run)}: {missing}starting at step 1, on {size}"
 
 

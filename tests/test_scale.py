@@ -59,3 +59,13 @@ def test_a_step_has_one_collective_over_all_ranks(rows: list[dict[str, Any]]) ->
         (ours,) = row["collectives"]["distclip"]
         assert ours["ranks"] == row["ranks"]
         assert len(row["collectives"]["torch"]) > 1
+
+
+def test_the_plan_on_paper_says_what_the_model_gives() -> None:
+    command = [sys.executable, "-m", "benchmarks.scale_plan"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=True)
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert done.stdout.count("\n") == 2 + 4 * 3
+    assert done.stdout in page
+    assert len(page.splitlines()) < 120  # two pages

@@ -1,8 +1,8 @@
 """The CPU at the speed of its memory: the norms of short rows in float32, one call for a run of any length.
 
-A row is so short that its norm errs by a unit or two in the last place even where all elements are equal, so that
-every rounding errs to the same side; what the rows give is added up in float64. Where squares leave the range of
-float32, `loops` does the work again in float64.
+A row is so short that its norm errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the
+same side, and by 1e-9 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
+the range of float32, `loops` does the work again in float64.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ clamp_, scale_each_, zero_ = loops.clamp_, loops.scale_each_, loops.zero_
 _foreach_mul_: Any = vars(torch)["_foreach_mul_"]
 _flatten: Any = torch.ops.aten.flatten_dense_tensors
 
-# Elements of a row. The squares of bf16 have 16 bits and leave float32 room to add up many without rounding.
-_ROW = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_ROW = 256  # elements: shorter rows take longer than memory does
 _CHUNK = 1 << 20  # elements of 16 bits upcast at a time: 4 MiB of float32 stay in the cache that cores share
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
@@ -36,8 +36,8 @@ _LEAST_MEAN = 2.0**-100
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """sum(|x|**p) over all tensors, of one dtype, together, or max(|x|) for p = inf: a float64 scalar."""
     dtype = tensors[0].dtype
-    if norm_type == 2 and dtype in _ROW:
-        return _squares(tensors, _ROW[dtype])
+    if norm_type == 2 and dtype in _NARROW:
+        return _squares(tensors)
     if not math.isinf(norm_type):
         return loops.power_sums(tensors, norm_type).sum()
     return loops.power_sums(tensors, norm_type).amax() if dtype.is_complex else _largest(tensors)
@@ -51,10 +51,10 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | Non
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """See `loops.scale_`. Goes backwards, since what was measured last may still lie in the cache."""
+    """See `loops.scale_`."""
     if coefficient.item() != 1:
         wide = torch.promote_types(tensors[0].dtype, torch.float32).to_real()
-        _foreach_mul_(tensors[::-1], coefficient.to(wide))
+        _foreach_mul_(list(tensors), coefficient.to(wide))
 
 
 def _largest(joined: Sequence[Tensor]) -> Tensor:
@@ -64,32 +64,30 @@ def _largest(joined: Sequence[Tensor]) -> Tensor:
     return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64)
 
 
-def _squares(joined: Sequence[Tensor], row: int) -> Tensor:
+def _squares(joined: Sequence[Tensor]) -> Tensor:
     """The sum of squares of 16- or 32-bit numbers."""
     numels = list(map(Tensor.numel, joined))
     numel = sum(numels)
-    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, row)
+    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, _ROW)
     # A dot would wake the other cores for these few.
     sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
     if long:
-        norms = torch.cat(list(_row_norms(long, row))).double()
+        norms = torch.cat(list(_row_norms(long))).double()
         rows = torch.dot(norms, norms)
         fits = _LEAST_MEAN * numel <= rows.item() < math.inf
         sums.append(rows if fits else loops.power_sums(long, 2.0).sum())
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def _row_norms(runs: Sequence[Tensor], row: int) -> Iterator[Tensor]:
+def _row_norms(runs: Sequence[Tensor]) -> Iterator[Tensor]:
     """The norms of the rows of runs that consist of whole rows, in float32."""
-    narrow = runs[0].dtype is not torch.float32
-    longest = max(map(Tensor.numel, runs)) // row
-    wide = torch.empty(min(_CHUNK // row, longest), row) if narrow else runs[0]
+    if runs[0].dtype is torch.float32:
+        yield from (torch.linalg.vector_norm(run.view(-1, _ROW), dim=1) for run in runs)
+        return
+    longest = max(map(Tensor.numel, runs))
+    wide = torch.empty(min(_CHUNK, longest) // _ROW, _ROW)
     for run in runs:
-        rows = run.view(-1, row)
-        if not narrow:
-            yield torch.linalg.vector_norm(rows, dim=1)
-            continue
-        for chunk in cast("tuple[Tensor, ...]", rows.split(_CHUNK // row)):
+        for chunk in cast("tuple[Tensor, ...]", run.view(-1, _ROW).split(len(wide))):
             yield torch.linalg.vector_norm(wide[: chunk.shape[0]].copy_(chunk), dim=1)
 
 
