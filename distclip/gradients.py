@@ -21,7 +21,7 @@ def shown(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
         return None
     facts = len(params), frozenset(p.dtype for p in params), all(p.is_cpu for p in params) or params[0].device
     # By identity: meshes that compare equal may have two roots, and to compare them takes longer than to clip.
-    specs = [_spec(p) if isinstance(p, DTensor) else None for p in params] if DTensor in kinds else []
+    specs = [getattr(p, "_spec", None) for p in params] if DTensor in kinds else []
     return (facts, tuple(map(id, specs))), specs
 
 
@@ -40,12 +40,25 @@ def local_gradient(param: Tensor) -> Tensor | None:
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """`local_gradient` of each; a plain one costs no call, for there may be thousands."""
+    """`local_gradient` of each; a plain one costs no call, and one of FSDP2 a short one: there may be thousands."""
     plain, dense = Tensor, torch.strided
     return [
-        grad if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense) else local_gradient(p)
+        grad
+        if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense)
+        else _as_its_parameter(p, grad)
         for p in params
     ]
+
+
+def _as_its_parameter(param: Any, grad: Any) -> Tensor | None:
+    spec = getattr(grad, "_spec", None)
+    if spec is not None and spec is getattr(param, "_spec", None) and type(local := grad._local_tensor) is Tensor:
+        for placement in spec.placements:
+            if placement.is_partial():
+                break
+        else:
+            return local  # FSDP2 gives both one spec: nothing to compare
+    return local_gradient(param)
 
 
 def final_gradient(param: Tensor) -> Tensor | None:
@@ -78,15 +91,9 @@ def local_values(tensor: Tensor) -> Tensor:
 
 def _settled(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
-        if (spec := _spec(tensor)) is _spec(like) and not any(p.is_partial() for p in spec.placements):
-            return tensor  # FSDP2 gives both one spec: nothing to compare
         wanted = _wanted(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
-
-
-def _spec(tensor: DTensor) -> Any:
-    return cast(Any, tensor)._spec
 
 
 def _wanted(like: DTensor) -> tuple[Placement, ...]:

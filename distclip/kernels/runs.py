@@ -20,15 +20,17 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
     if set(begins).isdisjoint(ends):  # nothing touches, as with thousands of tensors of their own
         return list(tensors)
     order = sorted((i for i in range(len(tensors)) if ends[i] > begins[i]), key=begins.__getitem__)
+    itemsize = tensors[0].itemsize
     found: list[list[Tensor]] = []
     end = storage = -1
     for i in order:
-        # Two allocations may touch by chance: neighbours are of one storage.
-        within = tensors[i].untyped_storage().data_ptr() if tensors[i].is_contiguous() else -1
-        if begins[i] == end and within == storage:
-            found[-1].append(tensors[i])
+        tensor, begin = tensors[i], begins[i]
+        # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
+        within = begin - tensor.storage_offset() * itemsize if tensor.is_contiguous() else -1
+        if begin == end and within == storage:
+            found[-1].append(tensor)
         else:
-            found.append([tensors[i]])
+            found.append([tensor])
         end, storage = (ends[i], within) if within != -1 else (-1, -1)
     return [members[0] if len(members) == 1 else _joined(members) for members in found]
 
@@ -42,5 +44,6 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _joined(members: Sequence[Tensor]) -> Tensor:
-    numel = sum(tensor.numel() for tensor in members)
-    return members[0].as_strided((numel,), (1,))
+    first, last = members[0], members[-1]
+    numel = last.storage_offset() - first.storage_offset() + last.numel()
+    return first.as_strided((numel,), (1,))
