@@ -21,8 +21,8 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt tests/peers.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers.txt
 	touch $@
 
 run: $(STAMP)
