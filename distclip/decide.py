@@ -92,8 +92,9 @@ def decide(
 
 def norms(local: measure.Local, plan: Plan) -> list[reduce.Joined]:
     """The norms of every group, float64, the same on every rank that keeps them."""
-    numbers = local.numbers.clone()
-    reduce.all_reduce_(numbers, plan)
+    numbers = local.numbers
+    if plan.team is not None:
+        reduce.all_reduce_(numbers := numbers.clone(), plan)
     return reduce.norms(numbers, local.units, local.weights, plan)
 
 
@@ -166,7 +167,7 @@ def report_of(decision: Decision) -> Report:
 def _least(numbers: Tensor | None, without: float, like: Tensor) -> Tensor:
     if numbers is None or numbers.numel() == 0:
         return torch.full_like(like, without).float()
-    return numbers.amin().float()
+    return numbers.float() if numbers.ndim == 0 else numbers.amin().float()
 
 
 def kept(decision: Decision, old: Sequence[Any]) -> list[Any]:

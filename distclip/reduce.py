@@ -51,17 +51,20 @@ def norms(
     numbers: Tensor, units: Sequence[Tensor | None], weights: Sequence[Tensor | None], plan: Plan
 ) -> list[Joined]:
     """The norms of each group, from joined numbers and the columns of this rank's own units."""
-    parts = torch.split(numbers, [group.num_numbers for group in plan.groups])
+    sizes = [group.num_numbers for group in plan.groups]
+    parts = [numbers] if len(sizes) == 1 else torch.split(numbers, sizes)
     return [_joined(*each) for each in zip(plan.groups, parts, units, weights, strict=True)]
 
 
 def _joined(group: Group, numbers: Tensor, units: Tensor | None, weights: Tensor | None) -> Joined:
     columns = numbers.view(-1, powers.num_columns(group.norm_type))
     total = powers.root(columns[0], group.norm_type)
+    if units is None:
+        return Joined(total, None, None)
     travelled = torch.split(columns[1:], group.num_slots) if group.num_slots else (columns[1:], columns[1:])
     return Joined(
         total,
-        None if units is None else _complete(units, travelled[0], group),
+        _complete(units, travelled[0], group),
         None if weights is None else _complete(weights, travelled[1], group),
     )
 
