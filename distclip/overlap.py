@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -25,34 +26,41 @@ class Early:
 
     def __init__(self, plan: Plan, modules: Sequence[nn.Module]) -> None:
         self._plan = plan
+        self._params = [h.param for h in plan.held]
         self._place = {id(h.param): i for i, h in enumerate(plan.held)}
         self._stores = [measure.Store(group, plan.held[group.members], plan.device) for group in plan.groups]
         stored = zip(plan.groups, self._stores, strict=True)
         self._store = [(store, place) for group, store in stored for place in range(len(plan.held[group.members]))]
         self._measured: set[int] = set()  # whose numbers are not zero
         self._forget()
-        handles = hooks.listen(_Weak(self), [h.param for h in plan.held], modules)
+        handles = hooks.listen(_Weak(self), self._params, modules)
         weakref.finalize(self, _remove, handles)
 
     def values(self) -> list[Tensor | None]:
-        """As `local_gradients`, in less time for gradients that were seen."""
-        kept = zip(self._plan.held, self._grads, self._seen, strict=True)
-        return [seen if h.param.grad is grad else local_gradient(h.param) for h, grad, seen in kept]
+        """As `local_gradients`, in less time where all were seen."""
+        if all(map(is_, map(attrgetter("grad"), self._params), self._grads)):
+            return self._seen
+        kept = zip(self._params, self._grads, self._seen, strict=True)
+        return [seen if param.grad is grad else local_gradient(param) for param, grad, seen in kept]
 
     def local(self, values: Sequence[Tensor | None]) -> measure.Local:
         """As `measure.local`, without reading again what was measured before. That is then forgotten."""
-        now = [-1 if v is None else v._version for v in values]
-        known = zip(values, self._seen, now, self._versions, strict=True)
-        stale = [i for i, (v, seen, version, before) in enumerate(known) if v is not seen or version != before]
+        versions = [-1 if v is None else v._version for v in values]
+        stale = [] if values is self._seen and versions == self._versions else self._stale(values, versions)
         if not self._measured or len(stale) > len(values) // 2:
             self._forget()
             return measure.local(values, self._plan)
         for i in stale:
             self._measure(i, values[i])
-        for i in [i for i, v in enumerate(values) if v is None and i in self._measured]:
-            self._measure(i, None)
+        if -1 in versions:  # a gradient of an earlier step that this one does not have
+            for i in [i for i, v in enumerate(values) if v is None and i in self._measured]:
+                self._measure(i, None)
         self._forget()
         return measure.of_stores(self._stores, self._plan)
+
+    def _stale(self, values: Sequence[Tensor | None], versions: Sequence[int]) -> list[int]:
+        known = zip(values, self._seen, versions, self._versions, strict=True)
+        return [i for i, (v, seen, version, before) in enumerate(known) if v is not seen or version != before]
 
     def reduced(self, param: Tensor, values: Tensor | None) -> None:
         if (i := self._place.get(id(param))) is not None:
