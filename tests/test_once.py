@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
 from distclip import once
@@ -117,6 +117,21 @@ def what_a_key_names_stays_alive() -> None:
 def test_what_a_key_names_stays_alive(four_ranks: Ranks) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(what_a_key_names_stays_alive)
+
+
+def gradients_that_their_parameters_layout_does_not_tell() -> None:
+    on = mesh((4,), ("own",))
+    copied = nn.Parameter(distribute_tensor(torch.zeros(8), on, [Replicate()], src_data_rank=None))
+    copied.grad = distribute_tensor(torch.arange(8.0), on, [Shard(0)], src_data_rank=None)
+    torch.testing.assert_close(distclip.clip_grad_norm_([copied], 100.0), torch.arange(8.0).norm())
+    partial = nn.Parameter(DTensor.from_local(torch.zeros(4), on, [Partial()]))
+    partial.grad = DTensor(torch.ones(4), partial._spec, requires_grad=False)  # one spec, as FSDP2 has it
+    torch.testing.assert_close(distclip.clip_grad_norm_([partial], 100.0), torch.tensor(8.0))
+
+
+def test_gradients_that_their_parameters_layout_does_not_tell(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(gradients_that_their_parameters_layout_does_not_tell)
 
 
 def test_meshes_that_compare_equal(four_ranks: Ranks) -> None:

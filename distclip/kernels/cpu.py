@@ -1,4 +1,4 @@
-"""The CPU at the speed of its memory: the norms of short rows in float32, one call for a run of any length.
+"""The CPU, float32 at nearly the speed of its memory: norms of short rows, one call for a run of any length.
 
 A row is so short that its norm errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the
 same side, and by 1e-9 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
