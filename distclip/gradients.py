@@ -40,25 +40,24 @@ def local_gradient(param: Tensor) -> Tensor | None:
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """`local_gradient` of each; a plain one costs no call, and one of FSDP2 a short one: there may be thousands."""
-    plain, dense = Tensor, torch.strided
-    return [
-        grad
-        if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense)
-        else _as_its_parameter(p, grad)
-        for p in params
-    ]
-
-
-def _as_its_parameter(param: Any, grad: Any) -> Tensor | None:
-    spec = getattr(grad, "_spec", None)
-    if spec is not None and spec is getattr(param, "_spec", None) and type(local := grad._local_tensor) is Tensor:
-        for placement in spec.placements:
-            if placement.is_partial():
-                break
-        else:
-            return local  # FSDP2 gives both one spec: nothing to compare
-    return local_gradient(param)
+    """`local_gradient` of each; a plain one, and one of FSDP2, costs no call: there may be thousands."""
+    plain, dense, final = Tensor, torch.strided, set[int]()
+    values: list[Tensor | None] = []
+    for p in params:
+        grad: Any = p.grad
+        if grad is None or (type(grad) is plain and grad.layout is dense):
+            values.append(grad)
+            continue
+        # FSDP2 gives both one spec, so that there is nothing to compare, and many parameters the same.
+        spec = getattr(grad, "_spec", None)
+        if spec is not None and spec is getattr(p, "_spec", None) and type(local := grad._local_tensor) is plain:
+            if id(spec) not in final and not any(placement.is_partial() for placement in spec.placements):
+                final.add(id(spec))
+            if id(spec) in final:
+                values.append(local)
+                continue
+        values.append(local_gradient(p))
+    return values
 
 
 def final_gradient(param: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import add, attrgetter
 
 from torch import Tensor
@@ -15,24 +16,25 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
     Megatron and DeepSpeed. A run never reaches across a gap, whose padding may hold anything. What has no neighbour
     comes as it is; empty tensors may be left out.
     """
-    begins = list(map(Tensor.data_ptr, tensors))
-    ends = list(map(add, begins, map(attrgetter("nbytes"), tensors)))
+    begins, sizes = list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("nbytes"), tensors))
+    ends = list(map(add, begins, sizes))
     if set(begins).isdisjoint(ends):  # nothing touches, as with thousands of tensors of their own
         return list(tensors)
-    order = sorted((i for i in range(len(tensors)) if ends[i] > begins[i]), key=begins.__getitem__)
-    itemsize = tensors[0].itemsize
-    found: list[list[Tensor]] = []
-    end = storage = -1
-    for i in order:
-        tensor, begin = tensors[i], begins[i]
-        # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
-        within = begin - tensor.storage_offset() * itemsize if tensor.is_contiguous() else -1
-        if begin == end and within == storage:
-            found[-1].append(tensor)
-        else:
-            found.append([tensor])
-        end, storage = (ends[i], within) if within != -1 else (-1, -1)
-    return [members[0] if len(members) == 1 else _joined(members) for members in found]
+    order = sorted(range(len(tensors)), key=begins.__getitem__)
+    if 0 in sizes:
+        order = [i for i in order if sizes[i]]
+    # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
+    itemsize, offsets = tensors[0].itemsize, list(map(Tensor.storage_offset, tensors))
+    storages: list[int | None] = [begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)]
+    for i, contiguous in enumerate(map(Tensor.is_contiguous, tensors)):
+        if not contiguous:
+            storages[i] = None  # has no neighbour
+    touching = enumerate(pairwise(order), 1)
+    cuts = [
+        place for place, (i, j) in touching if ends[i] != begins[j] or storages[i] is None or storages[i] != storages[j]
+    ]
+    found = [order[first:end] for first, end in pairwise([0, *cuts, len(order)])] if order else []
+    return [_joined(tensors[run[0]], tensors[run[-1]]) for run in found]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _joined(members: Sequence[Tensor]) -> Tensor:
-    first, last = members[0], members[-1]
+def _joined(first: Tensor, last: Tensor) -> Tensor:
+    if first is last:
+        return first
     numel = last.storage_offset() - first.storage_offset() + last.numel()
     return first.as_strided((numel,), (1,))
