@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import show
-from benchmarks.goals import BF16, CLIP, FLOAT32, FP16, SMALL
-from benchmarks.rivals import IN_ONE_PROCESS
+from benchmarks.goals import BACKWARD, BF16, CLIP, FLOAT32, FP16, SMALL
+from benchmarks.rivals import AFTER_BACKWARD, IN_ONE_PROCESS
 from benchmarks.timing import STATES, Gradients, Row, float64_norm, measure
 
 Shapes = list[tuple[int, ...]]
@@ -41,6 +41,7 @@ class Case:
     shapes: Shapes
     dtype: torch.dtype
     times: int = 1  # as many rounds as the others: short calls need more of them
+    after_backward: bool = False  # each call comes right after one, which leaves nothing of the gradients in the caches
 
 
 def cases(quick: bool) -> list[Case]:
@@ -50,6 +51,7 @@ def cases(quick: bool) -> list[Case]:
         Case(BF16, model, torch.bfloat16),
         Case(FP16, model, torch.float16),
         Case(SMALL, num_small * [(100,)], torch.float32, times=1 if quick else 4),
+        Case(BACKWARD, num_small * [(100,)], torch.float32, after_backward=True),
     ]
 
 
@@ -63,12 +65,31 @@ def gradients(shapes: Shapes, dtype: torch.dtype, device: str = "cpu") -> Gradie
     return Gradients(params, values, float64_norm(values))
 
 
+class AfterBackward(Gradients):
+    """Gradients that a backward makes anew for every call."""
+
+    def restore(self) -> None:
+        for param in self.params:
+            param.grad = None
+        pairs = zip(self.params, self.saved, strict=True)
+        torch.stack([(param * grad).sum() for param, grad in pairs]).sum().backward()
+
+    def prepare(self, clipping: bool) -> None:
+        self.restore()
+
+    def errors(self, norm: Tensor | float, limit: float) -> tuple[float, float]:
+        self.values = [p.grad for p in self.params if p.grad is not None]
+        return super().errors(norm, limit)
+
+
 def rows_of(case: Case, rounds: int) -> list[Row]:
-    work = gradients(case.shapes, case.dtype)
+    work, rivals = gradients(case.shapes, case.dtype), IN_ONE_PROCESS
+    if case.after_backward:
+        work, rivals = AfterBackward(work.params, work.values, work.norm), AFTER_BACKWARD
     return [
         row
         for state, factor in STATES.items()
-        for row in measure(case.name, state, factor, work, IN_ONE_PROCESS, case.times * rounds)
+        for row in measure(case.name, state, factor, work, rivals, case.times * rounds)
     ]
 
 

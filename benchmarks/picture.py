@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.goals import AtMost, Goal
+from benchmarks.goals import Goal, Judged
 from benchmarks.rivals import TORCH
 from benchmarks.timing import Row, find, ratio
 
 BLUE, GREY, RED = "#2864a8", "#8a8f98", "#c0282d"
 
 
-def draw(rows: Sequence[Row], goals: Sequence[Goal | AtMost], title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], goals: Sequence[Judged], title: str, path: Path) -> None:
     """One row of panels a case, one column a state."""
     cases, states = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "state"))
     names = list(dict.fromkeys(row.rival for row in rows if row.seconds and row.rival != TORCH))

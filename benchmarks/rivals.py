@@ -16,6 +16,7 @@ from benchmarks.correctness import NORM_TOLERANCE
 from benchmarks.timing import Gradients, Rival
 
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
+OVERLAP = "distclip, overlap"
 PLAIN_READ, PLAIN_WRITE = "plain read", "plain write (mul_)"
 MEASURING, COPY = "distclip, measuring alone", "device copy"
 Run = Callable[[], Any]
@@ -59,6 +60,11 @@ def deepspeed_clip(gradients: Gradients, limit: float) -> Run:
 
 def clipper_clip(gradients: Gradients, limit: float) -> Run:
     clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
+    return lambda: clipper.clip_().total_norm
+
+
+def overlap_clip(gradients: Gradients, limit: float) -> Run:
+    clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit), overlap=True)
     return lambda: clipper.clip_().total_norm
 
 
@@ -107,6 +113,11 @@ ON_RANKS = (
     Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
     Rival(FUNCTION, function_clip, NORM_TOLERANCE),
     Rival(PLAIN_READ, plain_read, None),
+)
+AFTER_BACKWARD = (
+    Rival(TORCH, torch_clip),
+    Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
+    Rival(OVERLAP, overlap_clip, NORM_TOLERANCE),
 )
 IN_ONE_PROCESS = (
     *ON_RANKS,

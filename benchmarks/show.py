@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import picture
 from benchmarks.correctness import RESULTS, about_this_run
-from benchmarks.goals import JUDGED, AtMost, Goal
+from benchmarks.goals import JUDGED, Judged
 from benchmarks.rivals import CLIPPER, FUNCTION, PLAIN_READ, TORCH
 from benchmarks.timing import Row, find, ratio, spread
 
@@ -171,7 +171,7 @@ def publish(
     name: str,
     title: str,
     rows: Sequence[Row],
-    goals: Sequence[Goal | AtMost],
+    goals: Sequence[Judged],
     options: Options,
     began: Began,
     work: str,

@@ -81,27 +81,34 @@ class Gradients:
     Attributes:
         values: the elements of each gradient on this rank.
         flat: the same elements side by side in one buffer, which nobody scales.
+        saved: each gradient's part of it.
     """
 
     params: list[nn.Parameter]
     values: list[Tensor]
     norm: float
     flat: Tensor = field(init=False)
+    saved: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         sizes = [v.numel() for v in self.values]
         self.flat = torch.empty(sum(sizes), dtype=self.values[0].dtype, device=self.values[0].device)
         parts = zip(self.flat.split(sizes), self.values, strict=True)
-        self._saved = [part.view(v.shape) for part, v in parts]
-        torch._foreach_copy_(self._saved, self.values)
+        self.saved = [part.view(v.shape) for part, v in parts]
+        torch._foreach_copy_(self.saved, self.values)
 
     def restore(self) -> None:
-        torch._foreach_copy_(self.values, self._saved)
+        torch._foreach_copy_(self.values, self.saved)
+
+    def prepare(self, clipping: bool) -> None:
+        """Before every call."""
+        if clipping:
+            self.restore()
 
     def errors(self, norm: Tensor | float, limit: float) -> tuple[float, float]:
         """How far the norm and the worst gradient element are from the right ones, relatively."""
         factor = min(1.0, limit / self.norm)
-        pairs = zip(self.values, self._saved, strict=True)
+        pairs = zip(self.values, self.saved, strict=True)
         return abs(float(norm) / self.norm - 1), largest(worst_element(v, was, factor) for v, was in pairs)
 
 
@@ -154,7 +161,7 @@ def measure(
     Collective: all ranks of `together`.
     """
     limit = factor * gradients.norm
-    prepare = gradients.restore if factor < 1 else (lambda: None)
+    prepare = partial(gradients.prepare, factor < 1)
     runs = {rival.name: begin(rival, gradients, limit) for rival in rivals}
 
     def check(row: Row, rival: Rival) -> Row:

@@ -14,7 +14,7 @@ Pieces = Sequence[Sequence[Tensor]]  # dense values on any devices, as `kernels.
 
 def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
     """min(1, limit / norm); 1 up to the limit, also where both are zero or infinite; NaN where either is NaN."""
-    return torch.where(norm <= limit, 1.0, limit / norm)
+    return (limit / norm).masked_fill_(norm <= limit, 1.0)
 
 
 def is_one(factor: Tensor) -> bool:

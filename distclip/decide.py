@@ -87,7 +87,8 @@ def decide(
         joined = [j.times(inverse) for j in joined]
     total = total_norm(joined, plan)
     verdicts = [_verdict(j, group, state) for j, group, state in zip(joined, plan.groups, states, strict=True)]
-    return Decision(plan, values, local, total, total.float().isfinite(), verdicts, inverse, rule)
+    finite = total.float() < math.inf  # one operation; `isfinite` is four
+    return Decision(plan, values, local, total, finite, verdicts, inverse, rule)
 
 
 def norms(local: measure.Local, plan: Plan) -> list[reduce.Joined]:
@@ -127,27 +128,28 @@ def write_(decision: Decision) -> None:
     for place in range(len(decision.plan.groups)):
         _write_group_(decision, place)
     if decision.rule == "zero":
-        apply.zero_(_pieces(decision.values, None), ~decision.finite)
+        apply.zero_(kernels.pieces([v for v in decision.values if v is not None]), ~decision.finite)
 
 
 def _write_group_(decision: Decision, place: int) -> None:
     group, verdict = decision.plan.groups[place], decision.verdicts[place]
-    values, measured = decision.values[group.members], decision.local.pieces[place]
     if group.policy.scope is Scope.ELEMENT:
-        pieces = _pieces(values, measured)
+        pieces = _pieces(decision, place)
         if decision.inverse is not None:
             apply.scale_(pieces, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
         if verdict.limits is not None:
             apply.clamp_(pieces, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
     elif (factor := decision.factor_of(verdict)) is not None:
         if group.units is not None:
-            apply.scale_units_(group.units.views(values), factor)
+            apply.scale_units_(group.units.views(decision.values[group.members]), factor)
         elif not apply.is_one(factor):
-            apply.scale_(_pieces(values, measured), factor)
+            apply.scale_(_pieces(decision, place), factor)
 
 
-def _pieces(values: Sequence[Tensor | None], measured: apply.Pieces | None) -> apply.Pieces:
-    return measured if measured is not None else kernels.pieces([v for v in values if v is not None])
+def _pieces(decision: Decision, place: int) -> apply.Pieces:
+    if (measured := decision.local.pieces[place]) is not None:
+        return measured
+    return kernels.pieces([v for v in decision.values[decision.plan.groups[place].members] if v is not None])
 
 
 def report_of(decision: Decision) -> Report:

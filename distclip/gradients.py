@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,8 @@ def shown(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
     kinds = set(map(type, params))
     if not kinds <= {Tensor, nn.Parameter, DTensor} or any(getattr(p, "_fsdp_flattened", False) for p in params):
         return None
-    facts = len(params), frozenset(p.dtype for p in params), all(p.is_cpu for p in params) or params[0].device
+    dtypes, on_cpu = frozenset(map(attrgetter("dtype"), params)), all(map(attrgetter("is_cpu"), params))
+    facts = len(params), dtypes, on_cpu or params[0].device
     # By identity: meshes that compare equal may have two roots, and to compare them takes longer than to clip.
     specs = [getattr(p, "_spec", None) for p in params] if DTensor in kinds else []
     return (facts, tuple(map(id, specs))), specs
@@ -40,24 +42,27 @@ def local_gradient(param: Tensor) -> Tensor | None:
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """`local_gradient` of each; a plain one, and one of FSDP2, costs no call: there may be thousands."""
+    """`local_gradient` of each; a plain one costs no call, and one of FSDP2 a short one: there may be thousands."""
     plain, dense, final = Tensor, torch.strided, set[int]()
-    values: list[Tensor | None] = []
-    for p in params:
-        grad: Any = p.grad
-        if grad is None or (type(grad) is plain and grad.layout is dense):
-            values.append(grad)
-            continue
-        # FSDP2 gives both one spec, so that there is nothing to compare, and many parameters the same.
-        spec = getattr(grad, "_spec", None)
-        if spec is not None and spec is getattr(p, "_spec", None) and type(local := grad._local_tensor) is plain:
-            if id(spec) not in final and not any(placement.is_partial() for placement in spec.placements):
-                final.add(id(spec))
-            if id(spec) in final:
-                values.append(local)
-                continue
-        values.append(local_gradient(p))
-    return values
+    return [
+        grad
+        if (grad := p.grad) is None or (type(grad) is plain and grad.layout is dense)
+        else _as_its_parameter(p, grad, final)
+        for p in params
+    ]
+
+
+def _as_its_parameter(param: Any, grad: Any, final: set[int]) -> Tensor | None:
+    """Args: final: the ids of layouts without `Partial`, as far as they are known; many parameters share one."""
+    spec = getattr(grad, "_spec", None)
+    # FSDP2 gives both one spec, so that there is nothing to compare.
+    if spec is not None and spec is getattr(param, "_spec", None) and type(local := grad._local_tensor) is Tensor:
+        if id(spec) in final:
+            return local
+        if not any(placement.is_partial() for placement in spec.placements):
+            final.add(id(spec))
+            return local
+    return local_gradient(param)
 
 
 def final_gradient(param: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import types
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -92,9 +93,9 @@ def listed(given: Parameters) -> list[Tensor] | None:
     if isinstance(given, nn.Module):
         given = [p for p in given.parameters() if _can_have_gradient(p)]
     tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
-    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+    if not tensors or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return None
-    dtypes = {t.dtype for t in tensors}
+    dtypes = set(map(attrgetter("dtype"), tensors))
     right = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
     return tensors if right and len(set(map(id, tensors))) == len(tensors) else None
 

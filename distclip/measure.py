@@ -49,7 +49,7 @@ def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> L
 
 def of_stores(stores: Sequence[Store], plan: Plan) -> Local:
     """As `local`, from what was stored."""
-    return _joined([store.local(plan.held[group.members]) for store, group in zip(stores, plan.groups, strict=True)])
+    return _joined([store.local(plan.held) for store in stores])
 
 
 def _joined(parts: Sequence[Local]) -> Local:
@@ -90,9 +90,9 @@ class Store:
             if values is not None:
                 _add_units_(self.each, span.views(values), p, units)
 
-    def local(self, members: Sequence[Held]) -> Local:
+    def local(self, held: Sequence[Held]) -> Local:
         if self._group.units is not None:
-            return _of_units(self.each.clone(), members, self._group, self._group.units)
+            return _of_units(self.each.clone(), held[self._group.members], self._group, self._group.units)
         added = torch.where(self._counted, self.each, _broken(self.each)) if self._group.copies else self.each
         total = powers.joined(powers.columns(added, self._group.norm_type), self._group.norm_type)
         return Local(total, self._names, self.each.clone(), [None], [None], [None])

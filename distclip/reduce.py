@@ -57,10 +57,10 @@ def norms(
 
 
 def _joined(group: Group, numbers: Tensor, units: Tensor | None, weights: Tensor | None) -> Joined:
+    if units is None:
+        return Joined(powers.root(numbers, group.norm_type), None, None)
     columns = numbers.view(-1, powers.num_columns(group.norm_type))
     total = powers.root(columns[0], group.norm_type)
-    if units is None:
-        return Joined(total, None, None)
     travelled = torch.split(columns[1:], group.num_slots) if group.num_slots else (columns[1:], columns[1:])
     return Joined(
         total,

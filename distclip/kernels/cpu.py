@@ -1,7 +1,7 @@
 """The CPU, at nearly the speed of its memory: float32 sums of squares of short rows, one call for a run of any length.
 
 A row is so short that its norm errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the
-same side, and by 2e-8 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
+same side, and by 4e-8 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
 the range of float32, `loops` does the work again in float64.
 """
 
@@ -27,6 +27,7 @@ _group_norm_backward: Any = torch.ops.aten.native_group_norm_backward.default
 # The elements of a row, for each dtype: shorter rows take longer than memory does. A square of bf16 has 16 bits, so
 # that float32 adds up many of them without rounding.
 _ROW = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 512}
+_ROWS = 4  # of 16 bits, give one number: fewer to make a float64 of
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
 _EXACT = 1 << 16  # elements: so few are all added up in float64
@@ -70,7 +71,7 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
     numels = list(map(Tensor.numel, joined))
     numel = sum(numels)
     row = _ROW[joined[0].dtype]
-    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, row)
+    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, _ROWS * row)
     # A dot would wake the other cores for these few.
     sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
     if long:
@@ -81,29 +82,31 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
 
 
 def _rows(runs: Sequence[Tensor], row: int) -> Tensor:
-    """The sum of squares of runs that consist of whole rows: in float32 along a row, in float64 over the rows."""
+    """The sum of squares of runs of whole rows, `_ROWS` at a time: float32 along a row, float64 over the rows."""
     if runs[0].dtype is torch.float32:
         norms = torch.cat([torch.linalg.vector_norm(run.view(-1, row), dim=1) for run in runs]).double()
         return torch.dot(norms, norms)
-    return torch.cat([_row_squares(run, row) for run in runs]).double().sum()
+    return torch.cat([_squares_of_16_bits(run, row) for run in runs]).double().sum()
 
 
-def _row_squares(run: Tensor, row: int) -> Tensor:
-    """The sums of squares of the rows, in float32.
+def _squares_of_16_bits(run: Tensor, row: int) -> Tensor:
+    """Sums of squares, float32, of `_ROWS` rows each.
 
     torch's norms of 16 bits have 16 bits. The one operator that reads 16 bits, gives 32, and writes less than it reads
-    is the backward of a group norm: the gradient of the weight of channel c is sum((x - mean) * y) / std over the
-    channel. Here x and y are both the run, its rows are the channels, mean is 0 and std is 1. Infinities give NaN.
+    is the backward of a group norm: the gradient of the weight of channel c is the sum of (x - mean) * y / std over
+    the channel in all samples. Here x and y are both the run: `_ROWS` samples, whose channels are rows; mean is 0 and
+    std is 1. Infinities give NaN.
     """
-    rows = run.numel() // row
-    mean, rstd, weight = torch.zeros(1, 1), torch.ones(1, 1), torch.empty(rows)
-    return _group_norm_backward(run, run, mean, rstd, weight, 1, rows, row, 1, [False, True, False])[1]
+    channels = run.numel() // (_ROWS * row)
+    mean, rstd, weight = torch.zeros(_ROWS, 1), torch.ones(_ROWS, 1), torch.empty(channels)
+    only_weight = [False, True, False]
+    return _group_norm_backward(run, run, mean, rstd, weight, _ROWS, channels, row, 1, only_weight)[1]
 
 
 def _blocks(
     joined: Sequence[Tensor], numels: Sequence[int], short: int, row: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Flat views of the whole rows of runs longer than `short`; and copies, packs, that hold all the rest."""
+    """Flat views of runs longer than `short`, as far as `row` goes; and copies, packs, that hold all the rest."""
     if numels and max(numels) <= short:
         return [], _packed(joined, numels)
     long: list[Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import add, attrgetter
+from typing import cast
 
 from torch import Tensor
 
@@ -16,15 +17,16 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
     Megatron and DeepSpeed. A run never reaches across a gap, whose padding may hold anything. What has no neighbour
     comes as it is; empty tensors may be left out.
     """
+    offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
+    if not any(offsets):  # each begins its storage, as with thousands of tensors of their own
+        return list(tensors)
     begins, sizes = list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("nbytes"), tensors))
     ends = list(map(add, begins, sizes))
-    if set(begins).isdisjoint(ends):  # nothing touches, as with thousands of tensors of their own
-        return list(tensors)
     order = sorted(range(len(tensors)), key=begins.__getitem__)
     if 0 in sizes:
         order = [i for i in order if sizes[i]]
     # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
-    itemsize, offsets = tensors[0].itemsize, list(map(Tensor.storage_offset, tensors))
+    itemsize = tensors[0].itemsize
     storages: list[int | None] = [begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)]
     for i, contiguous in enumerate(map(Tensor.is_contiguous, tensors)):
         if not contiguous:
