@@ -98,17 +98,6 @@ class Store:
         return Local(total, self._names, self.each.clone(), [None], [None], [None])
 
 
-def local_norms(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of each tensor's elements on this rank: float64 [len(values)]."""
-    if norm_type <= powers.PLAIN_UP_TO:
-        return _power_sums(values, norm_type, device) ** (1 / norm_type)
-    maxima = _power_sums(values, math.inf, device)
-    if math.isinf(norm_type):
-        return maxima
-    norms = maxima * _power_sums(values, norm_type, device, maxima) ** (1 / norm_type)
-    return torch.where(maxima.isinf(), maxima, norms)
-
-
 def _group(
     values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device, apart: bool
 ) -> Local:
@@ -188,32 +177,17 @@ def _add_units_(columns: Tensor, views: Iterable[View], norm_type: float, units:
 
 def _rows(part: Tensor, dim: int, norm_type: float) -> Tensor:
     """As `_each`, of every index of `dim`."""
-    if norm_type <= powers.PLAIN_UP_TO:
-        return kernels.unit_power_sums(part, dim, norm_type)
-    maxima = kernels.unit_power_sums(part, dim, math.inf)
-    if math.isinf(norm_type):
-        return maxima
-    norms = maxima * kernels.unit_power_sums(part, dim, norm_type, maxima) ** (1 / norm_type)
-    return torch.where(maxima.isinf(), maxima, norms)
+    sums = norm_type <= powers.PLAIN_UP_TO
+    return (kernels.unit_power_sums if sums else kernels.unit_norms)(part, dim, norm_type)
 
 
 def _each(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    sums = norm_type <= powers.PLAIN_UP_TO
-    return _power_sums(values, norm_type, device) if sums else local_norms(values, norm_type, device)
-
-
-def _power_sums(
-    values: Sequence[Tensor], norm_type: float, device: torch.device, scales: Tensor | None = None
-) -> Tensor:
-    """`kernels.power_sums` of tensors on several devices, brought together on one."""
+    """Of each tensor on any device its sum of powers for p <= 6, else its norm; brought together on one."""
+    kernel = kernels.power_sums if norm_type <= powers.PLAIN_UP_TO else kernels.norms
     if len({v.device for v in values}) == 1:
-        there = values[0].device
-        return kernels.power_sums(values, norm_type, None if scales is None else scales.to(there)).to(device)
-    sums = torch.zeros(len(values), dtype=torch.float64, device=device)
+        return kernel(values, norm_type).to(device)
+    each = torch.zeros(len(values), dtype=torch.float64, device=device)
     for there in {v.device for v in values}:
         index = [i for i, v in enumerate(values) if v.device == there]
-        part = kernels.power_sums(
-            [values[i] for i in index], norm_type, None if scales is None else scales[index].to(there)
-        )
-        sums[index] = part.to(device)
-    return sums
+        each[index] = kernel([values[i] for i in index], norm_type).to(device)
+    return each

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
-KERNELS = ("partial_sums", "finish", "rewrite")
+KERNELS = ("partial_sums", "partial_norms", "finish", "rewrite")
 
 
 def model() -> nn.Module:
@@ -56,7 +56,7 @@ def test_no_call_waits_for_the_device(warm: distclip.Clipper) -> None:
         warm.clip_()
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, torch.inf])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, 8.0, torch.inf])
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "zero"])
 def test_at_most_four_launches(norm_type: float, on_nonfinite: str) -> None:
     clipper = distclip.Clipper(model(), distclip.ClipNorm(0.5, norm_type), on_nonfinite=on_nonfinite)

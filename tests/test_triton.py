@@ -51,11 +51,11 @@ def gradients(sizes: list[int], seed: int = 0) -> list[Tensor]:
     return whole + [t[1:] for t in whole if t.numel()]
 
 
-def check_sums(tensors: list[Tensor], norm_type: float, scales: Tensor | None = None) -> None:
+def check_sums(tensors: list[Tensor], norm_type: float) -> None:
     """To half a unit of float32 in the norm: DESIGN.md, Numbers."""
-    found = kernel.power_sums(tensors, norm_type, scales)
+    found = kernel.power_sums(tensors, norm_type)
     assert found.dtype == torch.float64
-    expected = loops.power_sums(tensors, norm_type, scales)
+    expected = loops.power_sums(tensors, norm_type)
     power = 1 if math.isinf(norm_type) else norm_type
     torch.testing.assert_close(found, expected, rtol=NORM["rtol"] * power, atol=0, equal_nan=True)
 
@@ -72,12 +72,30 @@ def test_sums_of_several_chunks(dtype: torch.dtype, norm_type: float) -> None:
     check_sums([buffer[3 : 2 * tables.CHUNK + 9], buffer[: tables.CHUNK], buffer[8 : tables.CHUNK + 8]], norm_type)
 
 
-@pytest.mark.parametrize("norm_type", POWERS)
-def test_scaled_sums(norm_type: float) -> None:
-    tensors = [*gradients([3, 1030]), torch.zeros(5, device=DEVICE), torch.full((9,), 1e-45, device=DEVICE)]
-    scales = torch.stack([t.double().abs().amax() for t in tensors])
-    assert 0 in scales
-    check_sums(tensors, norm_type, scales)
+def check_norms(tensors: list[Tensor], norm_type: float) -> None:
+    found, expected = kernel.norms(tensors, norm_type), loops.norms(tensors, norm_type)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 6.5, 20.0, 300.0, math.inf])
+def test_norms_whose_powers_have_no_float64(norm_type: float) -> None:
+    """A chunk has its own maximum: here the first chunk's is far below, or far above, that of its tensor."""
+    sizes = [*gradients([0, 3, 1030]), torch.zeros(5, device=DEVICE)]
+    sizes += [torch.full((9,), value, device=DEVICE) for value in (1e-45, 1e-30, 1e30, 3e38)]
+    rising = torch.linspace(1e-3, 50, 2 * tables.CHUNK + 20).to(DEVICE)
+    check_norms(
+        [*sizes, rising, rising.flip(0), rising.bfloat16(), rising[1:].half(), rising.double() * 1e200], norm_type
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_norms_of_what_is_not_finite(value: float) -> None:
+    tensors = [torch.ones(tables.CHUNK + 9, device=DEVICE, dtype=dtype) for dtype in DTYPES]
+    for i, tensor in enumerate(tensors):
+        tensor[(0, -1)[i % 2]] = value
+    both = torch.tensor([math.inf, value, 1.0], device=DEVICE)
+    check_norms([*tensors, both, torch.ones(3, device=DEVICE)], 8.0)
 
 
 @pytest.mark.parametrize("norm_type", POWERS)
@@ -147,7 +165,7 @@ def test_sums_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     rows[0, 4] = -skipped
     monkeypatch.setattr(tables, "table", lambda tensors: table._replace(rows=rows))
     partials = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    kernel._device.partial_sums[(2,)](rows, table.owners, None, partials, 2.0, True)
+    kernel._device.partial_sums[(2,)](rows, table.owners, partials, 2.0, True)
     torch.testing.assert_close(partials.sum(), tensor.double().square().sum())
     expected = tensor * 0.5
     kernel.scale_([tensor], number(0.5))
@@ -166,7 +184,7 @@ def test_other_layouts_and_dtypes() -> None:
     assert tables.table(tensors).others == [2, 3, 4]
     for norm_type in POWERS:
         check_sums(tensors, norm_type)
-    check_sums(tensors, 8.0, torch.stack([t.abs().amax().double() for t in tensors]))
+    check_norms(tensors, 8.0)
     tensors.pop(3)  # not to be written
     expected = [t.clone() for t in tensors]
     kernel.scale_(tensors, number(0.3))
@@ -315,12 +333,18 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize(
     "policy",
-    [distclip.ClipNorm(0.5), distclip.ClipNorm(0.5, math.inf), distclip.ClipTensorNorm(0.5), distclip.ClipValue(0.5)],
+    [
+        distclip.ClipNorm(0.5),
+        distclip.ClipNorm(0.5, 8.0),
+        distclip.ClipNorm(0.5, math.inf),
+        distclip.ClipTensorNorm(0.5),
+        distclip.ClipValue(0.5),
+    ],
     ids=repr,
 )
 def test_a_call_takes_three_launches(policy: distclip.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    for name in ("partial_sums", "finish", "rewrite"):
+    for name in ("partial_sums", "finish", "partial_norms", "finish_norms", "rewrite"):
         function = getattr(kernel._device, name)
 
         def run(*args: object, name: str = name, original: Any = function.run, **kwargs: object) -> None:
@@ -338,7 +362,8 @@ def test_a_call_takes_three_launches(policy: distclip.Policy, monkeypatch: pytes
     torch.testing.assert_close(report.total_norm, expected.total_norm, **NORM)
     grads = [p.grad for p in by_triton.parameters()]
     torch.testing.assert_close(grads, [p.grad for p in plain.parameters()], rtol=2e-7, atol=0)
-    assert launched == ["partial_sums", "finish", "rewrite"]
+    end = "_norms" if policy.norm_type == 8 else ""
+    assert launched == ["partial_norms" if end else "partial_sums", f"finish{end}", "rewrite"]
 
 
 def test_the_fallback_where_triton_fails() -> None:
@@ -356,11 +381,15 @@ from triton.compiler import ASTSource, compile
 from distclip.kernels import triton_device as device
 
 tables = {"rows": "*i64", "owners": "*i64"}
-sums = {**tables, "scales": "constexpr", "partials": "*fp64", "P": "constexpr", "QUICK": "constexpr"}
+sums = {**tables, "partials": "*fp64", "P": "constexpr", "QUICK": "constexpr"}
+norms = {"maxima": "*fp64", "sums": "*fp64"}
+power = {"P": "constexpr"}
 for kernel, signature, constants in [
-    (device.partial_sums, sums, {"scales": None, "P": 2.0, "QUICK": True}),
-    (device.partial_sums, sums, {"scales": None, "P": float("inf"), "QUICK": True}),
+    (device.partial_sums, sums, {"P": 2.0, "QUICK": True}),
+    (device.partial_sums, sums, {"P": float("inf"), "QUICK": True}),
+    (device.partial_norms, {**tables, **norms, **power}, {"P": 8.0}),
     (device.finish, {"rows": "*i64", "partials": "*fp64", "sums": "*fp64", "P": "constexpr"}, {"P": 1.0}),
+    (device.finish_norms, {"rows": "*i64", **norms, "norms": "*fp64", **power}, {"P": 8.0}),
     (device.rewrite, {**tables, "number": "*fp64", "HOW": "constexpr"}, {"HOW": device.SCALE.value}),
     (device.rewrite, {**tables, "number": "*i1", "HOW": "constexpr"}, {"HOW": device.ZERO.value}),
 ]:
@@ -387,6 +416,6 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line.split()[-3:] for line in run.stdout.splitlines()]
     reads, writes = ([int(line[i]) for line in found] for i in (0, 1))
-    assert [r > 0 for r in reads] == [True, True, False, True, False], run.stdout
-    assert [w > 0 for w in writes] == [False, False, False, True, True], run.stdout
+    assert [r > 0 for r in reads] == [True, True, True, False, False, True, False], run.stdout
+    assert [w > 0 for w in writes] == [False, False, False, False, False, True, True], run.stdout
     assert {line[2] for line in found} == {"False"}

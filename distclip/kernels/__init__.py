@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distclip.kernels import cpu, foreach
 from distclip.kernels.loops import scale_units_ as scale_units_
+from distclip.kernels.loops import unit_norms as unit_norms
 from distclip.kernels.loops import unit_power_sums as unit_power_sums
 from distclip.kernels.runs import runs
 
@@ -41,9 +42,14 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return each.amax() if math.isinf(norm_type) else each.sum()
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """See `loops.power_sums`."""
-    return _best(tensors).power_sums(tensors, norm_type, scales)
+    return _best(tensors).power_sums(tensors, norm_type)
+
+
+def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """See `loops.norms`."""
+    return _best(tensors).norms(tensors, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

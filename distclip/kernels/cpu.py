@@ -45,11 +45,16 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return loops.power_sums(tensors, norm_type).amax() if dtype.is_complex else _largest(tensors)
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """See `loops.power_sums`."""
-    if scales is not None or all(tensor.numel() <= _EXACT for tensor in tensors):
-        return loops.power_sums(tensors, norm_type, scales)
+    if all(tensor.numel() <= _EXACT for tensor in tensors):
+        return loops.power_sums(tensors, norm_type)
     return torch.stack([power_sum([tensor], norm_type) for tensor in tensors])
+
+
+def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """See `loops.norms`."""
+    return power_sums(tensors, norm_type) if math.isinf(norm_type) else loops.norms(tensors, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import loops
-from distclip.kernels.loops import clamp_, scale_each_, zero_
+from distclip.kernels.loops import clamp_, norms, scale_each_, zero_
 
-__all__ = ["clamp_", "power_sums", "scale_", "scale_each_", "zero_"]
+__all__ = ["clamp_", "norms", "power_sums", "scale_", "scale_each_", "zero_"]
 
 _torch = cast(Any, torch)  # its optimizers are made of its multi-tensor functions, but it calls them private
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """As `loops.power_sums`. The norms are float64, in which neither 1e-30 nor 1e30 has a square out of range."""
     full = [t for t in tensors if t.numel()]
-    plain = scales is None and norm_type in (1, 2, math.inf) and not any(t.is_complex() for t in full)
+    plain = norm_type in (1, 2, math.inf) and not any(t.is_complex() for t in full)
     if not full or not plain:
-        return loops.power_sums(tensors, norm_type, scales)
-    norms = iter(_torch._foreach_norm(full, norm_type, dtype=torch.float64))
+        return loops.power_sums(tensors, norm_type)
+    each = iter(_torch._foreach_norm(full, norm_type, dtype=torch.float64))
     zero = torch.zeros((), dtype=torch.float64, device=full[0].device)
-    found = torch.stack([next(norms) if t.numel() else zero for t in tensors])
+    found = torch.stack([next(each) if t.numel() else zero for t in tensors])
     return found if math.isinf(norm_type) else found**norm_type
 
 

@@ -14,17 +14,26 @@ from distclip.kernels.runs import flat
 _CHUNK = 1 << 15
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
-    """sum((|x| / scale)**p) of each tensor, or max(|x|) for p = inf, in float64.
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """sum(|x|**p) of each tensor, or max(|x|) for p = inf, in float64.
 
     Every element is a float64 before anything is done to it, so that no power under- or overflows for p <= 6.
-    NaN stays NaN; an empty tensor gives 0, and so does a scale of 0.
+    NaN stays NaN; an empty tensor gives 0.
 
-    Shapes: scales and the result: [len(tensors)].
+    Shapes: the result: [len(tensors)].
     """
-    sums = [_power_sum(t, norm_type, None if scales is None else scales[i]) for i, t in enumerate(tensors)]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
+    return _stacked([_power_sum(tensor, norm_type) for tensor in tensors], tensors)
+
+
+def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The p-norm of each tensor, float64, for any p: the powers are those of |x| / max(|x|). Shapes: as power_sums."""
+    maxima = power_sums(tensors, math.inf)
+    if math.isinf(norm_type):
+        return maxima
+    each = zip(tensors, maxima.unbind(), strict=True)
+    return _norms(
+        maxima, _stacked([_power_sum(tensor, norm_type, largest) for tensor, largest in each], tensors), norm_type
+    )
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -59,7 +68,31 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
         tensor.clamp_(-at, at)
 
 
-def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
+def unit_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """`power_sums` of every index of `dim`. Shapes: the result: [tensor.shape[dim]]."""
+    return _unit_power_sums(tensor, dim, norm_type, None)
+
+
+def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """`norms` of every index of `dim`. Shapes: the result: [tensor.shape[dim]]."""
+    maxima = unit_power_sums(tensor, dim, math.inf)
+    return (
+        maxima if math.isinf(norm_type) else _norms(maxima, _unit_power_sums(tensor, dim, norm_type, maxima), norm_type)
+    )
+
+
+def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+    """Multiplies index i of `dim` by coefficients[i], float64. On a CPU it writes nothing where all are 1."""
+    if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
+        return
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+    tensor.copy_(
+        tensor.to(wide) * coefficients.to(torch.float64 if wide == torch.float64 else torch.float32).view(shape)
+    )
+
+
+def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None = None) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
     parts = [_chunk_sum(chunk, norm_type, scale) for chunk in torch.split(flat(tensor), _CHUNK)]
@@ -77,8 +110,7 @@ def _chunk_sum(chunk: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
     return wide.abs().amax() if math.isinf(norm_type) else wide.abs().pow(norm_type).sum()
 
 
-def unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None = None) -> Tensor:
-    """`power_sums` of every index of `dim`. Shapes: scales and the result: [tensor.shape[dim]]."""
+def _unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None) -> Tensor:
     rows = tensor.movedim(dim, 0)
     step = max(1, _CHUNK * len(rows) // max(1, tensor.numel()))
     parts = [
@@ -88,19 +120,18 @@ def unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor |
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=tensor.device)
 
 
-def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
-    """Multiplies index i of `dim` by coefficients[i], float64. On a CPU it writes nothing where all are 1."""
-    if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
-        return
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
-    tensor.copy_(
-        tensor.to(wide) * coefficients.to(torch.float64 if wide == torch.float64 else torch.float32).view(shape)
-    )
-
-
 def _row_sums(rows: Tensor, norm_type: float, scales: Tensor | None) -> Tensor:
     wide = rows.to(torch.complex128 if rows.is_complex() else torch.float64).abs().reshape(len(rows), -1)
     if scales is not None:
         wide = wide / torch.where(scales == 0, 1.0, scales).unsqueeze(1)
     return wide.amax(1) if math.isinf(norm_type) else wide.pow(norm_type).sum(1)
+
+
+def _norms(maxima: Tensor, sums: Tensor, norm_type: float) -> Tensor:
+    """From sums of (|x| / maximum)**p."""
+    return torch.where(maxima.isinf(), maxima, maxima * sums ** (1 / norm_type))
+
+
+def _stacked(scalars: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.stack(list(scalars)) if scalars else torch.zeros(0, dtype=torch.float64, device=device)

@@ -18,21 +18,37 @@ from distclip.kernels import foreach, loops, tables, triton_device
 _device = cast(Any, triton_device)  # what `@triton.jit` makes has no types
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, scales: Tensor | None = None) -> Tensor:
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """As `loops.power_sums`, in two launches."""
     if not tensors:
-        return loops.power_sums(tensors, norm_type, scales)
+        return loops.power_sums(tensors, norm_type)
     table = tables.table(tensors)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
     partials = sums.new_empty(len(table.owners))
-    quick = scales is None and norm_type in (1, 2, math.inf)
+    quick = norm_type in (1, 2, math.inf)
     with torch.cuda.device_of(sums):
         if len(partials):
-            _device.partial_sums[(len(partials),)](table.rows, table.owners, scales, partials, float(norm_type), quick)
+            _device.partial_sums[(len(partials),)](table.rows, table.owners, partials, float(norm_type), quick)
         _device.finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
     for i in table.others:
-        sums[i] = foreach.power_sums([tensors[i]], norm_type, None if scales is None else scales[i : i + 1])[0]
+        sums[i] = foreach.power_sums([tensors[i]], norm_type)[0]
     return sums
+
+
+def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """As `loops.norms`, in two launches that read every element from memory once."""
+    if not tensors or math.isinf(norm_type):
+        return power_sums(tensors, norm_type)
+    table = tables.table(tensors)
+    found = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
+    maxima, sums = found.new_empty(2, len(table.owners)).unbind()
+    with torch.cuda.device_of(found):
+        if len(sums):
+            _device.partial_norms[(len(sums),)](table.rows, table.owners, maxima, sums, float(norm_type))
+        _device.finish_norms[(len(found),)](table.rows, maxima, sums, found, float(norm_type))
+    for i in table.others:
+        found[i] = foreach.norms([tensors[i]], norm_type)[0]
+    return found
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

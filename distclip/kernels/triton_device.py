@@ -20,46 +20,59 @@ _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
 @triton.jit
-def partial_sums(rows, owners, scales, partials, P: tl.constexpr, QUICK: tl.constexpr):
-    """partials[chunk] = sum((|x| / scale)**P), or max(|x| / scale) for P = inf, in float64.
+def partial_sums(rows, owners, partials, P: tl.constexpr, QUICK: tl.constexpr):
+    """partials[chunk] = sum(|x|**P), or max(|x|) for P = inf, in float64.
 
     QUICK: float32 may do a part. It holds the squares of 16-bit numbers exactly, and _READS of them are added before
     float64 takes over. A float32 is made a float64 first, unless a maximum is sought.
     """
     chunk = tl.program_id(0)
-    owner = tl.load(owners + chunk)
-    scale = 1.0
-    if scales is not None:
-        scale = tl.load(scales + owner)
-        scale = tl.where(scale == 0, 1.0, scale)
-    row = rows + owner * _COLUMNS
+    row = rows + tl.load(owners + chunk) * _COLUMNS
     code = tl.load(row + 3)
     if code == _FLOAT32:
-        total = _chunk_sum(row, chunk, scale, tl.float32, QUICK and P == INF, P, scales is not None)
+        total = _chunk_sum(row, chunk, None, tl.float32, QUICK and P == INF, P)
     elif code == _FLOAT16:
-        total = _chunk_sum(row, chunk, scale, tl.float16, QUICK, P, scales is not None)
+        total = _chunk_sum(row, chunk, None, tl.float16, QUICK, P)
     elif code == _BFLOAT16:
-        total = _chunk_sum(row, chunk, scale, tl.uint16, QUICK, P, scales is not None)
+        total = _chunk_sum(row, chunk, None, tl.uint16, QUICK, P)
         if QUICK and P != INF:
             if ~((total >= _LOWEST) & (total <= _HIGHEST)):
-                total = _chunk_sum(row, chunk, scale, tl.uint16, False, P, scales is not None)
+                total = _chunk_sum(row, chunk, None, tl.uint16, False, P)
     else:
-        total = _chunk_sum(row, chunk, scale, tl.float64, False, P, scales is not None)
+        total = _chunk_sum(row, chunk, None, tl.float64, False, P)
     tl.store(partials + chunk, total)
 
 
 @triton.jit
 def finish(rows, partials, sums, P: tl.constexpr):
     """sums[tensor] from the partials of its chunks, always in one order: their sum (P = 1) or maximum (inf)."""
+    tl.store(sums + tl.program_id(0), _of_chunks(rows + tl.program_id(0) * _COLUMNS, partials, None, None, P))
+
+
+@triton.jit
+def partial_norms(rows, owners, maxima, sums, P: tl.constexpr):
+    """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64; the second read finds the cache."""
+    chunk = tl.program_id(0)
+    row = rows + tl.load(owners + chunk) * _COLUMNS
+    code = tl.load(row + 3)
+    if code == _FLOAT32:
+        _chunk_norm(row, chunk, maxima, sums, tl.float32, P)
+    elif code == _FLOAT16:
+        _chunk_norm(row, chunk, maxima, sums, tl.float16, P)
+    elif code == _BFLOAT16:
+        _chunk_norm(row, chunk, maxima, sums, tl.uint16, P)
+    else:
+        _chunk_norm(row, chunk, maxima, sums, tl.float64, P)
+
+
+@triton.jit
+def finish_norms(rows, maxima, sums, norms, P: tl.constexpr):
+    """norms[tensor] from the maxima and sums of its chunks, always in one order."""
     row = rows + tl.program_id(0) * _COLUMNS
-    first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
-    total = _zeros(_FINISHED, False, P)
-    while first < last:
-        offsets = first + tl.arange(0, _FINISHED)
-        part = tl.load(partials + offsets, mask=offsets < last, other=0.0)
-        total = _plus(total, _term(part, 1.0, False, P, False), P)
-        first += _FINISHED
-    tl.store(sums + tl.program_id(0), _joined(total, P))
+    maximum = _of_chunks(row, maxima, None, None, INF)
+    total = _of_chunks(row, maxima, tl.where(maximum == 0, 1.0, maximum), sums, P)
+    norm = maximum * tl.exp2(tl.log2(total) / P)
+    tl.store(norms + tl.program_id(0), tl.where(maximum == INF, maximum, norm))
 
 
 @triton.jit
@@ -100,22 +113,45 @@ def _place(row, chunk, STORED: tl.constexpr):
 
 
 @triton.jit
-def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
+def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr):
     base, start, stop, head = _place(row, chunk, STORED)
     total = _zeros(_READ, QUICK, P)
     while start < stop:
         offsets = tl.multiple_of(start, _READ) + tl.arange(0, _READ)
         if (start >= head) & (start + _READS * _READ <= stop):  # without a mask the loads are 16 bytes wide
-            short = _term(tl.load(base + offsets), scale, QUICK, P, SCALED)
+            short = _term(tl.load(base + offsets), scale, QUICK, P)
             for i in tl.static_range(1, _READS):
                 more = tl.load(base + offsets + i * _READ)
-                short = _plus(short, _term(more, scale, QUICK, P, SCALED), P)
+                short = _plus(short, _term(more, scale, QUICK, P), P)
             start += _READS * _READ
         else:
             values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < stop), other=0)
-            short = _term(values, scale, QUICK, P, SCALED)
+            short = _term(values, scale, QUICK, P)
             start += _READ
         total = _plus(total, short.to(total.dtype), P)
+    return _joined(total, P)
+
+
+@triton.jit
+def _chunk_norm(row, chunk, maxima, sums, STORED: tl.constexpr, P: tl.constexpr):
+    maximum = _chunk_sum(row, chunk, None, STORED, STORED != tl.float64, INF)
+    scale = tl.where(maximum == 0, 1.0, maximum)
+    tl.store(maxima + chunk, maximum)
+    tl.store(sums + chunk, _chunk_sum(row, chunk, scale, STORED, False, P))
+
+
+@triton.jit
+def _of_chunks(row, partials, scale, weights, P: tl.constexpr):
+    """The sum, or maximum, of `_term` of the tensor's partials; times their weights, if any."""
+    first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
+    total = _zeros(_FINISHED, False, P)
+    while first < last:
+        offsets = first + tl.arange(0, _FINISHED)
+        part = _term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
+        if weights is not None:
+            part *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
+        total = _plus(total, part, P)
+        first += _FINISHED
     return _joined(total, P)
 
 
@@ -129,13 +165,13 @@ def _zeros(BLOCK: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _term(stored, scale, QUICK: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
-    """(|x| / scale)**P. For P = inf |x| / scale as an integer, which orders as floats do, with NaN above infinity.
+def _term(stored, scale, QUICK: tl.constexpr, P: tl.constexpr):
+    """|x|**P, or (|x| / scale)**P. For P = inf |x| as an integer, which orders as floats do, with NaN above infinity.
 
     A maximum of floats drops NaN on the device, and keeps it in the interpreter.
     """
     x = _wide(stored).to(tl.float32 if QUICK else tl.float64)
-    if SCALED:
+    if scale is not None:
         x = x / scale
     if P == 2:
         return x * x
