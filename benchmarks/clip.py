@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import show
 from benchmarks.goals import BACKWARD, BF16, CLIP, FLOAT32, FP16, SMALL
 from benchmarks.rivals import AFTER_BACKWARD, IN_ONE_PROCESS
-from benchmarks.timing import STATES, Gradients, Row, float64_norm, measure
+from benchmarks.timing import STATES, Gradients, Rival, Row, float64_norm, measure
 
 Shapes = list[tuple[int, ...]]
 
@@ -42,6 +43,10 @@ class Case:
     dtype: torch.dtype
     times: int = 1  # as many rounds as the others: short calls need more of them
     after_backward: bool = False  # each call comes right after one, which leaves nothing of the gradients in the caches
+
+    @property
+    def rivals(self) -> Sequence[Rival]:
+        return AFTER_BACKWARD if self.after_backward else IN_ONE_PROCESS
 
 
 def cases(quick: bool) -> list[Case]:
@@ -83,13 +88,13 @@ class AfterBackward(Gradients):
 
 
 def rows_of(case: Case, rounds: int) -> list[Row]:
-    work, rivals = gradients(case.shapes, case.dtype), IN_ONE_PROCESS
+    work = gradients(case.shapes, case.dtype)
     if case.after_backward:
-        work, rivals = AfterBackward(work.params, work.values, work.norm), AFTER_BACKWARD
+        work = AfterBackward(work.params, work.values, work.norm)
     return [
         row
         for state, factor in STATES.items()
-        for row in measure(case.name, state, factor, work, rivals, case.times * rounds)
+        for row in measure(case.name, state, factor, work, case.rivals, case.times * rounds)
     ]
 
 

@@ -75,12 +75,15 @@ class Under:
     rival: str
     ms: float
 
+    @property
+    def text(self) -> str:
+        return f"{self.rival} under {self.ms:g} ms"
+
     def judged(self, rows: Sequence[Row]) -> list[str]:
         seconds = find(rows, self.case, self.state, self.rival).seconds
         found = spread([1e3 * s for s in seconds]) if seconds else None
         verdict = "not measured" if found is None else "reached" if found.p50 < self.ms else "not reached"
-        text = "-" if found is None else f"{found.text()} ms"
-        return [self.case, self.state, f"{self.rival} under {self.ms:g} ms", text, verdict]
+        return [self.case, self.state, self.text, "-" if found is None else f"{found.text()} ms", verdict]
 
 
 Judged = Goal | AtMost | Under

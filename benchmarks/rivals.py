@@ -18,6 +18,7 @@ from benchmarks.timing import Gradients, Rival
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
 OVERLAP = "distclip, overlap"
 PLAIN_READ, PLAIN_WRITE = "plain read", "plain write (mul_)"
+PLAIN_BOTH = "the floor: sum, then mul_"
 MEASURING, COPY = "distclip, measuring alone", "device copy"
 Run = Callable[[], Any]
 
@@ -82,6 +83,11 @@ def plain_write(gradients: Gradients, limit: float) -> Run:
     return lambda: gradients.flat.mul_(1.0)  # torch has no shortcut for 1
 
 
+def plain_both(gradients: Gradients, limit: float) -> Run:
+    """What no clipping that must know the norm before it writes can beat: torch has nothing that reads faster."""
+    return lambda: (gradients.flat.sum(), gradients.flat.mul_(1.0))
+
+
 def measuring(gradients: Gradients, limit: float) -> Run:
     """What `clip_` does before it scales."""
     clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
@@ -124,4 +130,5 @@ IN_ONE_PROCESS = (
     Rival("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
     Rival("DeepSpeed", deepspeed_clip),
     Rival(PLAIN_WRITE, plain_write, None),
+    Rival(PLAIN_BOTH, plain_both, None),
 )

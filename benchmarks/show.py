@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks import picture
 from benchmarks.correctness import RESULTS, about_this_run
 from benchmarks.goals import JUDGED, Judged
-from benchmarks.rivals import CLIPPER, FUNCTION, PLAIN_READ, TORCH
+from benchmarks.rivals import CLIPPER, FUNCTION, OVERLAP, PLAIN_READ, TORCH
 from benchmarks.timing import Row, find, ratio, spread
 
 PEERS = ("torchtitan", "megatron-core", "deepspeed", "triton")
@@ -195,7 +195,7 @@ def publish(
     made = f"{LEGEND}\n\nMade by `python -m benchmarks.{name}`.\n"
     stem.with_suffix(".md").write_text("\n".join([*head, *parts, made]))
     console.print(f"{stem}.md, .csv, .png", highlight=False, soft_wrap=True)
-    return int(any(row.rival in (CLIPPER, FUNCTION) and not row.seconds for row in rows))
+    return int(any(row.rival in (CLIPPER, FUNCTION, OVERLAP) and not row.seconds for row in rows))
 
 
 def write_csv(path: Path, records: Sequence[dict[str, str]]) -> None:

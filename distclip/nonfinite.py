@@ -54,7 +54,7 @@ class Skips:
 
     @property
     def total(self) -> Tensor:
-        return torch.zeros((), dtype=torch.int64) if self._counts is None else self._counts[0]
+        return torch.zeros((), dtype=torch.int64, device="cpu") if self._counts is None else self._counts[0]
 
     def count_(self, finite: Tensor) -> bool:
         """Whether there have been too many in a row. On an accelerator the answer is `_LAG` steps old."""

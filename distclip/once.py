@@ -75,7 +75,7 @@ def scale_gradients_(parameters: Parameters, policy: Policy[Any], norm: Tensor) 
 def clamp_gradients_(parameters: Parameters, clip_value: float) -> None:
     """See `clip_grad_value_`."""
     check_not_negative("clip_value", clip_value)
-    apply.clamp_(_pieces(parameters), torch.tensor(clip_value, dtype=torch.float64))
+    apply.clamp_(_pieces(parameters), torch.tensor(clip_value, dtype=torch.float64, device="cpu"))
 
 
 def _pieces(parameters: Parameters) -> apply.Pieces:

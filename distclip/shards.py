@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -80,7 +81,8 @@ def _dtensor(name: str, param: DTensor) -> Own:
     axes = axis_names(mesh)
     lines = {axis: numbers(mesh.mesh[(*here[:i], slice(None), *here[i + 1 :])]) for i, axis in enumerate(axes)}
     kinds = [(axis, p) for axis, p in zip(axes, param.placements, strict=True) if not _is_copy(p)]
-    size, start = compute_local_shape_and_global_offset(shape, mesh, param.placements)
+    with torch.device("cpu"):  # it computes with tensors of the default device
+        size, start = compute_local_shape_and_global_offset(shape, mesh, param.placements)
     cut = frozenset(cast(int, cast(Any, p).dim) for axis, p in kinds if len(lines[axis]) > 1)
     box = Box(shape, tuple(start), tuple(size), cut)
     return Own((Part(name, param.numel(), box),), lines, frozenset(axis for axis, _ in kinds))

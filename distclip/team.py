@@ -43,8 +43,8 @@ class Team:
     )
 
     def __post_init__(self) -> None:
-        places = torch.full((int(self.ranks.max()) + 1,), -1)
-        places[self.ranks.flatten().long()] = torch.arange(self.ranks.numel())
+        places = torch.full((int(self.ranks.max()) + 1,), -1, device="cpu")
+        places[self.ranks.flatten().long()] = torch.arange(self.ranks.numel(), device="cpu")
         object.__setattr__(self, "_places", places)
         here = [int(index) for index in self._coordinates([dist.get_rank()])]
         object.__setattr__(self, "coordinate", dict(zip(self.axes, here, strict=True)))
@@ -61,7 +61,9 @@ class Team:
     @classmethod
     def world(cls, device_type: str) -> Team:
         """All ranks of the default process group, on one axis."""
-        return cls(torch.arange(dist.get_world_size()), ("world",), frozenset(), world_group(), device_type)
+        return cls(
+            torch.arange(dist.get_world_size(), device="cpu"), ("world",), frozenset(), world_group(), device_type
+        )
 
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
@@ -95,7 +97,7 @@ class Team:
         return moved
 
     def _coordinates(self, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        asked = torch.tensor(ranks)
+        asked = torch.tensor(ranks, device="cpu")
         places = torch.where(asked < len(self._places), self._places[asked.clamp(max=len(self._places) - 1)], -1)
         if bool((places < 0).any()):
             raise LayoutError(

@@ -115,10 +115,10 @@ def make_units(members: Sequence[Held], policy: Policy[Any], device: torch.devic
         slots += [num_slots + i for i, _ in here]
         num_slots += len(travelling)
     left_out = _excluded(members, getattr(policy, "exclude", ()))
-    counts = torch.tensor([span.count for span in spans], dtype=torch.int64)
+    counts = torch.tensor([span.count for span in spans], dtype=torch.int64, device="cpu")
 
     def of_spans(numbers: list[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(counts).to(device)
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu").repeat_interleave(counts).to(device)
 
     return Units(
         spans,

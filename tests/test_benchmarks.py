@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks import gpu, sharded_ranks, show
 from benchmarks.clip import GPT2, Case, gradients
 from benchmarks.clip import cases as clip_cases
-from benchmarks.goals import CLIP, SHARDED, AtMost, Goal
+from benchmarks.goals import CLIP, SHARDED, AtMost, Goal, Judged, Under
 from benchmarks.models import LLAMA_1B
-from benchmarks.rivals import CLIPPER, COPY, FUNCTION, IN_ONE_PROCESS, MEASURING, ON_RANKS, TORCH, torch_clip
+from benchmarks.rivals import CLIPPER, COPY, FUNCTION, IN_ONE_PROCESS, MEASURING, ON_RANKS, OVERLAP, TORCH, torch_clip
 from benchmarks.sharded import CASES, QUICK
 from benchmarks.timing import STATES, Gradients, Rival, Row, Together, in_turn, measure, ratio, worst_element
 
@@ -66,10 +66,10 @@ def table_rows(markdown: str) -> list[list[str]]:
     return [row for row in rows if row[0] != "---" and "goal" not in row and "note" not in row]
 
 
-def check_lines(lines: list[Line], result: str, names: set[str], cases: set[str]) -> None:
+def check_lines(lines: list[Line], result: str, cases: dict[str, Sequence[Rival]]) -> None:
     """Each rival in each case and state, with its numbers in the result; and they agree with each other."""
     assert {(line["case"], line["state"], line["rival"]) for line in lines} == {
-        (case, state, name) for case in cases for state in STATES for name in names
+        (case, state, rival.name) for case, rivals in cases.items() for state in STATES for rival in rivals
     }
     rows = table_rows(result)
     median = {(line["case"], line["state"], line["rival"]): line["ms_p50"] for line in lines}
@@ -84,18 +84,23 @@ def check_lines(lines: list[Line], result: str, names: set[str], cases: set[str]
         written = [f"{float(line['ms_p50']):.3g} ({float(line['ms_p20']):.3g} to {float(line['ms_p80']):.3g})"]
         assert any(row[0] == line["rival"] and row[1:2] == written for row in rows), line
     for line in lines:
-        if line["rival"] in (CLIPPER, FUNCTION):
+        if line["rival"] in (CLIPPER, FUNCTION, OVERLAP):
             assert float(line["norm_error"]) < 1.2e-7
             assert float(line["times_torch_p50"]) > 0
 
 
-def check_goals(lines: list[Line], result: str, goals: list[Goal]) -> None:
+def check_goals(lines: list[Line], result: str, goals: Sequence[Goal | Under]) -> None:
     """Every goal is there, with a ratio out of the CSV and a verdict that follows from it."""
     rows = {(row[0], row[1], row[2]): row[3:] for row in table_rows(result) if len(row) == 5}
     assert set(rows) == {(goal.case, goal.state, goal.text) for goal in goals}
     ms = {(line["case"], line["state"], line["rival"]): line["ms_p50"] for line in lines}
     for goal in goals:
         found, verdict = rows[goal.case, goal.state, goal.text]
+        if isinstance(goal, Under):
+            taken = float(ms[goal.case, goal.state, goal.rival])
+            assert float(found.partition(" ")[0]) == pytest.approx(taken, rel=6e-3)
+            assert verdict == ("reached" if taken < goal.ms else "not reached")
+            continue
         ours, theirs = (float(ms[goal.case, goal.state, name]) for name in (CLIPPER, goal.than))
         value = ours / theirs if goal.within else theirs / ours
         assert float(found.partition(" ")[0]) == pytest.approx(value, rel=6e-3)
@@ -111,8 +116,7 @@ def check_facts(result: str) -> None:
 
 def test_clip_leaves_a_table_a_csv_a_picture_and_a_result(tmp_path: Path) -> None:
     lines, result = quick("clip", tmp_path)
-    names = {rival.name for rival in IN_ONE_PROCESS}
-    check_lines(lines, result, names, {case.name for case in clip_cases(quick=True)})
+    check_lines(lines, result, {case.name: case.rivals for case in clip_cases(quick=True)})
     check_goals(lines, result, CLIP)
     check_facts(result)
     assert {line["rounds"] for line in lines if line["ms_p50"]} == {"3"}
@@ -120,7 +124,7 @@ def test_clip_leaves_a_table_a_csv_a_picture_and_a_result(tmp_path: Path) -> Non
 
 def test_sharded_leaves_a_table_a_csv_a_picture_and_a_result(tmp_path: Path) -> None:
     lines, result = quick("sharded", tmp_path)
-    check_lines(lines, result, {rival.name for rival in ON_RANKS}, {case.name for case in CASES})
+    check_lines(lines, result, {case.name: ON_RANKS for case in CASES})
     check_goals(lines, result, SHARDED)
     check_facts(result)
 
@@ -309,12 +313,15 @@ def test_the_ratio_is_that_of_the_medians_between_quantiles_of_the_rounds() -> N
         (Goal("case", "clipping", within=0.24), "0.25 (0.283 to 0.433)", "not reached"),
         (Goal("case", "clipping", 2.0, work=0.5), "2 (1.2 to 1.8)", "reached"),
         (Goal("case", "not clipping", 1.0), "-", "not measured"),
+        (Under("case", "clipping", CLIPPER, 1001.0), "1e+03 (1e+03 to 1.6e+03) ms", "reached"),
+        (Under("case", "clipping", CLIPPER, 1000.0), "1e+03 (1e+03 to 1.6e+03) ms", "not reached"),
+        (Under("case", "not clipping", CLIPPER, 1.0), "-", "not measured"),
         (AtMost("case", "clipping", CLIPPER, "syncs", 0), "0", "reached"),
         (AtMost("case", "clipping", CLIPPER, "launches", 4), "5", "not reached"),
         (AtMost("case", "clipping", TORCH, "launches", 4), "-", "not measured"),
     ],
 )
-def test_goals(goal: Goal | AtMost, found: str, verdict: str) -> None:
+def test_goals(goal: Judged, found: str, verdict: str) -> None:
     rows = [
         Row("case", "clipping", TORCH, [2.0, 4.0, 6.0]),
         Row("case", "clipping", CLIPPER, [1.0, 1.0, 2.0], launches=5, syncs=0),

@@ -28,6 +28,7 @@ _group_norm_backward: Any = torch.ops.aten.native_group_norm_backward.default
 # that float32 adds up many of them without rounding.
 _ROW = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 512}
 _ROWS = 4  # of 16 bits, give one number: fewer to make a float64 of
+_MEAN, _RSTD = torch.zeros(_ROWS, 1, device="cpu"), torch.ones(_ROWS, 1, device="cpu")
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
 _EXACT = 1 << 16  # elements: so few are all added up in float64
@@ -68,7 +69,7 @@ def _largest(joined: Sequence[Tensor]) -> Tensor:
     long, packs = _blocks(joined, list(map(Tensor.numel, joined)), _SHORT)
     full = [block for block in (*long, *packs) if block.numel()]
     ends = [end.abs().double() for block in full for end in torch.aminmax(block)]
-    return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64)
+    return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _squares(joined: Sequence[Tensor]) -> Tensor:
@@ -103,9 +104,8 @@ def _squares_of_16_bits(run: Tensor, row: int) -> Tensor:
     std is 1. Infinities give NaN.
     """
     channels = run.numel() // (_ROWS * row)
-    mean, rstd, weight = torch.zeros(_ROWS, 1), torch.ones(_ROWS, 1), torch.empty(channels)
-    only_weight = [False, True, False]
-    return _group_norm_backward(run, run, mean, rstd, weight, _ROWS, channels, row, 1, only_weight)[1]
+    weight = torch.empty(channels, device="cpu")
+    return _group_norm_backward(run, run, _MEAN, _RSTD, weight, _ROWS, channels, row, 1, [False, True, False])[1]
 
 
 def _blocks(

@@ -155,7 +155,7 @@ class Handle:
         optimizer.clip_grad = 0.0  # load_checkpoint brings back what it was
         self._where.settle(optimizer)
         self._scale = self._where.loss_scale(optimizer)
-        inverse = None if self._scale == 1.0 else torch.tensor(1 / self._scale, dtype=torch.float64)
+        inverse = None if self._scale == 1.0 else torch.tensor(1 / self._scale, dtype=torch.float64, device="cpu")
         found = [partition.gradients() for partition in self._partitions]
         values = [None if place.at is None else found[place.at[0]][place.at[1]] for place in self._places]
         for held, place in zip(self._clipper.plan.held, self._places, strict=True):
@@ -180,7 +180,7 @@ class Handle:
         stepping = {id(p): p for group in inner.param_groups for p in group["params"] if p.grad is not None}
         values = [self._applied(place, stepping) for place in self._places]
         grown = self._where.loss_scale(self._optimizer) / self._scale
-        correction = None if grown == 1.0 else torch.tensor(grown, dtype=torch.float64)
+        correction = None if grown == 1.0 else torch.tensor(grown, dtype=torch.float64, device="cpu")
         write_(self._decision.applied_to(values, correction))
         skipped = self._clipper.found_inf(self._decision, False)
         if skipped is not None and bool(skipped):
