@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from benchmarks import gpu, sharded_ranks, show
-from benchmarks.clip import GPT2, Case, gradients
+from benchmarks.clip import GPT2, AfterBackward, Case, gradients
 from benchmarks.clip import cases as clip_cases
 from benchmarks.goals import CLIP, SHARDED, AtMost, Goal, Judged, Under
 from benchmarks.models import LLAMA_1B
@@ -120,6 +120,18 @@ def test_clip_leaves_a_table_a_csv_a_picture_and_a_result(tmp_path: Path) -> Non
     check_goals(lines, result, CLIP)
     check_facts(result)
     assert {line["rounds"] for line in lines if line["ms_p50"]} == {"3"}
+
+
+def test_gradients_after_backward_are_made_anew() -> None:
+    made = gradients([(10,), (2, 3)], torch.float32)
+    work = AfterBackward(made.params, made.values, made.norm)
+    for clipping in (False, True):
+        before = [param.grad for param in work.params]
+        work.prepare(clipping)
+        assert all(param.grad is not was for param, was in zip(work.params, before, strict=True))
+        assert work.errors(work.norm, 2 * work.norm) == (0, 0)
+        torch._foreach_mul_([param.grad for param in work.params], 0.5)
+        assert work.errors(work.norm, 2 * work.norm) == (0, 0.5)
 
 
 def test_sharded_leaves_a_table_a_csv_a_picture_and_a_result(tmp_path: Path) -> None:

@@ -99,6 +99,19 @@ def test_two_storages_that_touch_are_two_runs() -> None:
     views = [torch.frombuffer(memory, dtype=torch.float32, count=100, offset=offset) for offset in (0, 400)]
     assert views[0].data_ptr() + 400 == views[1].data_ptr()
     assert [len(piece) for piece in kernels.pieces(views)] == [2]
+    first, second = views
+    ((joined, other),) = kernels.pieces([first[:50], second, first[50:]])
+    assert (joined.numel(), other.numel()) == (100, 100)
+    assert joined.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+
+
+def test_a_tensor_with_gaps_has_no_neighbour() -> None:
+    """Its elements reach beyond where as many bytes would end, here over the neighbour of that place."""
+    storage = random(10, torch.float32)
+    tensors = [storage.view(5, 2)[:, 0], storage[5:6], storage[7:8]]
+    ((*pieces,),) = kernels.pieces(tensors)
+    assert sorted(piece.numel() for piece in pieces) == [1, 1, 5]
+    torch.testing.assert_close(together(tensors, 2.0), by_loops(tensors, 2.0), rtol=1e-7, atol=0)
 
 
 def test_dtypes_side_by_side_and_dense_tensors_in_another_order_of_dims() -> None:

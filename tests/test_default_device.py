@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distclip
 from tests.ranks import Ranks, mesh
@@ -63,6 +64,14 @@ def test_a_clipper(policy: distclip.Policy, rule: str, overlap: bool) -> None:
     torch.testing.assert_close(results[0][3], results[1][3], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 8.0, math.inf])
+def test_gradients_without_elements(p: float) -> None:
+    param = nn.Parameter(torch.zeros(0))
+    param.grad = torch.zeros(0)
+    with elsewhere(True):
+        assert distclip.Clipper([param], distclip.ClipNorm(1.0, p)).clip_().to_dict()["total_norm"] == 0
+
+
 def test_the_functions() -> None:
     results: list[list[Tensor]] = []
     for meta in (False, True):
@@ -81,11 +90,20 @@ def test_the_functions() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def a_sharded_model(policy: distclip.Policy) -> None:
+def fsdp2(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=mesh((4,), ("fsdp",)))
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    """Has no mesh: its ranks are the world."""
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def a_sharded_model(wrap: Callable[[nn.Module], nn.Module], policy: distclip.Policy) -> None:
     tokens = tokens_of_all_ranks().chunk(4)[dist.get_rank()]
     results = []
     for meta in (False, True):
-        model = fully_shard(make_model(), mesh=mesh((4,), ("fsdp",)))
+        model = wrap(make_model())
         loss_of(model, tokens).backward()
         with elsewhere(meta):
             clipper = distclip.Clipper(model, policy)
@@ -97,4 +115,5 @@ def a_sharded_model(policy: distclip.Policy) -> None:
 
 def test_on_ranks(four_ranks: Ranks) -> None:
     for policy in (distclip.ClipNorm(1e-3), distclip.AGC(), distclip.AdaGC()):
-        four_ranks.run(a_sharded_model, policy)
+        four_ranks.run(a_sharded_model, fsdp2, policy)
+        four_ranks.run(a_sharded_model, fsdp1, policy)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distclip import Clipper
 from distclip.policies import (
     AGC,
     About,
@@ -264,6 +265,24 @@ def test_infinity_measures_only() -> None:
     norms = torch.ones(3, dtype=F64)
     for policy in (ClipNorm(math.inf), ClipTensorNorm(math.inf), ClipBlockRMS(math.inf), ClipValue(math.inf)):
         assert policy.limit(norms, Stateless(), about(norms))[0] is None
+
+
+def test_a_limit_of_zero_and_gradients_of_zero() -> None:
+    """0 / 0 is no number, and no reason to clip."""
+    for policy in (ClipNorm(0.0), ClipTensorNorm(0.0), ClipBlockRMS(0.0)):
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.zeros(3)
+        report = Clipper([param], policy).clip_()
+        assert (report.coefficient, report.clipped) == (1, False)
+        assert torch.equal(param.grad, torch.zeros(3))
+
+
+def test_an_infinite_norm_without_a_limit_is_left_alone() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for param, value in zip(params, (math.inf, 100.0), strict=True):
+        param.grad = torch.tensor([value, 1.0, -value])
+    Clipper([("free", params[0]), ("bound", params[1])], AGC(exclude=("free",))).clip_()
+    assert params[0].grad.tolist() == [math.inf, 1.0, -math.inf]
 
 
 def test_zero_initialised_weights_still_learn() -> None:

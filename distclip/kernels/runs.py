@@ -15,16 +15,14 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Gradients lie side by side in what FSDP reduces and scatters, in DDP's buckets and in the flat buffers of
     Megatron and DeepSpeed. A run never reaches across a gap, whose padding may hold anything. What has no neighbour
-    comes as it is; empty tensors may be left out.
+    comes as it is.
     """
     offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
     if not any(offsets):  # each begins its storage, as with thousands of tensors of their own
         return list(tensors)
-    begins, sizes = list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("nbytes"), tensors))
-    ends = list(map(add, begins, sizes))
+    begins = list(map(Tensor.data_ptr, tensors))
+    ends = list(map(add, begins, map(attrgetter("nbytes"), tensors)))
     order = sorted(range(len(tensors)), key=begins.__getitem__)
-    if 0 in sizes:
-        order = [i for i in order if sizes[i]]
     # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
     itemsize = tensors[0].itemsize
     storages: list[int | None] = [begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)]
@@ -35,7 +33,7 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
     cuts = [
         place for place, (i, j) in touching if ends[i] != begins[j] or storages[i] is None or storages[i] != storages[j]
     ]
-    found = [order[first:end] for first, end in pairwise([0, *cuts, len(order)])] if order else []
+    found = [order[first:end] for first, end in pairwise([0, *cuts, len(order)])]
     return [_joined(tensors[run[0]], tensors[run[-1]]) for run in found]
 
 
