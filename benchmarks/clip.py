@@ -84,7 +84,10 @@ class AfterBackward(Gradients):
 
     def errors(self, norm: Tensor | float, limit: float) -> tuple[float, float]:
         self.values = [p.grad for p in self.params if p.grad is not None]
-        return super().errors(norm, limit)
+        try:
+            return super().errors(norm, limit)
+        finally:
+            self.values = self.saved  # kept alive, these gradients would scatter the next ones over memory
 
 
 def rows_of(case: Case, rounds: int) -> list[Row]:
