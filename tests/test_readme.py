@@ -19,6 +19,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^(?:<!-- torchrun: (\d+) -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIMEOUT = 100  # seconds; below pytest's own limit, so that the block's output is shown
+# A DeviceMesh that outlives `destroy_process_group` aborts one rank in ten while Python ends ("terminate called without
+# an active exception"; torch 2.13, gloo, a script of torch alone). So everything of a block goes before Python does.
+ON_RANKS = "import gc, runpy, sys\nrunpy.run_path(sys.argv[1], run_name='__main__')\ngc.collect()\n"
 
 
 class Block(NamedTuple):
@@ -46,7 +49,10 @@ def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "block.py"
     script.write_text(block.code)
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={block.num_ranks}".split()
-    command = [sys.executable, *(torchrun if block.num_ranks else []), str(script)]
+    command = [sys.executable, str(script)]
+    if block.num_ranks:
+        (driver := folder / "on_ranks.py").write_text(ON_RANKS)
+        command = [sys.executable, *torchrun, str(driver), str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
