@@ -1,7 +1,7 @@
 """The CPU, at nearly the speed of its memory: float32 sums of squares of short rows, one call for a run of any length.
 
 A row is so short that its norm errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the
-same side, and by 4e-8 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
+same side, and by 5e-8 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
 the range of float32, `loops` does the work again in float64.
 """
 
@@ -98,8 +98,8 @@ def _rows(runs: Sequence[Tensor], row: int) -> Tensor:
 def _squares_of_16_bits(run: Tensor, row: int) -> Tensor:
     """Sums of squares, float32, of `_ROWS` rows each.
 
-    torch's norms of 16 bits have 16 bits. The one operator that reads 16 bits, gives 32, and writes less than it reads
-    is the backward of a group norm: the gradient of the weight of channel c is the sum of (x - mean) * y / std over
+    torch's norms of 16 bits have 16 bits. The backward of a group norm reads 16 bits, gives 32, and writes less than it
+    reads, faster than any other operator that was tried (benchmarks/NOTES.md): the gradient of the weight of channel c is the sum of (x - mean) * y / std over
     the channel in all samples. Here x and y are both the run: `_ROWS` samples, whose channels are rows; mean is 0 and
     std is 1. Infinities give NaN.
     """

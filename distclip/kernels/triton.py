@@ -36,7 +36,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """As `loops.norms`, in two launches that read every element from memory once."""
+    """As `loops.norms`, in two launches."""
     if not tensors or math.isinf(norm_type):
         return power_sums(tensors, norm_type)
     table = tables.table(tensors)
