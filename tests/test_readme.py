@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^(?:<!-- torchrun: (\d+) -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIMEOUT = 100  # seconds; below pytest's own limit, so that the block's output is shown
-# A DeviceMesh that outlives `destroy_process_group` aborts about one run in four while Python ends ("terminate called without
-# an active exception"; torch 2.13, gloo, a script of torch alone). So everything of a block goes before Python does.
+# A DeviceMesh that outlives `destroy_process_group` aborts about one run in four while Python ends ("terminate called
+# without an active exception"; torch 2.13, gloo, a script of torch alone). So all of a block goes before Python does.
 ON_RANKS = "import gc, runpy, sys\nrunpy.run_path(sys.argv[1], run_name='__main__')\ngc.collect()\n"
 
 

@@ -99,9 +99,9 @@ def _squares_of_16_bits(run: Tensor, row: int) -> Tensor:
     """Sums of squares, float32, of `_ROWS` rows each.
 
     torch's norms of 16 bits have 16 bits. The backward of a group norm reads 16 bits, gives 32, and writes less than it
-    reads, faster than any other operator that was tried (benchmarks/NOTES.md): the gradient of the weight of channel c is the sum of (x - mean) * y / std over
-    the channel in all samples. Here x and y are both the run: `_ROWS` samples, whose channels are rows; mean is 0 and
-    std is 1. Infinities give NaN.
+    reads, faster than any other operator that was tried (benchmarks/NOTES.md): the gradient of the weight of channel c
+    is the sum of (x - mean) * y / std over the channel in all samples. Here x and y are both the run: `_ROWS` samples,
+    whose channels are rows; mean is 0 and std is 1. Infinities give NaN.
     """
     channels = run.numel() // (_ROWS * row)
     weight = torch.empty(channels, device="cpu")

@@ -51,7 +51,7 @@ def finish(rows, partials, sums, P: tl.constexpr):
 
 @triton.jit
 def partial_norms(rows, owners, maxima, sums, P: tl.constexpr):
-    """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64, from two reads of a chunk in turn."""
+    """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64, by two reads of the chunk."""
     chunk = tl.program_id(0)
     row = rows + tl.load(owners + chunk) * _COLUMNS
     code = tl.load(row + 3)
