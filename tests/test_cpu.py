@@ -16,8 +16,14 @@ from distclip.kernels import cpu, loops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]
 # Below and above every size at which the kernels change their ways: rows, packs, what is exact, chunks.
-SIZES = [0, 1, 63, 64, 65, 255, 257, 4095, 4097, 65535, 65600, 300_001, (1 << 20) + 77]
+SIZES = [0, 1, 63, 64, 65, 255, 257, 1023, 1024, 4095, 4097, 65535, 65600, 300_001, (1 << 20) + 77]
 ALL_TO_ONE_SIDE = 6.2e-7  # of a sum of squares: 3.1e-7 of its root
+
+
+@pytest.fixture(autouse=True, params=["torch", "numba"])
+def _how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's operators, as where Numba is missing; and by Numba, however few elements there are."""
+    monkeypatch.setattr(cpu, "_MANY", 0 if request.param == "numba" else math.inf)
 
 
 def together(tensors: list[Tensor], norm_type: float) -> Tensor:

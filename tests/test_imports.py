@@ -42,9 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # What is not torch, the standard library or distclip -> the rooms that may import it.
 THIRD_PARTY: dict[str, set[str]] = {
-    "triton": {"kernels"},
+    **{name: {"kernels"} for name in ("triton", "numba", "llvmlite")},
     **{name: {"adapters"} for name in ("deepspeed", "lightning", "accelerate", "transformers")},
-    **{name: {"cli"} for name in ("tyro", "rich", "matplotlib", "numpy")},
+    **{name: {"cli"} for name in ("tyro", "rich", "matplotlib")},
+    "numpy": {"kernels", "cli"},
 }
 
 # A part of torch -> the rooms that may name it; the longest match decides.

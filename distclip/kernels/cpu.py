@@ -1,14 +1,18 @@
-"""The CPU, at nearly the speed of its memory: float32 sums of squares of short rows, one call for a run of any length.
+"""The CPU, at the speed of its memory where Numba is installed, and not far from it with torch's operators.
 
-A row is so short that its norm errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the
-same side, and by 5e-8 over many rows of unequal ones; what the rows give is added up in float64. Where squares leave
-the range of float32, `loops` does the work again in float64.
+torch's sums of squares are float32 along short rows, one call for a run of any length. A row is so short that its norm
+errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the same side, and by 5e-8 over many
+rows of unequal ones; what the rows give is added up in float64. Where squares leave the range of float32, `loops` does
+the work again in float64.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -32,6 +36,7 @@ _MEAN, _RSTD = torch.zeros(_ROWS, 1, device="cpu"), torch.ones(_ROWS, 1, device=
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
 _EXACT = 1 << 16  # elements: so few are all added up in float64
+_MANY = 1 << 22  # elements: with fewer, a step gains less than threads take to start
 # Squares below float32's range are lost or rounded: by less than 2**-26 of the sum where the mean square is above this.
 _LEAST_MEAN = 2.0**-100
 
@@ -60,7 +65,13 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See `loops.scale_`."""
-    if coefficient.item() != 1:
+    if coefficient.item() == 1:
+        return
+    whole = list(filter(Tensor.is_contiguous, tensors))
+    if compiled := _numba_for(whole):
+        compiled.scale_(whole, coefficient)
+        tensors = [tensor for tensor in tensors if not tensor.is_contiguous()]
+    if tensors:
         wide = torch.promote_types(tensors[0].dtype, torch.float32).to_real()
         _foreach_mul_(list(tensors), coefficient.to(wide))
 
@@ -76,19 +87,46 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
     """The sum of squares of 16- or 32-bit numbers."""
     numels = list(map(Tensor.numel, joined))
     numel = sum(numels)
-    row = _ROW[joined[0].dtype]
-    long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, _ROWS * row)
+    if compiled := _numba_for(joined):
+        long, packs = [flat(run).contiguous() for run in joined], []
+        squares = compiled.squares
+    else:
+        row = _ROW[joined[0].dtype]
+        long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, _ROWS * row)
+        squares = _rows
     # A dot would wake the other cores for these few.
     sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
     if long:
-        rows = _rows(long, row)
-        fits = _LEAST_MEAN * numel <= rows.item() < math.inf
-        sums.append(rows if fits else loops.power_sums(long, 2.0).sum())
+        found = squares(long)
+        fits = _LEAST_MEAN * numel <= found.item() < math.inf
+        sums.append(found if fits else loops.power_sums(long, 2.0).sum())
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def _rows(runs: Sequence[Tensor], row: int) -> Tensor:
+def _numba_for(tensors: Sequence[Tensor]) -> ModuleType | None:
+    """None for few elements, and for other dtypes."""
+    many = tensors and tensors[0].dtype in _ROW and sum(map(Tensor.numel, tensors)) >= _MANY
+    return _numba() if many else None
+
+
+@cache
+def _numba() -> ModuleType | None:
+    """None where Numba is missing, or fails: it may know neither this Python nor this NumPy."""
+    try:
+        from distclip.kernels import numba
+
+        numba.scale_([torch.ones(1, device="cpu")], numba.squares([torch.ones(1, device="cpu")]))
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # Numba raises anything, and training should go on
+        warnings.warn(f"Numba does not run here, so that clipping on the CPU is slower: {error!r}", stacklevel=2)
+        return None
+    return numba
+
+
+def _rows(runs: Sequence[Tensor]) -> Tensor:
     """The sum of squares of runs of whole rows, `_ROWS` at a time: float32 along a row, float64 over the rows."""
+    row = _ROW[runs[0].dtype]
     if runs[0].dtype is torch.float32:
         norms = torch.cat([torch.linalg.vector_norm(run.view(-1, row), dim=1) for run in runs]).double()
         return torch.dot(norms, norms)

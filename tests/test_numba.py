@@ -1,0 +1,172 @@
+"""What Numba compiles for the CPU; `test_cpu.py` runs every test of the CPU's kernels with it too."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distclip.kernels import cpu, loops
+
+numba = pytest.importorskip("distclip.kernels.numba")
+
+DTYPES = list(numba.DTYPES)
+CHUNK = numba._CHUNK
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def patterns(dtype: torch.dtype) -> Tensor:
+    """All numbers of 16 bits; of float32 as many, over all exponents."""
+    if dtype is torch.float32:
+        words = torch.arange(0, 1 << 32, 65_521, dtype=torch.int64)
+        return (words - (1 << 31)).to(torch.int32).view(dtype)
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """Bit by bit, but for the payload of NaN."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    bits = torch.int32 if found.dtype is torch.float32 else torch.int16
+    number = ~expected.isnan()
+    assert torch.equal(found[number].view(bits), expected[number].view(bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coefficient", [0.0, 1e-30, 2.0**-8, 0.1, 1 / 3, 0.5, 0.9999999, 1.0, 3.0, math.inf, math.nan])
+def test_every_number_is_scaled_as_torch_scales_it(dtype: torch.dtype, coefficient: float) -> None:
+    factor = torch.tensor(coefficient, dtype=torch.float64)
+    found, expected = patterns(dtype), patterns(dtype)
+    numba.scale_([found], factor)
+    loops.scale_([expected], factor)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
+    """Alone, so that float64 tells each from its neighbours; and in a block, which float32 adds up."""
+    every = patterns(dtype)
+    chosen = every[:: max(1, len(every) // 4096)]
+    each = torch.stack([numba.squares([x]) for x in chosen.split(1)])
+    expected = chosen.double().square()
+    torch.testing.assert_close(each, expected, rtol=1e-15, atol=0, equal_nan=True)
+    usual = every[(every.double().abs() > 1e-15) & (every.double().abs() < 1e15)]
+    torch.testing.assert_close(numba.squares([usual]), usual.double().square().sum(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 255, 256, 1023, 1024, CHUNK - 1, CHUNK, CHUNK + 300, 2 * CHUNK + 4])
+def test_every_place_counts_once(dtype: torch.dtype, place: int) -> None:
+    """Of each lane, of what is left over after the lanes, and of each chunk."""
+    values = torch.zeros(2 * CHUNK + 5, dtype=dtype)
+    values[place] = 3.0
+    assert numba.squares([values]) == 9
+    values.fill_(1)
+    assert numba.squares([values]) == len(values)
+    numba.scale_([values], torch.tensor(0.5, dtype=torch.float64))
+    assert (values == 0.5).all()
+    values[place] = math.nan
+    assert numba.squares([values]).isnan()
+    values[place] = -math.inf
+    assert numba.squares([values]) == math.inf
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 5000), min_size=2, max_size=8).map(sorted),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_nothing_beside_a_run_is_read_or_written(cuts: list[int], dtype: torch.dtype) -> None:
+    buffer = torch.full((5000,), math.nan, dtype=dtype)
+    runs = [buffer[begin:end].fill_(2) for begin, end in zip(cuts[::2], cuts[1::2], strict=False)]
+    numel = sum(map(len, runs))
+    assert numba.squares(runs) == 4 * numel
+    numba.scale_(runs, torch.tensor(0.25, dtype=torch.float64))
+    assert all((run == 0.5).all() for run in runs)
+    assert buffer.isnan().sum() == len(buffer) - numel
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_the_same_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    runs = [random(5 * CHUNK + 3, dtype), random(1000, dtype, 1), random(CHUNK, dtype, 2)]
+    sums = set()
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        sums |= {numba.squares(runs).item() for _ in range(5)}
+    (found,) = sums
+    assert found == pytest.approx(sum(run.double().square().sum().item() for run in runs), rel=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_it_works_for_the_cpu_where_there_is_much_to_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu._numba()  # tries it, once
+    taken: list[tuple[str, int]] = []
+    for name in ("squares", "scale_"):
+        whole = getattr(numba, name)
+        monkeypatch.setattr(
+            numba, name, lambda runs, *rest, f=whole, n=name: taken.append((n, sum(map(len, runs)))) or f(runs, *rest)
+        )
+    half = torch.tensor(0.5, dtype=torch.float64)
+    for numel in (cpu._MANY - 1, cpu._MANY):
+        values = [torch.ones(numel - 1, dtype=dtype), torch.ones(1, dtype=dtype)]
+        before = values[0]._version
+        assert cpu.power_sum(values, 2.0) == numel
+        cpu.scale_(values, torch.ones((), dtype=torch.float64))
+        assert values[0]._version == before
+        cpu.scale_(values, half)
+        assert values[0]._version == before + 1
+        assert cpu.power_sum(values, 2.0) == numel / 4
+        assert cpu.power_sum(values, 1.0) == numel / 2
+    many = cpu._MANY
+    assert taken == ([] if dtype is torch.float64 else [("squares", many), ("scale_", many), ("squares", many)])
+
+
+MISSING = """
+import sys, warnings
+import torch
+warnings.simplefilter("error", UserWarning)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            raise {error}
+sys.meta_path.insert(0, Finder())
+from distclip.kernels import cpu
+values = [torch.full((cpu._MANY + 5,), 2.0)]
+assert cpu.power_sum(values, 2.0) == 4 * len(values[0])
+cpu.scale_(values, torch.tensor(0.5, dtype=torch.float64))
+assert (values[0] == 1).all()
+print("distclip.kernels.numba" in sys.modules)
+"""
+
+
+def without(error: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", MISSING.format(error=error)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_without_numba_nobody_is_warned() -> None:
+    done = without("ModuleNotFoundError('No module named numba')")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_numba_that_fails_is_named() -> None:
+    done = without("ImportError('Numba needs NumPy 2.0 or less')")
+    assert "Numba does not run here" in done.stderr
+    assert "needs NumPy 2.0 or less" in done.stderr
