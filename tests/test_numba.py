@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ numba = pytest.importorskip("distclip.kernels.numba")
 
 DTYPES = list(numba.DTYPES)
 CHUNK = numba._CHUNK
+(NAN_OF_ONES,) = struct.unpack("d", b"\xff" * 8)  # to round it up would give 0
 
 
 @pytest.fixture
@@ -49,7 +51,9 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("coefficient", [0.0, 1e-30, 2.0**-8, 0.1, 1 / 3, 0.5, 0.9999999, 1.0, 3.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "coefficient", [0.0, 1e-30, 2.0**-8, 0.1, 1 / 3, 0.5, 0.9999999, 1.0, 3.0, math.inf, math.nan, NAN_OF_ONES]
+)
 def test_every_number_is_scaled_as_torch_scales_it(dtype: torch.dtype, coefficient: float) -> None:
     factor = torch.tensor(coefficient, dtype=torch.float64)
     found, expected = patterns(dtype), patterns(dtype)
@@ -112,6 +116,17 @@ def test_the_sum_is_the_same_with_any_number_of_threads(dtype: torch.dtype) -> N
         sums |= {numba.squares(runs).item() for _ in range(5)}
     (found,) = sums
     assert found == pytest.approx(sum(run.double().square().sum().item() for run in runs), rel=2e-7)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_no_two_threads_take_the_same_chunk() -> None:
+    torch.set_num_threads(4)
+    values = torch.ones(100_000)
+    runs = values.split(1)
+    for _ in range(5):
+        values.fill_(1)
+        numba.scale_(runs, torch.tensor(0.5, dtype=torch.float64))
+        assert (values == 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
