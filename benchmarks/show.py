@@ -22,7 +22,7 @@ from benchmarks.goals import JUDGED, Judged
 from benchmarks.rivals import CLIPPER, FUNCTION, OVERLAP, PLAIN_READ, TORCH
 from benchmarks.timing import Row, find, ratio, spread
 
-PEERS = ("torchtitan", "megatron-core", "deepspeed", "triton")
+PEERS = ("torchtitan", "megatron-core", "deepspeed", "triton", "numba")
 HEADER = [
     "",
     "ms: median (p20 to p80)",

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.passes import Traffic
 from distclip.kernels import cpu, loops
 
 numba = pytest.importorskip("distclip.kernels.numba")
@@ -151,6 +152,15 @@ def test_it_works_for_the_cpu_where_there_is_much_to_do(dtype: torch.dtype, monk
         assert cpu.power_sum(values, 1.0) == numel / 2
     many = cpu._MANY
     assert taken == ([] if dtype is torch.float64 else [("squares", many), ("scale_", many), ("squares", many)])
+
+
+def test_profilers_and_dispatch_modes_see_it() -> None:
+    values = torch.ones(cpu._MANY)
+    with Traffic([values]) as traffic:
+        cpu.power_sum([values], 2.0)
+        assert (traffic.read, traffic.written) == (values.nbytes, 0)
+        cpu.scale_([values], torch.tensor(0.5, dtype=torch.float64))
+        assert (traffic.read, traffic.written) == (2 * values.nbytes, values.nbytes)
 
 
 MISSING = """

@@ -26,6 +26,8 @@ _CHUNK = 1 << 20  # elements that a thread takes at a time
 DTYPES = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
 
 
+# Operators, so that profilers, dispatch modes and the version counters of tensors know of them.
+@torch.library.custom_op("distclip::squares", mutates_args=(), device_types="cpu")
 def squares(runs: Sequence[Tensor]) -> Tensor:
     """The sum of squares of contiguous tensors of one of `DTYPES`: a float64 scalar.
 
@@ -38,10 +40,10 @@ def squares(runs: Sequence[Tensor]) -> Tensor:
     return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu")
 
 
+@torch.library.custom_op("distclip::scale_", mutates_args=("runs",), device_types="cpu")
 def scale_(runs: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies contiguous tensors of one of `DTYPES` by a float64 scalar, as `loops.scale_` does."""
     _run(_device.scale, runs[0].dtype, _chunks(runs), np.array([coefficient.item()]))
-    torch.autograd.graph.increment_version(runs)  # autograd cannot know what an address leads to
 
 
 def _run(kernel: object, dtype: torch.dtype, chunks: np.ndarray, values: np.ndarray) -> None:
