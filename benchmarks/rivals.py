@@ -18,7 +18,7 @@ from benchmarks.timing import Gradients, Rival
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
 OVERLAP = "distclip, overlap"
 PLAIN_READ, PLAIN_WRITE = "plain read", "plain write (mul_)"
-PLAIN_BOTH = "the floor: sum, then mul_"
+PLAIN_BOTH, LOOK = "sum, then mul_", "a look at .grad and its version"
 MEASURING, COPY = "distclip, measuring alone", "device copy"
 Run = Callable[[], Any]
 
@@ -84,8 +84,13 @@ def plain_write(gradients: Gradients, limit: float) -> Run:
 
 
 def plain_both(gradients: Gradients, limit: float) -> Run:
-    """What no clipping that must know the norm before it writes can beat: torch has nothing that reads faster."""
+    """The least that torch's operators need for a clipping that knows the norm before it writes."""
     return lambda: (gradients.flat.sum(), gradients.flat.mul_(1.0))
+
+
+def look(gradients: Gradients, limit: float) -> Run:
+    """Whether every gradient still is what was measured during backward: nobody who overlaps can do without."""
+    return lambda: [param.grad._version for param in gradients.params if param.grad is not None]
 
 
 def measuring(gradients: Gradients, limit: float) -> Run:
@@ -124,6 +129,7 @@ AFTER_BACKWARD = (
     Rival(TORCH, torch_clip),
     Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
     Rival(OVERLAP, overlap_clip, NORM_TOLERANCE),
+    Rival(LOOK, look, None),
 )
 IN_ONE_PROCESS = (
     *ON_RANKS,
