@@ -67,8 +67,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """See `loops.scale_`."""
     if coefficient.item() == 1:
         return
-    whole = list(filter(Tensor.is_contiguous, tensors))
-    if compiled := _numba_for(whole):
+    many = tensors[0].dtype in _ROW and sum(map(Tensor.numel, tensors)) >= _MANY
+    if many and (compiled := _numba()) and (whole := list(filter(Tensor.is_contiguous, tensors))):
         compiled.scale_(whole, coefficient)
         tensors = [tensor for tensor in tensors if not tensor.is_contiguous()]
     if tensors:
@@ -87,7 +87,7 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
     """The sum of squares of 16- or 32-bit numbers."""
     numels = list(map(Tensor.numel, joined))
     numel = sum(numels)
-    if compiled := _numba_for(joined):
+    if numel >= _MANY and (compiled := _numba()):
         long, packs = [flat(run).contiguous() for run in joined], []
         squares = compiled.squares
     else:
@@ -101,12 +101,6 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
         fits = _LEAST_MEAN * numel <= found.item() < math.inf
         sums.append(found if fits else loops.power_sums(long, 2.0).sum())
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-
-
-def _numba_for(tensors: Sequence[Tensor]) -> ModuleType | None:
-    """None for few elements, and for other dtypes."""
-    many = tensors and tensors[0].dtype in _ROW and sum(map(Tensor.numel, tensors)) >= _MANY
-    return _numba() if many else None
 
 
 @cache
