@@ -37,6 +37,12 @@ def four_ranks(device: str) -> Ranks:
 
 
 @pytest.fixture
+def four_on_cpus() -> Ranks:
+    """For what only a CPU does."""
+    return pool(4)
+
+
+@pytest.fixture
 def eight_ranks() -> Ranks:
     """For models in three dimensions. On CPUs alone: gloo cannot send between pipeline stages on one GPU."""
     return pool(8)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from benchmarks.passes import Traffic
 from distclip.kernels import cpu, loops
+from tests.layouts import LAYOUTS
+from tests.ranks import Ranks
+from tests.test_norm import clips_as_the_reference
 
 numba = pytest.importorskip("distclip.kernels.numba")
 
@@ -152,6 +155,20 @@ def test_it_works_for_the_cpu_where_there_is_much_to_do(dtype: torch.dtype, monk
         assert cpu.power_sum(values, 1.0) == numel / 2
     many = cpu._MANY
     assert taken == ([] if dtype is torch.float64 else [("squares", many), ("scale_", many), ("squares", many)])
+
+
+def clips_as_the_reference_by_numba(layout: str, dtype: torch.dtype) -> None:
+    before, cpu._MANY = cpu._MANY, 0
+    try:
+        clips_as_the_reference(layout, 2.0, dtype, "cpu")
+    finally:
+        cpu._MANY = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_clips_as_the_reference(four_on_cpus: Ranks, layout: str, dtype: torch.dtype) -> None:
+    four_on_cpus.run(clips_as_the_reference_by_numba, layout, dtype)
 
 
 def test_profilers_and_dispatch_modes_see_it() -> None:
