@@ -161,11 +161,14 @@ def _blocks(
 
 
 def _packed(several: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
-    """Flat copies of many tensors; none is larger than a pack, unless it is of one tensor."""
+    """Flat copies of as many tensors each, of about a pack."""
     if not several:
         return []
-    if sum(numels) > _PACK and len(several) > 1:
-        middle = len(several) // 2
-        return _packed(several[:middle], numels[:middle]) + _packed(several[middle:], numels[middle:])
+    num = min(len(several), -(-sum(numels) // _PACK)) or 1
+    step = -(-len(several) // num)
+    return [_copied(several[i : i + step]) for i in range(0, len(several), step)]
+
+
+def _copied(several: Sequence[Tensor]) -> Tensor:
     # cat takes tensors of one number of dims; a view of each would take longer than all the rest.
-    return [torch.cat(list(several)) if set(map(Tensor.dim, several)) == {1} else _flatten(several)]
+    return torch.cat(list(several)) if set(map(Tensor.dim, several)) == {1} else _flatten(several)
