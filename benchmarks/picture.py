@@ -19,11 +19,13 @@ BLUE, GREY, RED = "#2864a8", "#8a8f98", "#c0282d"
 def draw(rows: Sequence[Row], goals: Sequence[Judged], title: str, path: Path) -> None:
     """One row of panels a case, one column a state."""
     cases, states = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("case", "state"))
-    names = list(dict.fromkeys(row.rival for row in rows if row.seconds and row.rival != TORCH))
-    figure = Figure(figsize=(5.5 * len(states), 0.8 + len(cases) * (0.9 + 0.27 * len(names))), layout="constrained")
+    measured = [[row for row in rows if row.case == case and row.seconds and row.rival != TORCH] for case in cases]
+    rivals = [list(dict.fromkeys(row.rival for row in there)) for there in measured]
+    heights = [0.9 + 0.27 * len(names) for names in rivals]
+    figure = Figure(figsize=(5.5 * len(states), 0.8 + sum(heights)), layout="constrained")
     figure.suptitle(f"{title}: times as fast as torch (p20 to p80 of the rounds)", fontweight="bold")
-    grid = figure.subplots(len(cases), len(states), squeeze=False, sharey=True, sharex=True)
-    for case, line in zip(cases, grid, strict=True):
+    grid = figure.subplots(len(cases), len(states), squeeze=False, sharey="row", sharex=True, height_ratios=heights)
+    for case, names, line in zip(cases, rivals, grid, strict=True):
         for state, axes in zip(states, line, strict=True):
             panel(axes, [find(rows, case, state, name) for name in names], find(rows, case, state, TORCH))
             axes.set_title(f"{case}, {state}", loc="left", fontsize=10)
@@ -49,7 +51,8 @@ def panel(axes: Axes, rows: Sequence[Row], torch: Row) -> None:
         ours = row.rival.startswith("distclip")
         axes.plot([found.p20, found.p80], [place, place], color=BLUE if ours else GREY, linewidth=5, alpha=0.35)
         axes.plot(found.p50, place, "o", color=BLUE if ours else GREY, label="distclip" if ours else "others")
-        axes.annotate(f"{found.p50:.2g}", (found.p50, place), (0, 5), textcoords="offset points", ha="center", size=8)
+        said = f"{float(f'{found.p50:.2g}'):g}"  # 140, not 1.4e+02
+        axes.annotate(said, (found.p50, place), (0, 5), textcoords="offset points", ha="center", size=8)
     axes.set_yticks(range(len(rows)), [row.rival for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.axvline(1, color="#444444", linewidth=0.8)
