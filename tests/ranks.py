@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-LIMIT_S = 60.0  # for one call on all ranks
+LIMIT_S = 180.0  # for one call on all ranks; a loaded machine has taken more than 60
 PRELOAD = [
     "pytest",
     "hypothesis",
