@@ -23,6 +23,9 @@ ALL_TO_ONE_SIDE = 6.2e-7  # of a sum of squares: 3.1e-7 of its root
 @pytest.fixture(autouse=True, params=["torch", "numba"])
 def _how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's operators, as where Numba is missing; and by Numba, however few elements there are."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        assert cpu._numba() is not None
     monkeypatch.setattr(cpu, "_MANY", 0 if request.param == "numba" else math.inf)
 
 

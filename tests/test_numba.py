@@ -123,6 +123,14 @@ def test_the_sum_is_the_same_with_any_number_of_threads(dtype: torch.dtype) -> N
 
 
 @pytest.mark.usefixtures("_threads")
+def test_the_threads_are_those_of_torch() -> None:
+    """Another OpenMP would not know how many torch was told to use."""
+    for num in (3, 5):
+        torch.set_num_threads(num)
+        assert numba._openmp().omp_get_max_threads() == num
+
+
+@pytest.mark.usefixtures("_threads")
 def test_no_two_threads_take_the_same_chunk() -> None:
     torch.set_num_threads(4)
     values = torch.ones(100_000)

@@ -36,7 +36,7 @@ _MEAN, _RSTD = torch.zeros(_ROWS, 1, device="cpu"), torch.ones(_ROWS, 1, device=
 _SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
 _PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
 _EXACT = 1 << 16  # elements: so few are all added up in float64
-_MANY = 1 << 22  # elements: with fewer, a step gains less than threads take to start
+_MANY = 1 << 22  # elements: with fewer, Numba gains little beside the price of a call, and takes long to import
 # Squares below float32's range are lost or rounded: by less than 2**-26 of the sum where the mean square is above this.
 _LEAST_MEAN = 2.0**-100
 

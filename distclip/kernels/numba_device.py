@@ -98,7 +98,7 @@ def _narrow(_context, value, like):
         word = builder.bitcast(number, _word)
         odd = builder.and_(builder.lshr(word, _word(16)), _word(1))
         rounded = builder.add(builder.add(word, odd), _word(0x7FFF))
-        quiet = builder.or_(word, _word(1 << 22))  # a NaN, whose last bits might otherwise round up to infinity
+        quiet = builder.or_(word, _word(1 << 22))  # a NaN, whose bits might otherwise round to infinity or zero
         isnan = builder.fcmp_unordered("uno", number, number)
         return builder.trunc(builder.lshr(builder.select(isnan, quiet, rounded), _word(16)), ir.IntType(16))
 
