@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.models import Model, Unit, Weight
 from distclip import Clipper, Layout
-from distclip.layout import Held
+from distclip.sharding.layout import Held
 
 Meshes = dict[bool, DeviceMesh]  # by Weight.expert
 

@@ -1,18 +1,15 @@
 """Gradient clipping that is right and fast on any sharded PyTorch training."""
 
+from distclip import adapters as adapters
 from distclip import functional as functional
-from distclip.adapters.torch_api import clip_grad_norm_ as clip_grad_norm_
-from distclip.adapters.torch_api import clip_grad_value_ as clip_grad_value_
-from distclip.adapters.torch_api import clip_grads_with_norm_ as clip_grads_with_norm_
-from distclip.adapters.torch_api import get_total_norm as get_total_norm
+from distclip.api import clip_grad_norm_ as clip_grad_norm_
+from distclip.api import clip_grad_value_ as clip_grad_value_
+from distclip.api import clip_grads_with_norm_ as clip_grads_with_norm_
+from distclip.api import get_total_norm as get_total_norm
 from distclip.clipper import Clipper as Clipper
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
-from distclip.layout import Layout as Layout
-from distclip.pieces import Box as Box
-from distclip.pieces import Part as Part
-from distclip.pieces import Run as Run
-from distclip.plan import Plan as Plan
+from distclip.norms.plan import Plan as Plan
 from distclip.policies import AGC as AGC
 from distclip.policies import About as About
 from distclip.policies import AdaGC as AdaGC
@@ -26,5 +23,9 @@ from distclip.policies import Scope as Scope
 from distclip.policies import Stateless as Stateless
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
+from distclip.sharding.layout import Layout as Layout
+from distclip.sharding.shard import Box as Box
+from distclip.sharding.shard import Part as Part
+from distclip.sharding.shard import Run as Run
 
 __version__ = "0.1.0"

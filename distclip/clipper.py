@@ -11,17 +11,22 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distclip import amp, fused, inputs, measure, nonfinite, optimizers, state
-from distclip.attach import Attached
-from distclip.decide import Decision, decide, kept, report_of, write_
-from distclip.gradients import local_gradients
-from distclip.inputs import Parameters, ParamGroups
-from distclip.layout import Layouts, read_layouts
-from distclip.optimizers import Optimizers
-from distclip.overlap import Early
-from distclip.plan import make_plan
+from distclip import nonfinite
+from distclip import parameters as inputs
+from distclip.norms import measure
+from distclip.norms.plan import make_plan
+from distclip.parameters import Parameters, ParamGroups
 from distclip.policies import ClipNorm, Policy, Scope
+from distclip.policies import state_dict as state
 from distclip.report import Report
+from distclip.sharding.layout import Layouts, read_layouts
+from distclip.sharding.local_tensors import local_gradients
+from distclip.step import Decision, decide, kept, report_of, write_
+from distclip.training import fused, optimizers
+from distclip.training import grad_scaler as amp
+from distclip.training.backward import Early
+from distclip.training.optimizers import Optimizers
+from distclip.training.step_hook import Attached
 
 
 class Clipper:

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from distclip import apply, gradients, kernels, reduce
-from distclip.inputs import named_tensors
+from distclip import apply, kernels
+from distclip.norms import reduce
 from distclip.once import total_norm_of
+from distclip.parameters import named_tensors
 from distclip.policies import ClipNorm, check_not_negative
+from distclip.sharding import local_tensors as gradients
 
 
 @torch.no_grad()

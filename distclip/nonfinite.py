@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip import measure, reduce
 from distclip.errors import NonFiniteGradientError
-from distclip.plan import Plan
+from distclip.norms import measure, reduce
+from distclip.norms.plan import Plan
 
 RULES = ("propagate", "raise", "skip", "zero")
 _MOST_NAMES = 100  # that a rank sends of its offenders: after a NaN in the loss every parameter is one

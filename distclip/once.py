@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip import apply, inputs, kernels, measure, nonfinite, state
-from distclip.decide import decide, norms, write_
-from distclip.gradients import local_gradient, local_gradients, local_values, shown
-from distclip.inputs import Parameters, named_tensors
-from distclip.layout import read_layouts
-from distclip.plan import Plan, make_plan
+from distclip import apply, kernels, nonfinite
+from distclip import parameters as inputs
+from distclip.norms import measure
+from distclip.norms.plan import Plan, make_plan
+from distclip.parameters import Parameters, named_tensors
 from distclip.policies import About, Policy, Stateless, check_not_negative
+from distclip.policies import state_dict as state
+from distclip.sharding.layout import read_layouts
+from distclip.sharding.local_tensors import local_gradient, local_gradients, local_values, shown
+from distclip.step import decide, norms, write_
 
 _KEPT = 16  # plans; a trainer with a generator, a discriminator and a few limits has fewer
 

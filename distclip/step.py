@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip import apply, kernels, measure, nonfinite, reduce
-from distclip.plan import Group, Plan
+from distclip import apply, kernels, nonfinite
+from distclip.norms import measure, reduce
+from distclip.norms.plan import Group, Plan
 from distclip.policies import About, Scope
 from distclip.report import Report
 

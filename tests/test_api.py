@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from tests import reference
+from tests.support import reference
 
 CASES = json.loads((pathlib.Path(__file__).parent / "data" / "peers.json").read_text())["cases"]
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
 from distclip import ClipNorm, Clipper, Layout, LayoutError
-from tests.ranks import Ranks, mesh
+from tests.support.ranks import Ranks, mesh
 
 
 def make_param() -> nn.Parameter:

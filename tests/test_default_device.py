@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distclip
-from tests.ranks import Ranks, mesh
-from tests.wrapped import local, loss_of, make_model, tokens_of_all_ranks
+from tests.support.ranks import Ranks, mesh
+from tests.support.wrapped import local, loss_of, make_model, tokens_of_all_ranks
 
 POLICIES = [
     *(distclip.ClipNorm(1.0, p) for p in (1.0, 2.0, 3.0, 8.0, math.inf)),

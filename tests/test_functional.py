@@ -14,11 +14,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard  # what FSDP2 over tensor parallelism makes
 
 from distclip.functional import clip_by_global_norm, clip_by_norm, clip_by_value
-from tests import reference
-from tests.layouts import LAYOUTS, UNSHARDED, Placed, lay_out, random_wholes, whole
-from tests.ranks import Ranks, device_of, mesh, same_bits_everywhere
-from tests.test_torch_api import recorded, tensors
-from tests.tolerances import NORM, TOLERANCES
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, UNSHARDED, Placed, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
+from tests.support.tolerances import NORM, TOLERANCES
+from tests.test_api import recorded, tensors
 
 AS_RECORDED = {"rtol": 1e-6, "atol": 0.0, "equal_nan": True}  # TensorFlow sums in float32
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64]

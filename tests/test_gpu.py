@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import distclip
 from distclip import kernels
-from distclip.kernels import loops, tables
-from tests import reference
-from tests.tolerances import NORM
+from distclip.kernels import naive as loops
+from distclip.kernels import tensor_table as tables
+from tests.support import reference
+from tests.support.tolerances import NORM
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,11 +15,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, ZClip
-from tests import reference
 from tests.conftest import pool
-from tests.layouts import LAYOUTS, lay_out, random_wholes, whole
-from tests.ranks import Ranks, mesh, same_bits_everywhere
-from tests.wrapped import WRAPPERS, local, make_model, whole_gradients, with_gradients
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, mesh, same_bits_everywhere
+from tests.support.wrapped import WRAPPERS, local, make_model, whole_gradients, with_gradients
 
 NORM = {"rtol": 1e-6, "atol": 0.0}
 

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import once
-from tests import reference
-from tests.ranks import Ranks, mesh
+from tests.support import reference
+from tests.support.ranks import Ranks, mesh
 
 
 def param_with(*values: float) -> nn.Parameter:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distclip
-from tests.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes
-from tests.ranks import Ranks, mesh
-from tests.wrapped import local
+from tests.support.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes
+from tests.support.ranks import Ranks, mesh
+from tests.support.wrapped import local
 
 RULES = ["propagate", "raise", "skip", "zero"]
 

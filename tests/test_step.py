@@ -14,8 +14,18 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSp
 
 import distclip
 from distclip import apply
-from tests import reference
-from tests.training import MAX_NORM, Make, loss_of, make_model, make_scaler, states, train, train_as_torch, weights
+from tests.support import reference
+from tests.support.training import (
+    MAX_NORM,
+    Make,
+    loss_of,
+    make_model,
+    make_scaler,
+    states,
+    train,
+    train_as_torch,
+    weights,
+)
 
 # Sums of squares, and of squares of squares in Adam's second moments: two float32 roundings of the coefficient.
 CLOSE = {"rtol": 2e-6, "atol": 2e-7}

@@ -62,7 +62,7 @@ class MegatronLayouts:
     etp: Axes | None = None
 
     def __call__(self, name: str, param: Tensor) -> Layout | None:
-        from distclip import Layout  # distclip imports this file
+        from distclip.sharding.layout import Layout
 
         expert = not getattr(param, "allreduce", True)
         sharded = _set(self.ep) if expert else frozenset[str]()
@@ -76,7 +76,7 @@ class MegatronLayouts:
         if not expert:
             return frozenset() if tp == 1 else _set(self.tp)
         if self.etp is None and tp != etp:
-            from distclip import LayoutError
+            from distclip.errors import LayoutError
 
             raise LayoutError(
                 f"cannot tell which ranks hold the expert {name!r}: Megatron divides a tensor among {tp} ranks, but an "

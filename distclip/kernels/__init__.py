@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import cpu, foreach
-from distclip.kernels.loops import scale_units_ as scale_units_
-from distclip.kernels.loops import unit_norms as unit_norms
-from distclip.kernels.loops import unit_power_sums as unit_power_sums
-from distclip.kernels.runs import runs
+from distclip.kernels.contiguous import runs
+from distclip.kernels.naive import scale_units_ as scale_units_
+from distclip.kernels.naive import unit_norms as unit_norms
+from distclip.kernels.naive import unit_power_sums as unit_power_sums
 
 
 def pieces(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -86,7 +86,7 @@ def _on(device: torch.device) -> ModuleType:
 def _triton(device: torch.device) -> ModuleType | None:
     """None where Triton is missing, or fails: it may know neither the chip nor a C compiler."""
     try:
-        from distclip.kernels import triton
+        from distclip.kernels import cuda as triton
 
         triton.power_sums([torch.ones(1, device=device)], 2.0)
     except ImportError:

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import loops
-from distclip.kernels.runs import flat
+from distclip.kernels import naive as loops
+from distclip.kernels.contiguous import flat
 
 clamp_, scale_each_, zero_ = loops.clamp_, loops.scale_each_, loops.zero_
 
@@ -107,7 +107,7 @@ def _squares(joined: Sequence[Tensor]) -> Tensor:
 def _numba() -> ModuleType | None:
     """None where Numba is missing, or fails: it may know neither this Python nor this NumPy."""
     try:
-        from distclip.kernels import numba
+        from distclip.kernels import cpu_numba as numba
 
         numba.scale_([torch.ones(1, device="cpu")], numba.squares([torch.ones(1, device="cpu")]))
     except ModuleNotFoundError:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.kernels import numba_device
+from distclip.kernels import cpu_numba_loops as numba_device
 
 _device = cast(Any, numba_device)  # what Numba compiles has no types
 

@@ -13,7 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import foreach, loops, tables, triton_device
+from distclip.kernels import cuda_triton as triton_device
+from distclip.kernels import foreach
+from distclip.kernels import naive as loops
+from distclip.kernels import tensor_table as tables
 
 _device = cast(Any, triton_device)  # what `@triton.jit` makes has no types
 

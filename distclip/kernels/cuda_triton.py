@@ -1,11 +1,11 @@
-"""The Triton kernels: what runs on the device. `triton.py` launches them, one program a chunk of `tables.Table`."""
+"""The Triton kernels: what runs on the device. `cuda.py` launches them, one program a chunk of `tables.Table`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from distclip.kernels import tables
+from distclip.kernels import tensor_table as tables
 
 INF = tl.constexpr(float("inf"))
 SCALE, SCALE_EACH, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)

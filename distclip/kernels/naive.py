@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distclip.kernels.runs import flat
+from distclip.kernels.contiguous import flat
 
 # Elements upcast at a time: 256 KiB of float64 stay in a core's cache.
 _CHUNK = 1 << 15

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip import kernels, powers
-from distclip.plan import Group, Held, Plan, Units
-from distclip.units import View
+from distclip import kernels
+from distclip.norms import power_sums as powers
+from distclip.norms.plan import Group, Held, Plan, Units
+from distclip.norms.units import View
 
 
 class Local(NamedTuple):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from distclip import powers
-from distclip.layout import Held
+from distclip.norms import power_sums as powers
+from distclip.norms.units import Units, make_units
+from distclip.norms.verify import gathered, verify
 from distclip.policies import Policy, Scope
-from distclip.team import Team
-from distclip.units import Units, make_units
-from distclip.verify import gathered, verify
+from distclip.sharding.layout import Held
+from distclip.sharding.mesh import Team
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip import powers, verify
-from distclip.plan import Group, Plan
+from distclip.norms import power_sums as powers
+from distclip.norms import verify
+from distclip.norms.plan import Group, Plan
 
 
 def all_reduce_(numbers: Tensor, plan: Plan) -> None:

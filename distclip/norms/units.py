@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distclip.errors import LayoutError
-from distclip.layout import Held
-from distclip.pieces import Box, Part, View
 from distclip.policies import Policy, Scope
+from distclip.sharding.layout import Held
+from distclip.sharding.shard import Box, Part, View
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import LayoutError
-from distclip.layout import Held
-from distclip.team import numbers, world_group
+from distclip.sharding.layout import Held
+from distclip.sharding.mesh import numbers, world_group
 
 if TYPE_CHECKING:
-    from distclip.plan import Plan
+    from distclip.norms.plan import Plan
 
 _BITS = 62  # of a digest: sums of them are taken modulo 2**62 and fit int64
 _SLOTS = 16  # sums a rank sends; copies over different axes share one only where there are more kinds of them

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Scope, check_between, check_count, check_finite, check_not_negative
-from distclip.policies.both import Combines
+from distclip.policies.base import About, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.minimum import Combines
 
 
 class AdaGCState(NamedTuple):

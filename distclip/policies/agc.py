@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from distclip.policies._policy import About, Scope, Stateless, check_finite, check_norm_type
-from distclip.policies.both import Forgets
+from distclip.policies.base import About, Scope, Stateless, check_finite, check_norm_type
+from distclip.policies.minimum import Forgets
 
 if TYPE_CHECKING:
     Excluded: TypeAlias = tuple[str | nn.Module, ...]

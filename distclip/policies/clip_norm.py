@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Scope, Stateless, check_norm_type, check_not_negative
-from distclip.policies.both import Forgets
+from distclip.policies.base import About, Scope, Stateless, check_norm_type, check_not_negative
+from distclip.policies.minimum import Forgets
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies._policy import About, Policy, Scope, Stateless
+from distclip.policies.base import About, Policy, Scope, Stateless
 
 
 class Combines:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.plan import Group, Plan
+from distclip.norms.plan import Group, Plan
 from distclip.policies import Scope
 
 VERSION = 1

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import LayoutError
-from distclip.pieces import Box, Part, Run
-from distclip.team import axis_names, numbers
+from distclip.sharding.mesh import axis_names, numbers
+from distclip.sharding.shard import Box, Part, Run
 
 # What wrappers put into the names of parameters: state is kept under the names of the bare model.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import LayoutError
-from distclip.gradients import local_values
-from distclip.pieces import Part, spread
-from distclip.shards import Own, fsdp1_units, read
-from distclip.team import Team, check_mesh, widest
+from distclip.sharding.dtensor import Own, fsdp1_units, read
+from distclip.sharding.local_tensors import local_values
+from distclip.sharding.mesh import Team, check_mesh, widest
+from distclip.sharding.shard import Part, spread
 
 
 @dataclass(frozen=True, slots=True)

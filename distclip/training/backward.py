@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distclip import hooks, measure
-from distclip.gradients import final_gradient, local_gradient
-from distclip.plan import Plan
+from distclip.norms import measure
+from distclip.norms.plan import Plan
+from distclip.sharding.local_tensors import final_gradient, local_gradient
+from distclip.training import grad_hooks as hooks
 
 
 class Early:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import LayoutError
-from distclip.gradients import final_gradient
+from distclip.sharding.local_tensors import final_gradient
 
 
 class Listener(Protocol):

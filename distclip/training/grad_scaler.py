@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from distclip import fused
+from distclip.training import fused
 
 
 def is_on(scaler: GradScaler | None) -> bool:

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distclip import amp, fused, reduce
-from distclip.plan import Plan
+from distclip.norms import reduce
+from distclip.norms.plan import Plan
+from distclip.training import fused
+from distclip.training import grad_scaler as amp
 
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
 

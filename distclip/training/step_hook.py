@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distclip import amp, fused
-from distclip.decide import Decision, report_of, write_
 from distclip.report import Report
+from distclip.step import Decision, report_of, write_
+from distclip.training import fused
+from distclip.training import grad_scaler as amp
 
 if TYPE_CHECKING:
     from distclip.clipper import Clipper

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from tests import engines, reference
-from tests.engines import Applied, config, engine, norm_of
-from tests.ranks import Ranks, same_bits_everywhere
+from tests.support import engines, reference
+from tests.support.engines import Applied, config, engine, norm_of
+from tests.support.ranks import Ranks, same_bits_everywhere
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 attach = distclip.adapters.deepspeed.attach

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import distclip
-from tests import engines, reference
-from tests.engines import Applied, config, engine, norm_of
-from tests.ranks import Ranks, same_bits_everywhere
-from tests.test_deepspeed import APPLIED, attach, counted
+from tests.adapters.test_deepspeed import APPLIED, attach, counted
+from tests.support import engines, reference
+from tests.support.engines import Applied, config, engine, norm_of
+from tests.support.ranks import Ranks, same_bits_everywhere
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 

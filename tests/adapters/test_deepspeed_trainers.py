@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distclip
-from tests import engines, reference
-from tests.engines import Applied, config, engine, norm_of
-from tests.ranks import Ranks
-from tests.test_deepspeed import attach, check_applied
+from tests.adapters.test_deepspeed import attach, check_applied
+from tests.support import engines, reference
+from tests.support.engines import Applied, config, engine, norm_of
+from tests.support.ranks import Ranks
 
 
 def needs(*names: str) -> pytest.MarkDecorator:

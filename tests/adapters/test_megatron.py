@@ -20,10 +20,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import ClipNorm, Clipper, LayoutError
 from distclip.adapters import MegatronLayouts, megatron_layouts
-from tests import reference
 from tests.conftest import pool
-from tests.ranks import Ranks, device_of, mesh, same_bits_everywhere
-from tests.tolerances import NORM, TOLERANCES
+from tests.support import reference
+from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
+from tests.support.tolerances import NORM, TOLERANCES
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (tests/peers.txt)"

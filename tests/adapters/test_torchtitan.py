@@ -18,10 +18,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import LayoutError
-from tests import reference
-from tests.ranks import Ranks, device_of, mesh, same_bits_everywhere
-from tests.tolerances import NORM
-from tests.wrapped import local
+from tests.support import reference
+from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
+from tests.support.tolerances import NORM
+from tests.support.wrapped import local
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed (tests/peers.txt)"

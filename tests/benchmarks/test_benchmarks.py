@@ -27,7 +27,7 @@ from benchmarks.rivals import CLIPPER, COPY, FUNCTION, IN_ONE_PROCESS, MEASURING
 from benchmarks.sharded import CASES, QUICK
 from benchmarks.timing import STATES, Gradients, Rival, Row, Together, in_turn, measure, ratio, worst_element
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FACTOR = STATES["clipping"]
 LIMIT = 240  # seconds of a command; about ten on two idle cores, and five times as long beside other jobs
 

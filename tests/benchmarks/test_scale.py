@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.models import LLAMA_8B, LLAMA_70B, LLAMA_405B, MIXTURE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS, MEGABYTES = 1.0, 50.0  # for one rank's plan of the largest model
 
 

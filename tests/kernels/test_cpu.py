@@ -12,7 +12,8 @@ from torch import Tensor
 
 import distclip
 from distclip import kernels
-from distclip.kernels import cpu, loops
+from distclip.kernels import cpu
+from distclip.kernels import naive as loops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]
 # Below and above every size at which the kernels change their ways: rows, packs, what is exact, chunks.

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.passes import Traffic
-from distclip.kernels import cpu, loops
-from tests.layouts import LAYOUTS
-from tests.ranks import Ranks
-from tests.test_norm import clips_as_the_reference
+from distclip.kernels import cpu
+from distclip.kernels import naive as loops
+from tests.norms.test_total_norm import clips_as_the_reference
+from tests.support.layouts import LAYOUTS
+from tests.support.ranks import Ranks
 
 numba = pytest.importorskip("distclip.kernels.numba")
 

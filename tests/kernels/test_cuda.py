@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import kernels
-from distclip.kernels import foreach, loops, tables
-from tests.tolerances import NORM
+from distclip.kernels import foreach
+from distclip.kernels import naive as loops
+from distclip.kernels import tensor_table as tables
+from tests.support.tolerances import NORM
 
 triton = pytest.importorskip("triton")
 kernel = pytest.importorskip("distclip.kernels.triton")
@@ -378,7 +380,7 @@ COMPILED = """
 import re, subprocess, sys, pathlib, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from distclip.kernels import triton_device as device
+from distclip.kernels import cuda_triton as device
 
 tables = {"rows": "*i64", "owners": "*i64"}
 sums = {**tables, "partials": "*fp64", "P": "constexpr", "QUICK": "constexpr"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
-from distclip.kernels import foreach, loops
+from distclip.kernels import foreach
+from distclip.kernels import naive as loops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64)
 

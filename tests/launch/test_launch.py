@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.test_train import ENVIRONMENT, LAUNCH, TINY, children_of, kill, numbers, rows_of, run
+from tests.launch.test_train import ENVIRONMENT, LAUNCH, TINY, children_of, kill, numbers, rows_of, run
 
 STOPPED = 75
 OPTIONS = ("--policy", "zclip", "--steps", "150", "--save-every", "20", "--layout", "fsdp2")

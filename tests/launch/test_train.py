@@ -13,7 +13,7 @@ import pytest
 
 import distclip
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 TORCHRUN = (sys.executable, str(LAUNCH / "run.py"), "--standalone")
 TINY = ("--width", "32", "--depth", "1", "--context", "32", "--batch", "8", "--warmup", "2", "--device", "cpu")
 SECONDS = 240  # machines are shared: usually a tenth of it

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import test_train
-from tests.test_train import LAUNCH, ONE_AFTER_ANOTHER, SAME_TRAINING, command, numbers, rows_of, run, train
+from tests.launch import test_train
+from tests.launch.test_train import LAUNCH, ONE_AFTER_ANOTHER, SAME_TRAINING, command, numbers, rows_of, run, train
 
 pytestmark = [
     pytest.mark.timeout(300),

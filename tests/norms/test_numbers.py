@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
-from tests import reference
-from tests.ranks import Ranks
-from tests.tolerances import NORM
+from tests.support import reference
+from tests.support.ranks import Ranks
+from tests.support.tolerances import NORM
 
 
 def norm_of(*grads: Tensor, norm_type: float = 2.0) -> Tensor:

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
 import distclip
-from tests import reference
 from tests.conftest import pool
-from tests.layouts import Placed, lay_out, random_wholes, whole
-from tests.tolerances import NORM, TOLERANCES
+from tests.support import reference
+from tests.support.layouts import Placed, lay_out, random_wholes, whole
+from tests.support.tolerances import NORM, TOLERANCES
 
 MESHES = [((4,), ("fsdp",)), ((2, 2), ("dp", "tp")), ((2, 2), ("efsdp", "ep")), ((1, 4), ("one", "four"))]
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple)

@@ -12,10 +12,10 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from tests import reference
-from tests.layouts import LAYOUTS, lay_out, random_wholes, whole
-from tests.ranks import Ranks, device_of, mesh, same_bits_everywhere
-from tests.tolerances import NORM
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
+from tests.support.tolerances import NORM
 
 
 def parameters_without_gradients(device: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from tests import reference
-from tests.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes, whole
-from tests.ranks import Ranks, same_bits_everywhere
-from tests.tolerances import NORM, TOLERANCES
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, same_bits_everywhere
+from tests.support.tolerances import NORM, TOLERANCES
 
 NORM_TYPES = [0.5, 1.0, 2.0, 3.0, 8.0, math.inf]
 

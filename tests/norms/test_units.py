@@ -15,10 +15,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import AGC, ClipBlockRMS, Clipper, ClipTensorNorm, ClipValue, Policy
-from tests import reference
-from tests.layouts import LAYOUTS, Placed, lay_out, random_wholes, whole
-from tests.ranks import Ranks, same_bits_everywhere
-from tests.wrapped import WRAPPERS, Model, local, make_model, with_gradients
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, Placed, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, same_bits_everywhere
+from tests.support.wrapped import WRAPPERS, Model, local, make_model, with_gradients
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 UNIT_LAYOUTS = {

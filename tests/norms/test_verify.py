@@ -16,9 +16,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from tests.conftest import pool
-from tests.layouts import LAYOUTS, lay_out, random_wholes
-from tests.ranks import Ranks, mesh
-from tests.wrapped import WRAPPERS, with_gradients
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes
+from tests.support.ranks import Ranks, mesh
+from tests.support.wrapped import WRAPPERS, with_gradients
 
 WORLD = ("world",)
 

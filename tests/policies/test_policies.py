@@ -30,8 +30,8 @@ from distclip.policies import (
     Stateless,
     ZClip,
 )
-from tests import reference
-from tests.test_torch_api import recorded, tensors
+from tests.support import reference
+from tests.test_api import recorded, tensors
 
 F64 = torch.float64
 CLOSE = {"rtol": 1e-12, "atol": 0.0}  # float64 sums in another order

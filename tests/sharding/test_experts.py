@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import distclip
-from tests.parallel_models import (
+from tests.sharding.test_pipeline import backward
+from tests.support.parallel_models import (
     EXPERTS,
     Attention,
     Mixture,
@@ -26,9 +27,8 @@ from tests.parallel_models import (
     verify,
     whole_gradients,
 )
-from tests.ranks import Ranks, mesh
-from tests.test_pipeline import backward
-from tests.wrapped import Block, local
+from tests.support.ranks import Ranks, mesh
+from tests.support.wrapped import Block, local
 
 NORM_TYPES = (1.0, 2.0, 8.0, torch.inf)
 DENSE_AXES, EXPERT_AXES = ("dp_replicate", "fsdp", "tp"), ("dp_replicate", "efsdp", "ep")

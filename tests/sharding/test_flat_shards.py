@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distclip
-from tests import reference
-from tests.ranks import Ranks, mesh
+from tests.support import reference
+from tests.support.ranks import Ranks, mesh
 
 SHAPES = {"first": (5, 3), "second": (4,), "third": (2, 7)}
 SIZE = 9  # elements a rank: 33 in all, and 3 of padding

@@ -22,10 +22,10 @@ from torch.utils import backend_registration
 
 import distclip
 from distclip import ClipNorm, Clipper
-from tests import reference
-from tests.ranks import Ranks, device_of, mesh, same_bits_everywhere
-from tests.tolerances import NORM
-from tests.wrapped import local, loss_of, make_model, tokens_of_all_ranks, whole_gradients
+from tests.support import reference
+from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
+from tests.support.tolerances import NORM
+from tests.support.wrapped import local, loss_of, make_model, tokens_of_all_ranks, whole_gradients
 
 
 def _fsdp1(original: bool) -> Callable[[nn.Module, str], nn.Module]:

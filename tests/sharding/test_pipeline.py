@@ -10,7 +10,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from tests.parallel_models import (
+from tests.support.parallel_models import (
     Model,
     check_clip,
     dense_blocks,
@@ -23,8 +23,8 @@ from tests.parallel_models import (
     verify,
     whole_gradients,
 )
-from tests.ranks import Ranks, mesh
-from tests.wrapped import local
+from tests.support.ranks import Ranks, mesh
+from tests.support.wrapped import local
 
 MICROBATCHES = 4
 

@@ -14,9 +14,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from tests import reference
-from tests.ranks import Ranks, same_bits_everywhere
-from tests.wrapped import HAS_PARTIAL, UNSHARDED, WRAPPERS, is_partial, local, whole_gradients, with_gradients
+from tests.support import reference
+from tests.support.ranks import Ranks, same_bits_everywhere
+from tests.support.wrapped import HAS_PARTIAL, UNSHARDED, WRAPPERS, is_partial, local, whole_gradients, with_gradients
 
 
 def reduce_partial(grad: Tensor | None) -> Tensor | None:

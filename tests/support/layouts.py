@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from tests.ranks import device_of, mesh
+from tests.support.ranks import device_of, mesh
 
 
 @dataclass(frozen=True)

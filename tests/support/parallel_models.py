@@ -21,9 +21,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distclip
-from tests import reference
-from tests.ranks import same_bits_everywhere
-from tests.wrapped import Block, local
+from tests.support import reference
+from tests.support.ranks import same_bits_everywhere
+from tests.support.wrapped import Block, local
 
 WIDTH, HIDDEN, VOCAB, EXPERTS, HEAD_DIM = 8, 6, 12, 8, 4
 BATCH, LENGTH = 16, 4

@@ -29,7 +29,7 @@ LIMIT_S = 180.0  # for one call on all ranks; a loaded machine has taken more th
 PRELOAD = [
     "pytest",
     "hypothesis",
-    "tests.ranks",
+    "tests.support.ranks",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.tensor.debug",

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 import distclip
-from tests.ranks import device_of
+from tests.support.ranks import device_of
 
 MAX_NORM = 0.5
 Make = Callable[[nn.Module], Optimizer]

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.ranks import device_of, mesh
+from tests.support.ranks import device_of, mesh
 
 
 class Block(nn.Module):

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from tests import reference
-from tests.ranks import Ranks, mesh, same_bits_everywhere
-from tests.wrapped import WRAPPERS, Model, local, loss_of, make_model, tokens_of_all_ranks
+from tests.support import reference
+from tests.support.ranks import Ranks, mesh, same_bits_everywhere
+from tests.support.wrapped import WRAPPERS, Model, local, loss_of, make_model, tokens_of_all_ranks
 
 POLICIES = {
     "2": distclip.ClipNorm(0.5),

@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import distclip
-from tests import reference, wrapped
-from tests.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes, whole
-from tests.ranks import Ranks, mesh
-from tests.training import MAX_NORM, loss_of, make_model, make_scaler, weights
-from tests.wrapped import local
+from tests.support import reference, wrapped
+from tests.support.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks, mesh
+from tests.support.training import MAX_NORM, loss_of, make_model, make_scaler, weights
+from tests.support.wrapped import local
 
 
 def scaled_model(scaler: GradScaler) -> nn.Module:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distclip.clipper import Clipper
-from distclip.decide import Decision, report_of, write_
+from distclip.step import Decision, report_of, write_
 
 if TYPE_CHECKING:
     from distclip import Policy, Report
-    from distclip.adapters.deepspeed.places import Place
-    from distclip.adapters.deepspeed.where import Partition
+    from distclip.adapters.deepspeed.model_shards import Place
+    from distclip.adapters.deepspeed.partitions import Partition
 
 TESTED = ("0.16.9", "0.19.8")
 _attached: WeakSet[Any] = WeakSet()
@@ -62,8 +62,8 @@ class Handle:
     """
 
     def __init__(self, engine: Any, policy: Policy[Any], on_nonfinite: str) -> None:
-        from distclip.adapters.deepspeed import where
-        from distclip.adapters.deepspeed.places import nothing_apart, places
+        from distclip.adapters.deepspeed import partitions as where
+        from distclip.adapters.deepspeed.model_shards import nothing_apart, places
 
         self._engine, self._optimizer, self._where = engine, engine.optimizer, where
         self._partitions: Sequence[Partition] = where.partitions(self._optimizer)
@@ -204,7 +204,7 @@ class Handle:
 
 
 def _mesh(device_type: str) -> DeviceMesh | None:
-    from distclip.adapters.deepspeed.places import AXIS
+    from distclip.adapters.deepspeed.model_shards import AXIS
 
     size = dist.get_world_size()
     return init_device_mesh(device_type, (size,), mesh_dim_names=(AXIS,)) if size > 1 else None
@@ -212,7 +212,7 @@ def _mesh(device_type: str) -> DeviceMesh | None:
 
 def _by_name(policy: Policy[Any], module: nn.Module) -> Policy[Any]:
     """The policy with the modules that it leaves out given by the names of their parameters."""
-    from distclip.adapters.deepspeed.places import module_names
+    from distclip.adapters.deepspeed.model_shards import module_names
 
     exclude = getattr(policy, "exclude", ())
     if not is_dataclass(policy) or not any(isinstance(each, nn.Module) for each in exclude):

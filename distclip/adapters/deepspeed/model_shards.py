@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distclip import Box, Layout, Part, Run
-from distclip.adapters.deepspeed.where import Fragment, Partition
+from distclip.adapters.deepspeed.partitions import Fragment, Partition
 
 AXIS = "world"  # all ranks in a row: which of them hold copies is known here, parameter by parameter
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
