@@ -162,7 +162,7 @@ def build_plans(case: Case, ranks: list[int]) -> tuple[dict[Weight, Layout], Mea
             module = sharded_stage(case, meshes, stage)
             plan = _measure(module, measured).plan
         weights = [weight for unit in case.units(stage) for weight in unit]
-        for weight, held in zip(weights, plan.held, strict=True):
+        for weight, held in zip(weights, plan.params, strict=True):
             _check(case, rank, weight, held, layouts.setdefault(weight, held.layout))
         measured.note(plans=measured.plans + 1, tensors=len(weights))
     return layouts, measured

@@ -2,6 +2,7 @@
 
 from distclip import adapters as adapters
 from distclip import functional as functional
+from distclip import sharding as sharding
 from distclip.api import clip_grad_norm_ as clip_grad_norm_
 from distclip.api import clip_grad_value_ as clip_grad_value_
 from distclip.api import clip_grads_with_norm_ as clip_grads_with_norm_
@@ -11,21 +12,21 @@ from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.norms.plan import Plan as Plan
 from distclip.policies import AGC as AGC
-from distclip.policies import About as About
 from distclip.policies import AdaGC as AdaGC
 from distclip.policies import AutoClip as AutoClip
 from distclip.policies import ClipBlockRMS as ClipBlockRMS
 from distclip.policies import ClipNorm as ClipNorm
 from distclip.policies import ClipTensorNorm as ClipTensorNorm
 from distclip.policies import ClipValue as ClipValue
+from distclip.policies import EmptyState as EmptyState
+from distclip.policies import Minimum as Minimum
+from distclip.policies import NormContext as NormContext
 from distclip.policies import Policy as Policy
+from distclip.policies import PolicyBase as PolicyBase
 from distclip.policies import Scope as Scope
-from distclip.policies import Stateless as Stateless
+from distclip.policies import StatelessPolicy as StatelessPolicy
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
-from distclip.sharding.layout import Layout as Layout
-from distclip.sharding.shard import Box as Box
-from distclip.sharding.shard import Part as Part
-from distclip.sharding.shard import Run as Run
+from distclip.sharding import Layout as Layout
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from distclip import once
 from distclip.clipper import ClipNorm, Parameters
 
 if TYPE_CHECKING:
-    from distclip import About, Stateless
+    from distclip import EmptyState, NormContext
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
@@ -29,7 +29,7 @@ _EPS = 1e-6  # torch.nn.utils.clip_grad
 class _TorchNorm(ClipNorm):
     """`ClipNorm` with torch's coefficient, max_norm / (norm + 1e-6)."""
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         # The limit whose quotient by the norm is torch's coefficient, at zero and infinity too.
         return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 

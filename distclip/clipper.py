@@ -24,9 +24,9 @@ from distclip.sharding.local_tensors import local_gradients
 from distclip.step import Decision, decide, kept, report_of, write_
 from distclip.training import fused, optimizers
 from distclip.training import grad_scaler as amp
-from distclip.training.backward import Early
+from distclip.training.backward import BackwardNorms
 from distclip.training.optimizers import Optimizers
-from distclip.training.step_hook import Attached
+from distclip.training.step_hook import StepHook
 
 
 class Clipper:
@@ -73,7 +73,7 @@ class Clipper:
         nonfinite.check_rule(on_nonfinite, max_consecutive_skips)
         self.policy = policy
         self._on_nonfinite = on_nonfinite
-        self._skips = nonfinite.Skips(max_consecutive_skips)
+        self._skips = nonfinite.SkipCounter(max_consecutive_skips)
         self._agreed: set[tuple[Optimizer, ...]] = set()
         given = inputs.read(parameters, policy)
         self._modules = given.modules
@@ -81,7 +81,7 @@ class Clipper:
         self.plan = make_plan(held, team, given.groups)
         self._params = [h.param for h in held]
         self._states = state.start(self.plan)
-        self._early = Early(self.plan, self._modules) if overlap else None
+        self._early = BackwardNorms(self.plan, self._modules) if overlap else None
 
     @property
     def skipped(self) -> Tensor:
@@ -141,7 +141,7 @@ class Clipper:
                 optimizers.step(each, scaler)
         return report_of(decision)
 
-    def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> Attached:
+    def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> StepHook:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours; `.remove()` ends it.
 
         A pre-hook does what `step` does, also under `GradScaler.step` with fused optimizers: the gradients are then
@@ -154,7 +154,7 @@ class Clipper:
 
         Collective: each step, as `clip_`; all ranks must step.
         """
-        return Attached(self, optimizer, scaler)
+        return StepHook(self, optimizer, scaler)
 
     def decide(
         self,
@@ -166,7 +166,7 @@ class Clipper:
         """Measures, decides, tells the scaler; raises on all ranks together. Changes no gradient.
 
         Args:
-            values: of the gradients, in the order of `plan.held`, where they do not lie in `.grad`.
+            values: of the gradients, in the order of `plan.params`, where they do not lie in `.grad`.
         """
         inverse_scale = amp.inverse_scale(scaler, stepped) if inverse_scale is None else inverse_scale
         if stepped and inverse_scale is not None and tuple(stepped) not in self._agreed:
@@ -218,7 +218,7 @@ class Clipper:
                 inputs.check_fresh(module, self._params)
         for group in self.plan.groups:
             if group.policy.scope is Scope.UNIT:
-                inputs.check_dense([(h.name, h.param) for h in self.plan.held[group.members]])
+                inputs.check_dense([(h.name, h.param) for h in self.plan.params[group.members]])
         return values
 
     def state_dict(self) -> dict[str, Any]:

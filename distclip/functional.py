@@ -42,7 +42,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     Reference: TensorFlow, `tf.clip_by_norm`.
     """
     check_not_negative("clip_norm", clip_norm)
-    t = gradients.settled(t)
+    t = gradients.resolve_partial(t)
     if axes is None:
         return _scaled([t], _coefficient(_norm([t]), clip_norm))[0]
     named_tensors(t)
@@ -77,7 +77,7 @@ def clip_by_global_norm(
     Reference: TensorFlow, `tf.clip_by_global_norm`.
     """
     check_not_negative("clip_norm", clip_norm)
-    given = [None if t is None else gradients.settled(t) for t in t_list]
+    given = [None if t is None else gradients.resolve_partial(t) for t in t_list]
     present = [t for t in given if t is not None]
     norm = _norm(present) if use_norm is None else _as_norm(use_norm, present)
     # Judged in float32, as the norm that the caller sees.
@@ -108,7 +108,7 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
             "Clip its norm instead, or clamp `torch.view_as_real(t)`."
         )
     _check_dense(t)
-    return gradients.settled(t).clamp(clip_value_min, clip_value_max)
+    return gradients.resolve_partial(t).clamp(clip_value_min, clip_value_max)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

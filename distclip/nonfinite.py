@@ -44,7 +44,7 @@ def bound(limit: Tensor, finite: Tensor, rule: str) -> Tensor:
     return limit if rule == "propagate" else torch.where(finite, limit, math.inf)
 
 
-class Skips:
+class SkipCounter:
     """Counts, on the device, the steps whose norm was not finite."""
 
     def __init__(self, most_in_a_row: int) -> None:
@@ -82,7 +82,7 @@ class Skips:
         return int(in_a_row) > self.most_in_a_row
 
 
-def offenders(names: Sequence[str], each: Tensor, plan: Plan) -> dict[str, list[int]]:
+def nonfinite_parameters(names: Sequence[str], each: Tensor, plan: Plan) -> dict[str, list[int]]:
     """See `Report.offenders`. Collective: an all-gather of names; all ranks of the team must call."""
     mine = [name for name, number in zip(names, each.cpu(), strict=True) if not math.isfinite(number)]
     mine = list(dict.fromkeys(mine))
@@ -125,5 +125,5 @@ def _size(number: float) -> str:
 
 
 def _shortly(by_rank: dict[int, int]) -> str:
-    shown = [f"{rank}: {count}" for rank, count in sorted(by_rank.items())[:8]]
-    return ", ".join([*shown, *(["..."] if len(by_rank) > 8 else [])]) or "none"
+    layout_cache_key = [f"{rank}: {count}" for rank, count in sorted(by_rank.items())[:8]]
+    return ", ".join([*layout_cache_key, *(["..."] if len(by_rank) > 8 else [])]) or "none"

@@ -17,10 +17,10 @@ from distclip import parameters as inputs
 from distclip.norms import measure
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import Parameters, named_tensors
-from distclip.policies import About, Policy, Stateless, check_not_negative
+from distclip.policies import EmptyState, NormContext, Policy, check_not_negative
 from distclip.policies import state_dict as state
 from distclip.sharding.layout import read_layouts
-from distclip.sharding.local_tensors import local_gradient, local_gradients, local_values, shown
+from distclip.sharding.local_tensors import layout_cache_key, local_gradient, local_gradients, local_values
 from distclip.step import decide, norms, write_
 
 _KEPT = 16  # plans; a trainer with a generator, a discriminator and a few limits has fewer
@@ -60,7 +60,7 @@ def total_norm_of(
     """The total norm of the values of `tensors`, or of a module's gradients: a float64 scalar; see `get_total_norm`."""
     plan = _plan(tensors, policy, mesh, tuple(distinct))
     read = local_gradient if isinstance(tensors, nn.Module) else local_values
-    values = [read(h.param) for h in plan.held]
+    values = [read(h.param) for h in plan.params]
     norm = norms(measure.local(values, plan), plan)[0].total
     if error_if_nonfinite and not bool(norm.float().isfinite()):
         raise nonfinite.error(norm, values, plan)
@@ -70,7 +70,7 @@ def total_norm_of(
 def scale_gradients_(parameters: Parameters, policy: Policy[Any], norm: Tensor) -> None:
     """Scales as `policy` would at this total norm, on this rank alone; see `clip_grads_with_norm_`."""
     norm = local_values(norm).double()
-    limit, _ = policy.limit(norm, Stateless(), About(torch.ones_like(norm), None, norm))
+    limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
         apply.scale_(_pieces(parameters), apply.coefficient(norm, limit))
 
@@ -103,15 +103,15 @@ def _params_and_plan(
     All that a policy of scope MODEL needs of a plan follows from what the parameters show, and from the ranks.
     """
     params = inputs.listed(parameters)
-    if params is None or (layout := shown(params)) is None:
+    if params is None or (layout := layout_cache_key(params)) is None:
         plan = _plan(parameters, policy, mesh, distinct)
-        return [h.param for h in plan.held], plan
+        return [h.param for h in plan.params], plan
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     key = (layout[0], policy, id(mesh), distinct, id(world))
     if key not in _kept:
         plan = _plan(parameters, policy, mesh, distinct)
         nobody = torch.empty(0, device="meta")  # a kept plan must not keep parameters alive
-        plan = replace(plan, held=[replace(h, name="", param=nobody) for h in plan.held])
+        plan = replace(plan, params=[replace(h, name="", param=nobody) for h in plan.params])
         _kept[key] = plan, (layout[1], mesh, world)  # alive, so that no other object takes over an id
         if len(_kept) > _KEPT:
             _kept.popitem(last=False)

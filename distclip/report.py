@@ -50,7 +50,7 @@ class Report:
     def clipped(self) -> Tensor:
         return self.coefficient < 1
 
-    def offenders(self) -> dict[str, list[int]]:
+    def nonfinite_parameters(self) -> dict[str, list[int]]:
         """The parameters whose gradients were not finite, each with the ranks that hold such elements.
 
         Empty where the total norm was finite. At most 100 parameters a rank. They are those of the call that made

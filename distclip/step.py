@@ -14,12 +14,12 @@ from torch import Tensor
 from distclip import apply, kernels, nonfinite
 from distclip.norms import measure, reduce
 from distclip.norms.plan import Group, Plan
-from distclip.policies import About, Scope
+from distclip.policies import NormContext, Scope
 from distclip.report import Report
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GroupClip:
     """What the policy of one group says.
 
     Attributes:
@@ -49,10 +49,10 @@ class Decision:
 
     plan: Plan
     values: Sequence[Tensor | None]
-    local: measure.Local
+    local: measure.LocalNorms
     norm: Tensor
     finite: Tensor
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[GroupClip]
     inverse: Tensor | None
     rule: str
 
@@ -61,7 +61,7 @@ class Decision:
         """What everything is multiplied by, if that is one number; None where nothing is to be multiplied."""
         return self.factor_of(self.verdicts[0])
 
-    def factor_of(self, verdict: Verdict) -> Tensor | None:
+    def factor_of(self, verdict: GroupClip) -> Tensor | None:
         if verdict.limits is None and self.inverse is None:
             return None
         factor = verdict.coefficients if self.inverse is None else verdict.coefficients * self.inverse
@@ -75,7 +75,7 @@ class Decision:
 
 def decide(
     values: Sequence[Tensor | None],
-    local: measure.Local,
+    local: measure.LocalNorms,
     plan: Plan,
     states: Sequence[Any],
     inverse_scale: Tensor | None,
@@ -92,15 +92,15 @@ def decide(
     return Decision(plan, values, local, total, finite, verdicts, inverse, rule)
 
 
-def norms(local: measure.Local, plan: Plan) -> list[reduce.Joined]:
+def norms(local: measure.LocalNorms, plan: Plan) -> list[reduce.GroupNorms]:
     """The norms of every group, float64, the same on every rank that keeps them."""
     numbers = local.numbers
-    if plan.team is not None:
+    if plan.reduce_mesh is not None:
         reduce.all_reduce_(numbers := numbers.clone(), plan)
     return reduce.norms(numbers, local.units, local.weights, plan)
 
 
-def total_norm(joined: Sequence[reduce.Joined], plan: Plan) -> Tensor:
+def total_norm(joined: Sequence[reduce.GroupNorms], plan: Plan) -> Tensor:
     """The norm over all groups, of the first one's norm_type: the p-norm of the groups' norms, without overflow."""
     if len(joined) == 1:
         return joined[0].total
@@ -112,16 +112,16 @@ def total_norm(joined: Sequence[reduce.Joined], plan: Plan) -> Tensor:
     return torch.where((largest == 0) | largest.isinf(), largest, largest * within)
 
 
-def _verdict(joined: reduce.Joined, group: Group, state: Any) -> Verdict:
+def _verdict(joined: reduce.GroupNorms, group: Group, state: Any) -> GroupClip:
     units = group.units
     each = joined.total if joined.units is None else joined.units
     sizes = units.sizes if units is not None else torch.ones_like(each)
-    limits, new = group.policy.limit(each, state, About(sizes, joined.weights, joined.total))
+    limits, new = group.policy.limit(each, state, NormContext(sizes, joined.weights, joined.total))
     if limits is None:
-        return Verdict(joined.total, None, torch.ones_like(each), new)
+        return GroupClip(joined.total, None, torch.ones_like(each), new)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
-    return Verdict(joined.total, limits, apply.coefficient(each, limits), new)
+    return GroupClip(joined.total, limits, apply.coefficient(each, limits), new)
 
 
 def write_(decision: Decision) -> None:
@@ -163,7 +163,7 @@ def report_of(decision: Decision) -> Report:
         {name: _least(coefficients, 1.0, decision.norm) for name, coefficients in ruled.items()},
         total_norm=decision.norm.float(),
         # Not all of `local`, whose pieces are the gradients themselves.
-        search=partial(nonfinite.offenders, decision.local.names, decision.local.each, plan),
+        search=partial(nonfinite.nonfinite_parameters, decision.local.names, decision.local.each, plan),
     )
 
 

@@ -50,7 +50,7 @@ def warm() -> distclip.Clipper:
 
 def test_no_call_waits_for_the_device(warm: distclip.Clipper) -> None:
     """Neither where addresses stay nor where they change."""
-    for param in warm.plan.held[0].param, warm.plan.held[-1].param:
+    for param in warm.plan.params[0].param, warm.plan.params[-1].param:
         param.grad = torch.ones_like(param)
     with no_sync():
         warm.clip_()
@@ -71,7 +71,7 @@ def test_at_most_four_launches(norm_type: float, on_nonfinite: str) -> None:
 
 @pytest.mark.parametrize("new_addresses", [False, True])
 def test_captured_in_a_graph(new_addresses: bool, warm: distclip.Clipper) -> None:
-    params = [held.param for held in warm.plan.held]
+    params = [held.param for held in warm.plan.params]
     if new_addresses:
         for param in params:
             param.grad = torch.zeros_like(param)

@@ -96,7 +96,7 @@ def gradients_of(step: int) -> list[Tensor]:
 def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
     """Puts this rank's elements of the step's gradients where the model's own lie."""
     grads = dict(zip((n for n, _ in make_model().named_parameters()), gradients_of(step), strict=True))
-    for held in clipper.plan.held:
+    for held in clipper.plan.params:
         grad = held.param.grad
         if grad is None:
             continue
@@ -248,4 +248,4 @@ def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
 
 def names_in(kind: str) -> list[str]:
     plan = Clipper(with_gradients(kind, "cpu"), ClipTensorNorm(1.0)).plan
-    return [part.name for held in plan.held for part in held.parts]
+    return [part.name for held in plan.params for part in held.parts]

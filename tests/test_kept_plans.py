@@ -100,7 +100,7 @@ def equal_meshes_with_two_roots() -> None:
         norm = distclip.clip_grad_norm_([param], 100.0)
         torch.testing.assert_close(norm, torch.tensor(2.0 * copies))
     expected = 2 if alone is not None else 0
-    kept = [plan.team.ranks.numel() for plan, _ in once._kept.values() if plan.team is not None]
+    kept = [plan.reduce_mesh.ranks.numel() for plan, _ in once._kept.values() if plan.reduce_mesh is not None]
     assert {expected, 4} <= set(kept)
 
 

@@ -32,7 +32,7 @@ def test_each_rule(value: float) -> None:
         report = clipper.clip_()
         assert report.clipped  # it does clip
         assert report.finite
-        assert report.offenders() == {}
+        assert report.nonfinite_parameters() == {}
         params[1].grad[0] = value
         before = [p.grad.clone() for p in params]
         if rule == "raise":
@@ -41,7 +41,7 @@ def test_each_rule(value: float) -> None:
         else:
             report = clipper.clip_()
             assert not report.finite
-            assert report.offenders() == {"#1": [0]}
+            assert report.nonfinite_parameters() == {"#1": [0]}
         after = [p.grad for p in params]
         if rule in ("raise", "skip"):
             torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
@@ -83,7 +83,7 @@ def test_finite_gradients_whose_norm_no_float32_holds() -> None:
     params = parameters([3e38, 3e38])
     report = distclip.Clipper(params, on_nonfinite="skip").clip_()
     assert not report.finite
-    assert report.offenders() == {}
+    assert report.nonfinite_parameters() == {}
     with pytest.raises(distclip.NonFiniteGradientError, match=r"the largest, and finite .*by rank: none"):
         distclip.Clipper(params, on_nonfinite="raise").clip_()
 
@@ -110,8 +110,8 @@ def all_ranks_do_the_same(layout: str, device: str) -> None:
         else:
             report = clipper.clip_()
             assert not report.finite
-            offenders = report.offenders()
-            assert [ranks for ranks in offenders.values()] == [[1]]
+            nonfinite_parameters = report.nonfinite_parameters()
+            assert [ranks for ranks in nonfinite_parameters.values()] == [[1]]
         after = [local(p.grad) for p in params]
         for now, was in zip(after, before, strict=True):
             if rule == "propagate":
@@ -146,7 +146,7 @@ def all_stages_skip(fused: bool) -> None:
             report = clipper.step(optimizer) if attached is None else (optimizer.step(), attached.report)[1]
             assert report.clipped == (step != 1)
             assert torch.equal(before, param) == (step == 1)
-            assert report.offenders() == ({"stage3": [3]} if step == 1 else {})
+            assert report.nonfinite_parameters() == ({"stage3": [3]} if step == 1 else {})
             assert param.grad is not None
         assert optimizer.state[param]["step"] == 2
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from distclip import kernels
 from distclip.norms import power_sums as powers
-from distclip.norms.plan import Group, Held, Plan, Units
+from distclip.norms.plan import Group, LocalParam, Plan, Units
 from distclip.norms.units import View
 
 
-class Local(NamedTuple):
+class LocalNorms(NamedTuple):
     """What this rank measured.
 
     Attributes:
@@ -36,27 +36,27 @@ class Local(NamedTuple):
     pieces: list[list[list[Tensor]] | None]
 
 
-def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> Local:
+def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> LocalNorms:
     """Reads every gradient once, and every weight where a policy asks for its norm.
 
     Args:
         apart: give the numbers of `names` and `each` in any case.
     """
     parts = [
-        _group(values[group.members], plan.held[group.members], group, plan.device, apart) for group in plan.groups
+        _group(values[group.members], plan.params[group.members], group, plan.device, apart) for group in plan.groups
     ]
     return _joined(parts)
 
 
-def of_stores(stores: Sequence[Store], plan: Plan) -> Local:
+def of_stores(stores: Sequence[NormBuffer], plan: Plan) -> LocalNorms:
     """As `local`, from what was stored."""
-    return _joined([store.local(plan.held) for store in stores])
+    return _joined([store.local(plan.params) for store in stores])
 
 
-def _joined(parts: Sequence[Local]) -> Local:
+def _joined(parts: Sequence[LocalNorms]) -> LocalNorms:
     if len(parts) == 1:
         return parts[0]
-    return Local(
+    return LocalNorms(
         torch.cat([part.numbers for part in parts]),
         [name for part in parts for name in part.names],
         torch.cat([part.each for part in parts]),
@@ -66,14 +66,14 @@ def _joined(parts: Sequence[Local]) -> Local:
     )
 
 
-class Store:
+class NormBuffer:
     """The numbers of one group's gradients, written one gradient at a time.
 
     Attributes:
         each: of every parameter, as `Local.each` has it; or the columns of every unit, [num, num_columns].
     """
 
-    def __init__(self, group: Group, members: Sequence[Held], device: torch.device) -> None:
+    def __init__(self, group: Group, members: Sequence[LocalParam], device: torch.device) -> None:
         self._group, self._device = group, device
         self._names = [h.name for h in members]
         self._counted = torch.tensor([h.counted for h in members], dtype=torch.bool, device=device)
@@ -91,17 +91,17 @@ class Store:
             if values is not None:
                 _add_units_(self.each, span.views(values), p, units)
 
-    def local(self, held: Sequence[Held]) -> Local:
+    def local(self, held: Sequence[LocalParam]) -> LocalNorms:
         if self._group.units is not None:
             return _of_units(self.each.clone(), held[self._group.members], self._group, self._group.units)
         added = torch.where(self._counted, self.each, _broken(self.each)) if self._group.copies else self.each
         total = powers.joined(powers.columns(added, self._group.norm_type), self._group.norm_type)
-        return Local(total, self._names, self.each.clone(), [None], [None], [None])
+        return LocalNorms(total, self._names, self.each.clone(), [None], [None], [None])
 
 
 def _group(
-    values: Sequence[Tensor | None], members: Sequence[Held], group: Group, device: torch.device, apart: bool
-) -> Local:
+    values: Sequence[Tensor | None], members: Sequence[LocalParam], group: Group, device: torch.device, apart: bool
+) -> LocalNorms:
     if group.units is not None:
         columns = _unit_columns(values, group.norm_type, group.units)
         return _of_units(columns, members, group, group.units)
@@ -120,15 +120,17 @@ def _group(
     each = _each([*counted, *copies], group.norm_type, device)
     added = torch.cat([each[: len(counted)], _broken(each[len(counted) :])])
     total = powers.joined(powers.columns(added, group.norm_type), group.norm_type)
-    return Local(total, names, each, [None], [None], [[*pieces[0], *pieces[1]]])
+    return LocalNorms(total, names, each, [None], [None], [[*pieces[0], *pieces[1]]])
 
 
-def _together(counted: list[list[Tensor]], copies: list[list[Tensor]], norm_type: float, device: torch.device) -> Local:
+def _together(
+    counted: list[list[Tensor]], copies: list[list[Tensor]], norm_type: float, device: torch.device
+) -> LocalNorms:
     each = [kernels.power_sum(piece, norm_type).to(device) for piece in counted]
     each += [_broken(kernels.power_sum(piece, norm_type).to(device)) for piece in copies]
     added = torch.stack(each) if each else torch.zeros(0, dtype=torch.float64, device=device)
     total = powers.joined(powers.columns(added, norm_type), norm_type)
-    return Local(total, [], added[:0], [None], [None], [[*counted, *copies]])
+    return LocalNorms(total, [], added[:0], [None], [None], [[*counted, *copies]])
 
 
 def _broken(copies: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ def _broken(copies: Tensor) -> Tensor:
     return torch.where(copies.isfinite(), 0.0, copies)
 
 
-def _of_units(columns: Tensor, members: Sequence[Held], group: Group, units: Units) -> Local:
+def _of_units(columns: Tensor, members: Sequence[LocalParam], group: Group, units: Units) -> LocalNorms:
     counted = units.counted.unsqueeze(1)
     added = columns
     if not math.isinf(group.norm_type):  # a maximum does not mind copies
@@ -146,7 +148,7 @@ def _of_units(columns: Tensor, members: Sequence[Held], group: Group, units: Uni
         weights = _unit_columns([h.weights for h in members], group.norm_type, units)
         travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
     each = powers.root(columns, group.norm_type)
-    return Local(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
+    return LocalNorms(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
 
 
 def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:

@@ -12,13 +12,13 @@ from distclip.norms import power_sums as powers
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import gathered, verify
 from distclip.policies import Policy, Scope
-from distclip.sharding.layout import Held
-from distclip.sharding.mesh import Team
+from distclip.sharding.layout import LocalParam
+from distclip.sharding.mesh import ReduceMesh
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with a policy of their own: `plan.held[members]`.
+    """Parameters with a policy of their own: `plan.params[members]`.
 
     Attributes:
         units: where the policy's scope is smaller than the group.
@@ -49,12 +49,12 @@ class Plan:
     """Every parameter that this rank holds, in groups, and the team that the sums are reduced over.
 
     Attributes:
-        team: None where no rank holds elements that another lacks, so that nothing is reduced.
+        reduce_mesh: None where no rank holds elements that another lacks, so that nothing is reduced.
         device: where the sums are added up and travel.
     """
 
-    held: Sequence[Held]
-    team: Team | None
+    params: Sequence[LocalParam]
+    reduce_mesh: ReduceMesh | None
     groups: Sequence[Group]
     device: torch.device
 
@@ -76,8 +76,8 @@ class Plan:
     def __str__(self) -> str:
         rows = [["group", "policy", "layout", "tensors", "elements", "counted here", "bytes measured"]]
         for group in self.groups:
-            by_layout: dict[str, list[Held]] = {}
-            for held in self.held[group.members]:
+            by_layout: dict[str, list[LocalParam]] = {}
+            for held in self.params[group.members]:
                 by_layout.setdefault(str(held.layout), []).append(held)
             rows += [[group.name, str(group.policy), layout, *_totals(held)] for layout, held in by_layout.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -85,14 +85,16 @@ class Plan:
         return "\n".join([*lines, self._collective()])
 
     def _collective(self) -> str:
-        if self.team is None:
+        if self.reduce_mesh is None:
             return "no collective: no rank holds elements that another lacks"
         numbers = sum(group.num_numbers for group in self.groups)
-        axes = " x ".join(f"{axis}={self.team.size(axis)}" for axis in self.team.axes)
+        axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
         return f"one all-reduce of {numbers} float64 ({8 * numbers} bytes) over {axes}, on {self.device}"
 
 
-def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[str, slice, Policy[Any]]]) -> Plan:
+def make_plan(
+    held: Sequence[LocalParam], team: ReduceMesh | None, groups: Sequence[tuple[str, slice, Policy[Any]]]
+) -> Plan:
     """The plan for groups (name, members, policy) of `held`.
 
     Raises:
@@ -107,7 +109,7 @@ def make_plan(held: Sequence[Held], team: Team | None, groups: Sequence[tuple[st
     return Plan(held, team, made, device)
 
 
-def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[Held], device: torch.device) -> Group:
+def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[LocalParam], device: torch.device) -> Group:
     copies = not all(h.counted for h in held[members])
     if policy.scope in (Scope.MODEL, Scope.ELEMENT):
         return Group(name, members, policy, copies)
@@ -115,7 +117,7 @@ def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[Held],
     return Group(name, members, policy, copies, units, units.num_slots)
 
 
-def _after_other_places(groups: Sequence[Group], team: Team) -> list[Group]:
+def _after_other_places(groups: Sequence[Group], team: ReduceMesh) -> list[Group]:
     """Places on the distinct axes hold different units: each gets slots of its own, in the order of places."""
     place = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
     places = dict(gathered((place, [group.num_slots for group in groups]), team.group).values())
@@ -124,7 +126,7 @@ def _after_other_places(groups: Sequence[Group], team: Team) -> list[Group]:
     return [replace(g, num_slots=n, first_slot=b) for g, n, b in zip(groups, total, before, strict=True)]
 
 
-def _device(held: Sequence[Held], team: Team | None) -> torch.device:
+def _device(held: Sequence[LocalParam], team: ReduceMesh | None) -> torch.device:
     types = [team.device_type] if team is not None else [h.param.device.type for h in held]
     found = next((t for t in types if t != "cpu"), "cpu")
     if found in ("cpu", "meta") or not torch.get_device_module(found).is_available():
@@ -132,7 +134,7 @@ def _device(held: Sequence[Held], team: Team | None) -> torch.device:
     return torch.device(found, torch.get_device_module(found).current_device())
 
 
-def _totals(held: Sequence[Held]) -> list[str]:
+def _totals(held: Sequence[LocalParam]) -> list[str]:
     """Tensors; elements of them on this rank; those of them that this rank counts; their bytes."""
     sizes = [(h, h.weights) for h in held]
     here = sum(v.numel() for _, v in sizes)

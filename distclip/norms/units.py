@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from distclip.errors import LayoutError
 from distclip.policies import Policy, Scope
-from distclip.sharding.layout import Held
-from distclip.sharding.shard import Box, Part, View
+from distclip.sharding.layout import LocalParam
+from distclip.sharding.shard import BlockShard, ParamShard, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Span:
     """
 
     held: int
-    part: Part
+    part: ParamShard
     dim: int | None
     base: int
     first: int
@@ -91,7 +91,7 @@ class Units:
         return [span.part.name for span in self.spans for _ in range(span.count)]
 
 
-def make_units(members: Sequence[Held], policy: Policy[Any], device: torch.device) -> Units:
+def make_units(members: Sequence[LocalParam], policy: Policy[Any], device: torch.device) -> Units:
     """The units of a policy's scope.
 
     Raises:
@@ -136,10 +136,10 @@ def _num_units(span: Span) -> int:
     return 1 if span.dim is None else max(1, span.part.shape[span.dim])
 
 
-def _unit_dim(part: Part, policy: Policy[Any]) -> int | None:
+def _unit_dim(part: ParamShard, policy: Policy[Any]) -> int | None:
     if policy.scope is Scope.TENSOR or len(part.shape) < 2:
         return None
-    if isinstance(part.piece, Box) and part.piece.cut is None:
+    if isinstance(part.piece, BlockShard) and part.piece.cut is None:
         raise LayoutError(
             f"cannot clip the units of {part.name!r}: its layout is declared by axes, which do not tell along which "
             f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
@@ -151,7 +151,7 @@ def _unit_dim(part: Part, policy: Policy[Any]) -> int | None:
     return dim % len(part.shape)
 
 
-def _excluded(members: Sequence[Held], exclude: Sequence[Any]) -> set[str]:
+def _excluded(members: Sequence[LocalParam], exclude: Sequence[Any]) -> set[str]:
     """The names that `exclude` leaves out: patterns of names, names of modules, or modules."""
     names = {part.name for held in members for part in held.parts}
     left_out: set[str] = set()

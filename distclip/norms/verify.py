@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import LayoutError
-from distclip.sharding.layout import Held
+from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import numbers, world_group
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def verify(plan: Plan) -> None:
     """See `Plan.verify`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    circle = _Circle(plan.team.group if plan.team is not None else world_group(), plan.device)
+    circle = _Circle(plan.reduce_mesh.group if plan.reduce_mesh is not None else world_group(), plan.device)
     _meet(circle)
     common = [_policies(plan), _mesh(plan)]
     slots = _statements(plan)
@@ -103,10 +103,10 @@ def verify(plan: Plan) -> None:
 
 def _statements(plan: Plan) -> list[list[_Statement]]:
     """What this rank says, by slot: which parameters it holds (slot 0), and the values of those with copies."""
-    team = plan.team
+    team = plan.reduce_mesh
     place = [f"{axis}={team.coordinate[axis]}" for axis in sorted(team.distinct)] if team is not None else []
     slots: list[list[_Statement]] = [[] for _ in range(_SLOTS)]
-    for held in plan.held:
+    for held in plan.params:
         text = f"{held.layout} ({held.param.dtype})"
         slots[0].append(_Statement(held.name, 0, _digest("place", *place), text))
         values = held.weights
@@ -117,7 +117,7 @@ def _statements(plan: Plan) -> list[list[_Statement]]:
     return slots
 
 
-def _kin(held: Held) -> int:
+def _kin(held: LocalParam) -> int:
     """The same on all ranks that hold copies, and on no other."""
     shard = (f"{axis}={held.coordinate[axis]}" for axis in sorted(held.layout.sharded))
     return _digest(held.mesh, *shard)
@@ -189,9 +189,9 @@ def _policies(plan: Plan) -> str:
 
 
 def _mesh(plan: Plan) -> str:
-    if plan.team is None:
+    if plan.reduce_mesh is None:
         return "nothing sharded"
-    team, ranks = plan.team, numbers(plan.team.ranks)
+    team, ranks = plan.reduce_mesh, numbers(plan.reduce_mesh.ranks)
     if not team.given:  # ranks apart on a distinct axis may find meshes that differ in other axes
         lines = {axis: team.line(axis) for axis in sorted(team.distinct)}
         apart = {axis: (len(line), line[-1] - line[0]) for axis, line in lines.items()}

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, check_between, check_count, check_finite, check_not_negative
-from distclip.policies.minimum import Combines
+from distclip.policies.base import NormContext, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.minimum import PolicyBase
 
 
 class AdaGCState(NamedTuple):
@@ -25,7 +25,7 @@ class AdaGCState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdaGC(Combines):
+class AdaGC(PolicyBase):
     """Clips each tensor's norm to `ratio` times the moving average γ of its own clipped norms.
 
         first warmup_steps:  all are scaled by min(1, max_norm / total norm);  γ ← min(γ, clipped norm)
@@ -63,7 +63,7 @@ class AdaGC(Combines):
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
         return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: AdaGCState, about: About) -> tuple[Tensor | None, AdaGCState]:
+    def limit(self, norms: Tensor, state: AdaGCState, about: NormContext) -> tuple[Tensor | None, AdaGCState]:
         early = (state.num_steps < self.warmup_steps) | state.gamma.isinf()
         scale = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
         limit = torch.where(early, norms * scale, self.ratio * state.gamma)

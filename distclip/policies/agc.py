@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from distclip.policies.base import About, Scope, Stateless, check_finite, check_norm_type
-from distclip.policies.minimum import Forgets
+from distclip.policies.base import EmptyState, NormContext, Scope, check_finite, check_norm_type
+from distclip.policies.minimum import StatelessPolicy
 
 if TYPE_CHECKING:
     Excluded: TypeAlias = tuple[str | nn.Module, ...]
@@ -17,7 +17,7 @@ else:
 
 
 @dataclass(frozen=True)
-class AGC(Forgets):
+class AGC(StatelessPolicy):
     """Lets the gradient of each unit be at most `clip_factor` times as long as the unit's weights.
 
         limit_i = clip_factor * max(||W_i||, eps)
@@ -60,7 +60,7 @@ class AGC(Forgets):
                 f"weights number their outputs on the first or on the last dim. Pass 0 or -1."
             )
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         assert about.weights is not None
         return self.clip_factor * about.weights.clamp(min=self.eps), state
 

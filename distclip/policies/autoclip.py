@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, check_between, check_count
-from distclip.policies.minimum import Combines
+from distclip.policies.base import NormContext, Scope, check_between, check_count
+from distclip.policies.minimum import PolicyBase
 
 
 class AutoClipState(NamedTuple):
@@ -25,7 +25,7 @@ class AutoClipState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AutoClip(Combines):
+class AutoClip(PolicyBase):
     """Clips to a percentile of the total norms so far, the current one included.
 
     Between two norms the percentile is linear, as `numpy.percentile` has it. The first step is never clipped. A zero
@@ -55,7 +55,7 @@ class AutoClip(Combines):
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
         return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: AutoClipState, about: About) -> tuple[Tensor | None, AutoClipState]:
+    def limit(self, norms: Tensor, state: AutoClipState, about: NormContext) -> tuple[Tensor | None, AutoClipState]:
         oldest = state.num_steps % self.history
         new = AutoClipState(state.history.scatter(0, oldest.reshape(1), norms.reshape(1)), state.num_steps + 1)
         last = new.num_steps.clamp(max=self.history) - 1

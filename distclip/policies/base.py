@@ -21,11 +21,11 @@ class Scope(Enum):
     ELEMENT = "element"
 
 
-class Stateless(NamedTuple):
+class EmptyState(NamedTuple):
     """The state of a policy that keeps none."""
 
 
-class About(NamedTuple):
+class NormContext(NamedTuple):
     """What a policy may know of its groups of elements beside their norms; the same on every rank.
 
     Attributes:
@@ -57,7 +57,7 @@ class Policy(Protocol[State]):
         """The state before the first step, on `device`: the same on every rank."""
         ...
 
-    def limit(self, norms: Tensor, state: State, about: About) -> tuple[Tensor | None, State]:
+    def limit(self, norms: Tensor, state: State, about: NormContext) -> tuple[Tensor | None, State]:
         """The largest norms let through, and the state after this step. No wait for the device.
 
         A limit of None says: measure only, write nothing. The caller keeps the new state where the total norm is

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, Stateless, check_norm_type, check_not_negative
-from distclip.policies.minimum import Forgets
+from distclip.policies.base import EmptyState, NormContext, Scope, check_norm_type, check_not_negative
+from distclip.policies.minimum import StatelessPolicy
 
 
 @dataclass(frozen=True)
-class ClipNorm(Forgets):
+class ClipNorm(StatelessPolicy):
     """Scales all gradients by min(1, max_norm / total norm).
 
     The exact quotient, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to the rounding of
@@ -42,5 +42,5 @@ class ClipNorm(Forgets):
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, Stateless, check_norm_type, check_not_negative
-from distclip.policies.minimum import Forgets
+from distclip.policies.base import EmptyState, NormContext, Scope, check_norm_type, check_not_negative
+from distclip.policies.minimum import StatelessPolicy
 
 
 @dataclass(frozen=True)
-class ClipTensorNorm(Forgets):
+class ClipTensorNorm(StatelessPolicy):
     """Scales each gradient by min(1, max_norm / its own norm), as TensorFlow's `clip_by_norm` does.
 
     A zero gradient stays as it is; a NaN or an infinity spoils its own tensor alone. `max_norm=math.inf` only
@@ -33,12 +33,12 @@ class ClipTensorNorm(Forgets):
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state
 
 
 @dataclass(frozen=True)
-class ClipBlockRMS(Forgets):
+class ClipBlockRMS(StatelessPolicy):
     """Scales each gradient so that the root of its mean square is at most `threshold`.
 
     The limit of a tensor's norm is threshold * sqrt(number of elements), those on other ranks included. A zero or
@@ -57,5 +57,5 @@ class ClipBlockRMS(Forgets):
     def __post_init__(self) -> None:
         check_not_negative("threshold", self.threshold)
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         return None if math.isinf(self.threshold) else self.threshold * about.sizes.sqrt(), state

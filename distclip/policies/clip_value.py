@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, Stateless, check_not_negative
-from distclip.policies.minimum import Forgets
+from distclip.policies.base import EmptyState, NormContext, Scope, check_not_negative
+from distclip.policies.minimum import StatelessPolicy
 
 
 @dataclass(frozen=True)
-class ClipValue(Forgets):
+class ClipValue(StatelessPolicy):
     """Clamps every element to [-clip_value, clip_value].
 
     An infinity becomes the bound; NaN stays NaN. The norm that is reported is the largest magnitude (p = inf).
@@ -32,5 +32,5 @@ class ClipValue(Forgets):
     def __post_init__(self) -> None:
         check_not_negative("clip_value", self.clip_value)
 
-    def limit(self, norms: Tensor, state: Stateless, about: About) -> tuple[Tensor | None, Stateless]:
+    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
         return None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value), state

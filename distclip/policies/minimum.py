@@ -8,32 +8,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Policy, Scope, Stateless
+from distclip.policies.base import EmptyState, NormContext, Policy, Scope
 
 
-class Combines:
+class PolicyBase:
     """Gives a policy `a & b`."""
 
     needs_weights = False
 
-    def __and__(self: Policy[Any], other: Policy[Any]) -> Both:
-        return Both(self, other)
+    def __and__(self: Policy[Any], other: Policy[Any]) -> Minimum:
+        return Minimum(self, other)
 
 
-class Forgets(Combines):
+class StatelessPolicy(PolicyBase):
     """A policy without a state."""
 
-    def init(self, num_groups: int, device: torch.device) -> Stateless:
-        return Stateless()
+    def init(self, num_groups: int, device: torch.device) -> EmptyState:
+        return EmptyState()
 
 
-class BothState(NamedTuple):
+class MinimumState(NamedTuple):
     first: tuple[Any, ...]
     second: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Both(Combines):
+class Minimum(PolicyBase):
     """The smaller of the limits that `first` and `second` set for the same norms.
 
     Each keeps its own statistics, of the norms before either has clipped.
@@ -85,11 +85,11 @@ class Both(Combines):
     def needs_weights(self) -> bool:
         return self.first.needs_weights or self.second.needs_weights
 
-    def init(self, num_groups: int, device: torch.device) -> BothState:
-        return BothState(self.first.init(num_groups, device), self.second.init(num_groups, device))
+    def init(self, num_groups: int, device: torch.device) -> MinimumState:
+        return MinimumState(self.first.init(num_groups, device), self.second.init(num_groups, device))
 
-    def limit(self, norms: Tensor, state: BothState, about: About) -> tuple[Tensor | None, BothState]:
+    def limit(self, norms: Tensor, state: MinimumState, about: NormContext) -> tuple[Tensor | None, MinimumState]:
         a, first = self.first.limit(norms, state.first, about)
         b, second = self.second.limit(norms, state.second, about)
         smaller = b if a is None else a if b is None else torch.minimum(a, b)
-        return smaller, BothState(first, second)
+        return smaller, MinimumState(first, second)

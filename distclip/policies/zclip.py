@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import About, Scope, check_between, check_count, check_finite, check_not_negative
-from distclip.policies.minimum import Combines
+from distclip.policies.base import NormContext, Scope, check_between, check_count, check_finite, check_not_negative
+from distclip.policies.minimum import PolicyBase
 
 
 class ZClipState(NamedTuple):
@@ -25,7 +25,7 @@ class ZClipState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ZClip(Combines):
+class ZClip(PolicyBase):
     """Clips a total norm that lies more than `z_thresh` deviations above the mean of past norms.
 
     With the mean μ and the deviation σ of the norms before this step, and z = (norm - μ) / σ:
@@ -65,7 +65,7 @@ class ZClip(Combines):
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: ZClipState, about: About) -> tuple[Tensor | None, ZClipState]:
+    def limit(self, norms: Tensor, state: ZClipState, about: NormContext) -> tuple[Tensor | None, ZClipState]:
         early = state.num_steps < self.warmup_steps
         highest = _highest(norms, state, self.z_thresh)
         first, later = _collect(norms, state), _follow(torch.minimum(norms, highest), state, self.alpha)

@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import LayoutError
 from distclip.sharding.mesh import axis_names, numbers
-from distclip.sharding.shard import Box, Part, Run
+from distclip.sharding.shard import BlockShard, FlatShard, ParamShard
 
 # What wrappers put into the names of parameters: state is kept under the names of the bare model.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class TensorLayout:
     """What a tensor tells of itself.
 
     Attributes:
@@ -32,7 +32,7 @@ class Own:
         device_type: where FSDP1 computes, and its process group works; offloaded parameters lie elsewhere.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ParamShard, ...]
     lines: dict[str, list[int]] = field(default_factory=dict[str, "list[int]"])
     sharded: frozenset[str] = frozenset()
     device_type: str = "cpu"
@@ -52,7 +52,7 @@ def bare(name: str) -> str:
     return name
 
 
-def read(name: str, param: Tensor, units: dict[int, Own]) -> Own:
+def read(name: str, param: Tensor, units: dict[int, TensorLayout]) -> TensorLayout:
     """Raises LayoutError where nothing on the tensor says how it is sharded."""
     if (own := units.get(id(param))) is not None:
         return own
@@ -64,79 +64,79 @@ def read(name: str, param: Tensor, units: dict[int, Own]) -> Own:
             f"tensor says how it is sharded, so that the norm would be that of this rank's shard alone. "
             f"Pass the wrapped module, for example `clip_grad_norm_(model, ...)`, instead of its parameters."
         )
-    return Own((_whole(name, param),))
+    return TensorLayout((_whole(name, param),))
 
 
-def _whole(name: str, param: Tensor) -> Part:
-    return Part(name, param.numel(), Box(tuple(param.shape), (0,) * param.ndim, tuple(param.shape)))
+def _whole(name: str, param: Tensor) -> ParamShard:
+    return ParamShard(name, param.numel(), BlockShard(tuple(param.shape), (0,) * param.ndim, tuple(param.shape)))
 
 
-def _dtensor(name: str, param: DTensor) -> Own:
+def _dtensor(name: str, param: DTensor) -> TensorLayout:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, here = param.device_mesh, param.device_mesh.get_coordinate()
     shape = tuple(param.shape)
     if here is None:  # not on its mesh: this rank holds no element of it
-        return Own((Part(name, param.numel(), Box(shape, (0,) * len(shape), (0,) * len(shape))),))
+        return TensorLayout((ParamShard(name, param.numel(), BlockShard(shape, (0,) * len(shape), (0,) * len(shape))),))
     axes = axis_names(mesh)
     lines = {axis: numbers(mesh.mesh[(*here[:i], slice(None), *here[i + 1 :])]) for i, axis in enumerate(axes)}
     kinds = [(axis, p) for axis, p in zip(axes, param.placements, strict=True) if not _is_copy(p)]
     with torch.device("cpu"):  # it computes with tensors of the default device
         size, start = compute_local_shape_and_global_offset(shape, mesh, param.placements)
     cut = frozenset(cast(int, cast(Any, p).dim) for axis, p in kinds if len(lines[axis]) > 1)
-    box = Box(shape, tuple(start), tuple(size), cut)
-    return Own((Part(name, param.numel(), box),), lines, frozenset(axis for axis, _ in kinds))
+    box = BlockShard(shape, tuple(start), tuple(size), cut)
+    return TensorLayout((ParamShard(name, param.numel(), box),), lines, frozenset(axis for axis, _ in kinds))
 
 
 def _is_copy(placement: Any) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
-def fsdp1_units(module: nn.Module) -> dict[int, Own]:
+def fsdp1_units(module: nn.Module) -> dict[int, TensorLayout]:
     """What every FSDP1 unit inside `module` tells of its parameters, by their id."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    found: dict[int, Own] = {}
+    found: dict[int, TensorLayout] = {}
     for name, inner in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
         if isinstance(inner, FullyShardedDataParallel) and cast(Any, inner)._handle is not None:
             found.update(_fsdp1_unit(bare(f"{name}." if name else ""), inner))
     return found
 
 
-def _fsdp1_unit(prefix: str, unit: Any) -> Iterator[tuple[int, Own]]:
+def _fsdp1_unit(prefix: str, unit: Any) -> Iterator[tuple[int, TensorLayout]]:
     handle, flat = unit._handle, unit._handle.flat_param
     lines = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
     if (across := getattr(unit, "_inter_node_pg", None)) is not None:
         lines["fsdp_replicate"] = dist.get_process_group_ranks(across)
     sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
     parts = [
-        Part(bare(prefix + fqn), shape.numel(), run)
+        ParamShard(bare(prefix + fqn), shape.numel(), run)
         for fqn, shape, run in zip(flat._fqns, flat._shapes, _runs(handle), strict=True)
     ]
     device_type = unit.compute_device.type
     if flat._params is None:
-        yield id(flat), Own(tuple(parts), lines, sharded, device_type)
+        yield id(flat), TensorLayout(tuple(parts), lines, sharded, device_type)
         return
     for param, part in zip(flat._params, parts, strict=True):
         # Original parameters are views of the flat one: their own values begin at 0.
-        run = cast(Run, part.piece)
-        piece = Run(run.shape, run.first, 0, run.size, run.boundaries) if sharded else _whole("", param).piece
-        yield id(param), Own((Part(part.name, part.numel, piece),), lines, sharded, device_type)
+        run = cast(FlatShard, part.piece)
+        piece = FlatShard(run.shape, run.first, 0, run.size, run.boundaries) if sharded else _whole("", param).piece
+        yield id(param), TensorLayout((ParamShard(part.name, part.numel, piece),), lines, sharded, device_type)
     for param in flat._shared_params:
-        yield id(param), Own((_whole("shared", param),), lines, sharded, device_type)
+        yield id(param), TensorLayout((_whole("shared", param),), lines, sharded, device_type)
 
 
-def _runs(handle: Any) -> Iterator[Run]:
+def _runs(handle: Any) -> Iterator[FlatShard]:
     """Of each tensor in the flat parameter, the run that lies on this rank."""
     flat = handle.flat_param
     ends = accumulate(flat._numels_with_padding)
     kept = zip(ends, flat._numels_with_padding, flat._is_padding_mask, strict=True)
     begins = [end - numel for end, numel, padding in kept if not padding]
     if not handle.uses_sharded_strategy:
-        yield from (Run(tuple(s), 0, b, s.numel(), ()) for s, b in zip(flat._shapes, begins, strict=True))
+        yield from (FlatShard(tuple(s), 0, b, s.numel(), ()) for s, b in zip(flat._shapes, begins, strict=True))
         return
     every = flat._sharded_size.numel()
     for shape, begin, here in zip(flat._shapes, begins, flat._shard_param_infos, strict=True):
         boundaries = tuple(every * rank - begin for rank in range(1, handle.world_size))
         first, size = here.intra_param_start_idx or 0, here.numel_in_shard or 0
-        yield Run(tuple(shape), first, here.offset_in_shard or 0, size, boundaries)
+        yield FlatShard(tuple(shape), first, here.offset_in_shard or 0, size, boundaries)

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import LayoutError
-from distclip.sharding.dtensor import Own, fsdp1_units, read
+from distclip.sharding.dtensor import TensorLayout, fsdp1_units, read
 from distclip.sharding.local_tensors import local_values
-from distclip.sharding.mesh import Team, check_mesh, widest
-from distclip.sharding.shard import Part, spread
+from distclip.sharding.mesh import ReduceMesh, check_mesh, widest
+from distclip.sharding.shard import ParamShard, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Layout:
 
     sharded: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ParamShard, ...] = ()
     counted: bool | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ Layouts = Callable[[str, Tensor], Layout | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalParam:
     """One parameter as this rank holds it.
 
     Attributes:
@@ -98,7 +98,7 @@ class Held:
     coordinate: dict[str, int]
     mesh: str
     counted: bool
-    parts: tuple[Part, ...]
+    parts: tuple[ParamShard, ...]
 
     @property
     def weights(self) -> Tensor:
@@ -112,7 +112,7 @@ def read_layouts(
     mesh: DeviceMesh | None = None,
     distinct: tuple[str, ...] = ("pp",),
     layouts: Layouts | None = None,
-) -> tuple[list[Held], Team | None]:
+) -> tuple[list[LocalParam], ReduceMesh | None]:
     """How this rank holds each parameter, and the team that sums are reduced over: None if no rank shards any.
 
     Raises:
@@ -131,12 +131,12 @@ def read_layouts(
 
 def _team(
     named: Sequence[tuple[str, Tensor]], unit_devices: set[str], mesh: DeviceMesh | None, distinct: tuple[str, ...]
-) -> Team | None:
+) -> ReduceMesh | None:
     meshes = {id(p.device_mesh): p.device_mesh for _, p in named if isinstance(p, DTensor)}
     found = widest([m for m in meshes.values() if m.get_coordinate() is not None])
     check_mesh(mesh, found, distinct)
     if (chosen := mesh if mesh is not None else found) is not None:
-        return Team.of(chosen, distinct, given=mesh is not None)
+        return ReduceMesh.of(chosen, distinct, given=mesh is not None)
     if _alone():
         return None
     if not named:
@@ -145,14 +145,14 @@ def _team(
             "parameters, so that the other ranks would wait for this one. "
             "Pass `mesh=` with a DeviceMesh over all ranks that train together."
         )
-    return Team.world((unit_devices - {"cpu"} or unit_devices).pop()) if unit_devices else None
+    return ReduceMesh.world((unit_devices - {"cpu"} or unit_devices).pop()) if unit_devices else None
 
 
 def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
-def _held(name: str, param: Tensor, own: Own, team: Team | None, layouts: Layouts | None) -> Held:
+def _held(name: str, param: Tensor, own: TensorLayout, team: ReduceMesh | None, layouts: Layouts | None) -> LocalParam:
     outside = set[str]()
     if team is not None:
         outside = set(team.axes) - team.axes_along(own.lines.values(), name)
@@ -173,7 +173,7 @@ def _held(name: str, param: Tensor, own: Own, team: Team | None, layouts: Layout
     real = {axis for axis, line in lines.items() if len(line) > 1}  # an axis of one rank divides nothing
     layout = Layout(sharded & real, frozenset(real - sharded), counted=declared and declared.counted)
     mesh = ", ".join(f"{axis}={len(lines[axis])}/{lines[axis][1] - lines[axis][0]}" for axis in sorted(real))
-    return Held(name, param, layout, coordinate, mesh, layout.counted_at(coordinate), parts)
+    return LocalParam(name, param, layout, coordinate, mesh, layout.counted_at(coordinate), parts)
 
 
 def _declared(name: str, given: Any) -> Layout | None:
@@ -196,7 +196,7 @@ def _overruled(name: str, sharded: frozenset[str], declared: Layout, axes: list[
     return (sharded - declared.replicated) | declared.sharded
 
 
-def _sharded_anywhere(held: Sequence[Held], team: Team) -> bool:
+def _sharded_anywhere(held: Sequence[LocalParam], team: ReduceMesh) -> bool:
     """Whether some rank of the team holds elements that another lacks; the same answer on every rank."""
     if not held or any(team.size(axis) > 1 for axis in team.distinct):
         return team.ranks.numel() > 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 
-def shown(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
+def layout_cache_key(params: Sequence[Tensor]) -> tuple[Hashable, object] | None:
     """A key, alike for parameters that show the same layout, dtypes and devices, and what must live as long as it.
 
     None where they do not show their layout: those of FSDP1, or of a class of their own.
@@ -35,10 +35,10 @@ def local_gradient(param: Tensor) -> Tensor | None:
     """
     if (grad := param.grad) is None:
         return None
-    settled = _settled(grad, like=param)
-    if settled is not grad:
-        param.grad = settled
-    return _dense(settled)
+    resolve_partial = _resolve_partial(grad, like=param)
+    if resolve_partial is not grad:
+        param.grad = resolve_partial
+    return _dense(resolve_partial)
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -74,9 +74,9 @@ def final_gradient(param: Tensor) -> Tensor | None:
     return None if waits else _dense(grad)
 
 
-def settled(tensor: Tensor) -> Tensor:
+def resolve_partial(tensor: Tensor) -> Tensor:
     """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
-    return _settled(tensor, like=tensor)
+    return _resolve_partial(tensor, like=tensor)
 
 
 def groups_cutting(tensor: Tensor, dims: Sequence[int]) -> list[dist.ProcessGroup]:
@@ -90,10 +90,10 @@ def groups_cutting(tensor: Tensor, dims: Sequence[int]) -> list[dist.ProcessGrou
 
 def local_values(tensor: Tensor) -> Tensor:
     """The dense values of a tensor on this rank, `Partial` ones reduced."""
-    return _dense(settled(tensor))
+    return _dense(resolve_partial(tensor))
 
 
-def _settled(tensor: Tensor, like: Tensor) -> Tensor:
+def _resolve_partial(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         wanted = _wanted(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)

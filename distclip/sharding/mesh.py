@@ -16,7 +16,7 @@ from distclip.errors import LayoutError
 
 
 @dataclass(frozen=True)
-class Team:
+class ReduceMesh:
     """All ranks that share one total norm, as this rank sees them.
 
     Attributes:
@@ -50,7 +50,7 @@ class Team:
         object.__setattr__(self, "coordinate", dict(zip(self.axes, here, strict=True)))
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], given: bool) -> Team:
+    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], given: bool) -> ReduceMesh:
         """The team on `mesh`, which contains this rank.
 
         Collective: the making of a process group, once a mesh, if `mesh` has several axes and leaves out ranks.
@@ -59,7 +59,7 @@ class Team:
         return cls(mesh.mesh, axes, frozenset(distinct) & set(axes), _group(mesh), mesh.device_type, given)
 
     @classmethod
-    def world(cls, device_type: str) -> Team:
+    def world(cls, device_type: str) -> ReduceMesh:
         """All ranks of the default process group, on one axis."""
         return cls(
             torch.arange(dist.get_world_size(), device="cpu"), ("world",), frozenset(), world_group(), device_type

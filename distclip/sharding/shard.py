@@ -16,7 +16,7 @@ View = tuple[Tensor, int | None, int]  # values; the dim that its units lie on, 
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class BlockShard:
     """A block of a tensor.
 
     Attributes:
@@ -43,7 +43,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FlatShard:
     """A run of a tensor's elements in row-major order, inside a flat buffer.
 
     Attributes:
@@ -111,7 +111,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ParamShard:
     """One tensor of the model, as far as it lies in one parameter on this rank.
 
     Attributes:
@@ -120,14 +120,16 @@ class Part:
 
     name: str
     numel: int
-    piece: Box | Run
+    piece: BlockShard | FlatShard
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.piece.shape
 
 
-def spread(part: Part, ranks: int) -> Part:
+def spread(part: ParamShard, ranks: int) -> ParamShard:
     """A part that is declared to lie on `ranks` ranks, as equal shards along a dim that nobody told."""
     piece = part.piece
-    return Part(part.name, part.numel * ranks, Box(piece.shape, (0,) * len(piece.shape), piece.shape, cut=None))
+    return ParamShard(
+        part.name, part.numel * ranks, BlockShard(piece.shape, (0,) * len(piece.shape), piece.shape, cut=None)
+    )

@@ -16,7 +16,7 @@ from distclip.sharding.local_tensors import final_gradient, local_gradient
 from distclip.training import grad_hooks as hooks
 
 
-class Early:
+class BackwardNorms:
     """The numbers of every gradient that backward has left, for as long as the gradient stays what was measured.
 
     A number counts only if `.grad` still is the very tensor and no operation has written to it since; what has
@@ -27,14 +27,14 @@ class Early:
 
     def __init__(self, plan: Plan, modules: Sequence[nn.Module]) -> None:
         self._plan = plan
-        self._params = [h.param for h in plan.held]
-        self._place = {id(h.param): i for i, h in enumerate(plan.held)}
-        self._stores = [measure.Store(group, plan.held[group.members], plan.device) for group in plan.groups]
+        self._params = [h.param for h in plan.params]
+        self._place = {id(h.param): i for i, h in enumerate(plan.params)}
+        self._stores = [measure.NormBuffer(group, plan.params[group.members], plan.device) for group in plan.groups]
         stored = zip(plan.groups, self._stores, strict=True)
-        self._store = [(store, place) for group, store in stored for place in range(len(plan.held[group.members]))]
+        self._store = [(store, place) for group, store in stored for place in range(len(plan.params[group.members]))]
         self._measured: set[int] = set()  # whose numbers are not zero
         self._forget()
-        handles = hooks.listen(_Weak(self), self._params, modules)
+        handles = hooks.register_grad_hooks(_Weak(self), self._params, modules)
         weakref.finalize(self, _remove, handles)
 
     def values(self) -> list[Tensor | None]:
@@ -44,7 +44,7 @@ class Early:
         kept = zip(self._params, self._grads, self._seen, strict=True)
         return [seen if param.grad is grad else local_gradient(param) for param, grad, seen in kept]
 
-    def local(self, values: Sequence[Tensor | None]) -> measure.Local:
+    def local(self, values: Sequence[Tensor | None]) -> measure.LocalNorms:
         """As `measure.local`, without reading again what was measured before. That is then forgotten."""
         versions = [-1 if v is None else v._version for v in values]
         stale = [] if values is self._seen and versions == self._versions else self._stale(values, versions)
@@ -81,15 +81,15 @@ class Early:
 
     def _forget(self) -> None:
         """Lets go of the gradients, so that their memory can be used again."""
-        self._grads: list[Tensor | None] = [None] * len(self._plan.held)
+        self._grads: list[Tensor | None] = [None] * len(self._plan.params)
         self._seen = list(self._grads)  # their dense values
-        self._versions = [-1] * len(self._plan.held)
+        self._versions = [-1] * len(self._plan.params)
 
 
 class _Weak:
     """Does not keep alive whom it tells: hooks of parameters outlive a Clipper."""
 
-    def __init__(self, early: Early) -> None:
+    def __init__(self, early: BackwardNorms) -> None:
         self._early = weakref.ref(early)
 
     def reduced(self, param: Tensor, values: Tensor | None) -> None:

@@ -20,7 +20,7 @@ class Listener(Protocol):
     def written(self, param: Tensor) -> None: ...
 
 
-def listen(listener: Listener, params: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Any]:
+def register_grad_hooks(listener: Listener, params: Sequence[Tensor], modules: Sequence[nn.Module]) -> list[Any]:
     """Tells `listener` of each parameter, every backward; returns handles with `.remove()`.
 
     A plain parameter has nothing to wait for but its own accumulation; FSDP2 runs the same hooks on the sharded

@@ -33,7 +33,7 @@ def step(optimizer: Optimizer, scaler: GradScaler | None) -> None:
 
 def fold(optimizers: Sequence[Optimizer], plan: Plan) -> bool:
     """Whether these take one factor for all gradients that the plan holds, and for no other."""
-    held = {id(h.param) for h in plan.held if h.param.grad is not None}
+    held = {id(h.param) for h in plan.params if h.param.grad is not None}
     return all(map(fused.folds, optimizers)) and held == {id(p) for p in _params(optimizers) if p.grad is not None}
 
 
@@ -52,8 +52,8 @@ def check_same_parameters(optimizers: Sequence[Optimizer], plan: Plan) -> None:
 
 
 def _difference(optimizers: Sequence[Optimizer], plan: Plan) -> str | None:
-    stepped, held = {id(p) for p in _params(optimizers)}, {id(h.param) for h in plan.held}
-    left = [h.name for h in plan.held if h.param.requires_grad and id(h.param) not in stepped]
+    stepped, held = {id(p) for p in _params(optimizers)}, {id(h.param) for h in plan.params}
+    left = [h.name for h in plan.params if h.param.requires_grad and id(h.param) not in stepped]
     if left:
         return f"no optimizer given steps {left[0]!r}"
     return f"{len(stepped - held)} parameters of the optimizer are not the Clipper's" if stepped - held else None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distclip.clipper import Clipper
 
 
-class Attached:
+class StepHook:
     """The hooks of one clipper on one optimizer; see `Clipper.attach`.
 
     Attributes:

@@ -380,7 +380,9 @@ def nonfinite(stage: int, dtype: str, checks: bool) -> None:
                         poisoned(made, dtype)
                 else:
                     poisoned(made, dtype)
-                    assert sorted(handle.report.offenders()) == sorted(n for n, _ in made.module.named_parameters())
+                    assert sorted(handle.report.nonfinite_parameters()) == sorted(
+                        n for n, _ in made.module.named_parameters()
+                    )
                 assert str(handle.state_dict()) == state
                 assert all(torch.equal(before[n], after) for n, after in engines.masters(made).items())
                 if rule != "raise":

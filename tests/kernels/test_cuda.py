@@ -27,7 +27,7 @@ from distclip.kernels import tensor_table as tables
 from tests.support.tolerances import NORM
 
 triton = pytest.importorskip("triton")
-kernel = pytest.importorskip("distclip.kernels.triton")
+kernel = pytest.importorskip("distclip.kernels.cuda")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = tables.DTYPES

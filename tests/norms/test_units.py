@@ -93,7 +93,7 @@ def gathered(model: nn.Module, whole_model: Model) -> list[Tensor]:
     shapes = {name: p.shape for name, p in whole_model.named_parameters()}
     mine: dict[str, tuple[str, Tensor]] = {}
     for span in plan.groups[0].units.spans:
-        held = plan.held[span.held]
+        held = plan.params[span.held]
         grad = held.param.grad
         name = span.part.name
         if isinstance(grad, DTensor):

@@ -130,7 +130,7 @@ def test_plans_that_disagree_raise_the_same_on_every_rank(name: str) -> None:
 def one_rank_stays_away() -> float:
     group = dist.new_group(list(range(4)), timeout=timedelta(seconds=2))
     clipper = distclip.Clipper(Small(), mesh=mesh((4,), ("pp",)))
-    object.__setattr__(clipper.plan.team, "group", group)  # as the world, but with a short timeout
+    object.__setattr__(clipper.plan.reduce_mesh, "group", group)  # as the world, but with a short timeout
     started = time.monotonic()
     if dist.get_rank() != 1:
         with pytest.raises(distclip.LayoutError, match=r"the ranks \[1\] have not called `verify\(\)`"):

@@ -17,17 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distclip import Clipper
 from distclip.policies import (
     AGC,
-    About,
     AdaGC,
     AutoClip,
-    Both,
     ClipBlockRMS,
     ClipNorm,
     ClipTensorNorm,
     ClipValue,
+    EmptyState,
+    Minimum,
+    NormContext,
     Policy,
     Scope,
-    Stateless,
     ZClip,
 )
 from tests.support import reference
@@ -55,9 +55,9 @@ def leaves(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [leaf for part in state for leaf in leaves(part)]
 
 
-def about(norms: Tensor, size: float = 12.0, weight: float = 0.3) -> About:
+def about(norms: Tensor, size: float = 12.0, weight: float = 0.3) -> NormContext:
     total = torch.linalg.vector_norm(norms)
-    return About(torch.full_like(norms, size), torch.full_like(norms, weight), total)
+    return NormContext(torch.full_like(norms, size), torch.full_like(norms, weight), total)
 
 
 def shape_of(policy: Policy[Any], num_groups: int = 3) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def test_agc_as_timm_and_optax_recorded_it(case: dict) -> None:
     policy = AGC(clip_factor, case["args"]["eps"], unit_dim=unit_dim)
     for weight, grad, want in zip(given_[:half], given_[half:], tensors(case["outputs"]), strict=True):
         norms, weights = unit_norms(grad, unit_dim), unit_norms(weight, unit_dim)
-        limit, _ = policy.limit(norms, Stateless(), About(norms, weights, norms.norm()))
+        limit, _ = policy.limit(norms, EmptyState(), NormContext(norms, weights, norms.norm()))
         torch.testing.assert_close(torch.minimum(norms, limit), unit_norms(want, unit_dim), rtol=1e-6, atol=0)
         (expected,) = reference.agc([weight], [grad], clip_factor, case["args"]["eps"], unit_dim)
         torch.testing.assert_close(expected.float(), want, rtol=1e-6, atol=0)
@@ -170,7 +170,7 @@ def test_block_rms_as_optax_recorded_it(case: dict) -> None:
     threshold, grads, wanted = case["args"]["threshold"], tensors(case["inputs"]), tensors(case["outputs"])
     norms = torch.stack([g.double().norm() for g in grads])
     sizes = torch.tensor([float(g.numel()) for g in grads], dtype=F64)
-    limit, _ = ClipBlockRMS(threshold).limit(norms, Stateless(), About(sizes, None, norms.norm()))
+    limit, _ = ClipBlockRMS(threshold).limit(norms, EmptyState(), NormContext(sizes, None, norms.norm()))
     left = torch.stack([want.double().norm() for want in wanted])
     torch.testing.assert_close(torch.minimum(norms, limit), left, rtol=1e-6, atol=0)
     for grad, want in zip(reference.clip_block_rms(grads, threshold), wanted, strict=True):
@@ -264,7 +264,7 @@ def test_the_scale_of_the_loss_does_not_matter(policy: Policy[Any]) -> None:
 def test_infinity_measures_only() -> None:
     norms = torch.ones(3, dtype=F64)
     for policy in (ClipNorm(math.inf), ClipTensorNorm(math.inf), ClipBlockRMS(math.inf), ClipValue(math.inf)):
-        assert policy.limit(norms, Stateless(), about(norms))[0] is None
+        assert policy.limit(norms, EmptyState(), about(norms))[0] is None
 
 
 def test_a_limit_of_zero_and_gradients_of_zero() -> None:
@@ -287,7 +287,7 @@ def test_an_infinite_norm_without_a_limit_is_left_alone() -> None:
 
 def test_zero_initialised_weights_still_learn() -> None:
     norms = torch.ones(3, dtype=F64)
-    limit, _ = AGC(0.01, 1e-3).limit(norms, Stateless(), about(norms, weight=0.0))
+    limit, _ = AGC(0.01, 1e-3).limit(norms, EmptyState(), about(norms, weight=0.0))
     torch.testing.assert_close(limit, torch.full_like(norms, 1e-5))
 
 
@@ -362,5 +362,5 @@ def test_bad_input_is_refused_at_construction(name: str) -> None:
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     head = nn.Linear(2, 2)
     assert AGC(0.0, 0.0, exclude=["head", head]).exclude == ("head", head)  # type: ignore[arg-type]
-    assert isinstance(ClipNorm(0.0) & AutoClip(0.0, 1) & AutoClip(100.0) & ZClip(0.0, 0.0, 1, math.inf), Both)
-    assert isinstance(AdaGC(0.0, math.inf, 1.0, 1) & ClipTensorNorm(0.0), Both)
+    assert isinstance(ClipNorm(0.0) & AutoClip(0.0, 1) & AutoClip(100.0) & ZClip(0.0, 0.0, 1, math.inf), Minimum)
+    assert isinstance(AdaGC(0.0, math.inf, 1.0, 1) & ClipTensorNorm(0.0), Minimum)

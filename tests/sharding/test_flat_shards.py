@@ -36,16 +36,18 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([joined, joined.new_zeros(4 * SIZE - len(joined))])
 
 
-def parts(rank: int) -> tuple[distclip.Part, ...]:
-    made: list[distclip.Part] = []
+def parts(rank: int) -> tuple[distclip.sharding.ParamShard, ...]:
+    made: list[distclip.sharding.ParamShard] = []
     begin = 0
     for name, shape in SHAPES.items():
         numel, here = torch.Size(shape).numel(), SIZE * rank
         first, end = max(0, here - begin), min(numel, here + SIZE - begin)
         boundaries = tuple(SIZE * other - begin for other in range(1, 4))
         size = max(0, end - first)
-        run = distclip.Run(shape, first if size else 0, max(0, begin - here) if size else 0, size, boundaries)
-        made.append(distclip.Part(name, numel, run))
+        run = distclip.sharding.FlatShard(
+            shape, first if size else 0, max(0, begin - here) if size else 0, size, boundaries
+        )
+        made.append(distclip.sharding.ParamShard(name, numel, run))
         begin += numel
     return tuple(made)
 

@@ -123,7 +123,7 @@ def sums_of_fsdp1_travel_where_it_computes(original: bool) -> None:
     assert {q.device.type for q in model.parameters()} == {"cpu"}
     for unit in FullyShardedDataParallel.fsdp_modules(model):
         unit.compute_device = torch.device("cuda", 0)  # as it is on a GPU, where NCCL takes no CPU tensor
-    team = Clipper(model).plan.team
+    team = Clipper(model).plan.reduce_mesh
     assert team is not None
     assert team.device_type == "cuda"
 

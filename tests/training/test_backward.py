@@ -224,7 +224,7 @@ def test_nan_is_found_and_named() -> None:
     model.head.bias.grad.fill_(math.nan)
     report = clipper.clip_()
     assert not report.finite
-    assert report.offenders() == {"head.bias": [0]}
+    assert report.nonfinite_parameters() == {"head.bias": [0]}
 
 
 def test_gradients_are_let_go() -> None:

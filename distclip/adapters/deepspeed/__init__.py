@@ -158,7 +158,7 @@ class Handle:
         inverse = None if self._scale == 1.0 else torch.tensor(1 / self._scale, dtype=torch.float64, device="cpu")
         found = [partition.gradients() for partition in self._partitions]
         values = [None if place.at is None else found[place.at[0]][place.at[1]] for place in self._places]
-        for held, place in zip(self._clipper.plan.held, self._places, strict=True):
+        for held, place in zip(self._clipper.plan.params, self._places, strict=True):
             held.param.data = self._weights(place)  # offloading states moves them
         self._decision = self._clipper.decide([], None, inverse, values)
         self._report = report_of(self._decision)

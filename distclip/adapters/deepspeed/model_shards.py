@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from distclip import Box, Layout, Part, Run
 from distclip.adapters.deepspeed.partitions import Fragment, Partition
+from distclip.sharding import BlockShard, FlatShard, Layout, ParamShard
 
 AXIS = "world"  # all ranks in a row: which of them hold copies is known here, parameter by parameter
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
@@ -31,7 +31,7 @@ class Place:
         counted: this rank adds these elements to the total.
     """
 
-    part: Part
+    part: ParamShard
     at: tuple[int, int] | None
     counted: bool
 
@@ -102,7 +102,7 @@ def _of_fragment(
         yield Place(here, at, counted) if rank == me else Place(_emptied(here), None, False)
 
 
-def _part(fragment: Fragment, ranks: Ranks, elsewhere: bool) -> tuple[Part, bool]:
+def _part(fragment: Fragment, ranks: Ranks, elsewhere: bool) -> tuple[ParamShard, bool]:
     """What of the whole tensor lies here, as its own values, and whether tensor-parallel ranks hold copies."""
     param: Any = fragment.param
     numel = prod(fragment.shape)
@@ -113,28 +113,30 @@ def _part(fragment: Fragment, ranks: Ranks, elsewhere: bool) -> tuple[Part, bool
         return _tensor_parallel(fragment, ranks), False
     if fragment.whole:
         cut = frozenset({0} if elsewhere else ())
-        box = Box(fragment.shape, (0,) * len(fragment.shape), fragment.shape, cut)
-        return Part("", numel, box), True
-    return Part("", numel, Run(fragment.shape, fragment.first, 0, fragment.size, fragment.boundaries + beyond)), True
+        box = BlockShard(fragment.shape, (0,) * len(fragment.shape), fragment.shape, cut)
+        return ParamShard("", numel, box), True
+    return ParamShard(
+        "", numel, FlatShard(fragment.shape, fragment.first, 0, fragment.size, fragment.boundaries + beyond)
+    ), True
 
 
-def _tensor_parallel(fragment: Fragment, ranks: Ranks) -> Part:
+def _tensor_parallel(fragment: Fragment, ranks: Ranks) -> ParamShard:
     """A tensor that is split over tensor-parallel ranks too: along dim 0 its runs follow each other."""
     size, numel = len(ranks.tensor), prod(fragment.shape)
     if getattr(fragment.param, "partition_dim", None) != 0 or getattr(fragment.param, "partition_stride", 1) != 1:
         none = (0,) * len(fragment.shape)
-        return Part("", numel * size, Box(fragment.shape, none, fragment.shape, cut=None))
+        return ParamShard("", numel * size, BlockShard(fragment.shape, none, fragment.shape, cut=None))
     before = numel * list(ranks.tensor).index(dist.get_rank())
     inside = {b for b in fragment.boundaries if 0 < b < numel}
     begins = {numel * index + b for index in range(size + 1) for b in {0, *inside}}
     shape = (fragment.shape[0] * size, *fragment.shape[1:])
     boundaries = tuple(sorted(b for b in begins if 0 < b <= numel * size))
-    return Part("", numel * size, Run(shape, before + fragment.first, 0, fragment.size, boundaries))
+    return ParamShard("", numel * size, FlatShard(shape, before + fragment.first, 0, fragment.size, boundaries))
 
 
-def _emptied(part: Part) -> Part:
+def _emptied(part: ParamShard) -> ParamShard:
     piece = part.piece
-    if isinstance(piece, Box):
+    if isinstance(piece, BlockShard):
         return replace(part, piece=replace(piece, size=(0,) * len(piece.shape)))
     return replace(part, piece=replace(piece, first=0, size=0))
 
@@ -156,23 +158,23 @@ def _name_of_expert(name: str, rank: int, counts: dict[str, int]) -> str:
 
 
 def _with_other_stages(own: dict[str, Place], pipe: Any) -> list[Place]:
-    everyone: list[list[Part]] = [[] for _ in range(dist.get_world_size(pipe))]
+    everyone: list[list[ParamShard]] = [[] for _ in range(dist.get_world_size(pipe))]
     mine = [_emptied(place.part) for place in own.values()]
     dist.all_gather_object(everyone, mine, group=pipe)
-    whole: dict[str, Part] = {}
+    whole: dict[str, ParamShard] = {}
     for part in (part for stage in everyone for part in stage):
         known = whole.setdefault(part.name, part)
-        if isinstance(known.piece, Run) and isinstance(part.piece, Run):
+        if isinstance(known.piece, FlatShard) and isinstance(part.piece, FlatShard):
             # A weight tied between stages is cut at other places in each.
             both = tuple(sorted({*known.piece.boundaries, *part.piece.boundaries}))
             whole[part.name] = replace(known, piece=replace(known.piece, boundaries=both))
     return [_joined(part, own.get(name)) for name, part in whole.items()]
 
 
-def _joined(part: Part, own: Place | None) -> Place:
+def _joined(part: ParamShard, own: Place | None) -> Place:
     if own is None:
         return Place(part, None, False)
-    if isinstance(part.piece, Run) and isinstance(own.part.piece, Run):
+    if isinstance(part.piece, FlatShard) and isinstance(own.part.piece, FlatShard):
         piece = replace(own.part.piece, boundaries=part.piece.boundaries)
         return replace(own, part=replace(own.part, piece=piece))
     return own
