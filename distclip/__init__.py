@@ -28,5 +28,6 @@ from distclip.policies import StatelessPolicy as StatelessPolicy
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
 from distclip.sharding import Layout as Layout
+from distclip.step import Decision as Decision
 
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
 
 class LayoutError(ValueError):
-    """The ranks that hold a parameter cannot be told, or contradict each other."""
+    """It is unknown which ranks hold a parameter, or the ranks contradict each other."""
 
 
 class NonFiniteGradientError(RuntimeError):
-    """The total norm is not finite. Raised on every rank of the step or on none, with the same message."""
+    """The total norm is not finite. Every rank of the step raises it, or none."""

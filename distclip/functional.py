@@ -1,7 +1,7 @@
 """TensorFlow's functions: out of place, on tensors and DTensors.
 
-A DTensor comes back as one with the same placements, a `Partial` one reduced. Sums are float64. The results carry no
-autograd history.
+A DTensor comes back as one with the same placements, a `Partial` one reduced. Sums are float64. The
+results carry no autograd history.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from distclip import apply, kernels
+from distclip import api, kernels, step
 from distclip.norms import reduce
-from distclip.once import total_norm_of
 from distclip.parameters import named_tensors
-from distclip.policies import ClipNorm, check_not_negative
+from distclip.policies import check_not_negative
 from distclip.sharding import local_tensors as gradients
 
 
 @torch.no_grad()
 def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None = None) -> Tensor:
-    """`t` scaled by min(1, clip_norm / its norm); with `axes`, each norm is that over these dims alone.
+    """`t` scaled by min(1, clip_norm / its norm); with `axes`, norms are taken over these dims.
 
-    `axes=[1]` clips every row of a matrix by itself. Zeros stay zeros, a NaN makes all that shares its norm NaN.
+    `axes=[1]` clips every row of a matrix by itself. Zeros stay zeros, and a NaN makes everything
+    that shares its norm NaN.
 
     Raises:
-        ValueError: `clip_norm` is negative or NaN, `t` holds integers, it has no such dims, or it is sparse and
-            `axes` are given.
+        ValueError: `clip_norm` is negative or NaN, `t` holds integers, it has no such dims, or it
+            is sparse and `axes` are given.
 
-    Collective: one all-reduce for each mesh axis that shards a dim which the norm covers (without `axes`: one over
-        all ranks if `t` is sharded).
+    Collective: one all-reduce for each mesh axis that shards a dim which the norm covers; without
+        `axes`, one over all ranks if `t` is sharded.
 
     Example:
         >>> import torch, distclip
@@ -62,9 +62,10 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
 def clip_by_global_norm(
     t_list: Iterable[Tensor | None], clip_norm: float, use_norm: float | Tensor | None = None
 ) -> tuple[list[Tensor | None], Tensor]:
-    """All tensors scaled by min(1, clip_norm / their common norm), and that norm as a float32 scalar.
+    """All tensors scaled by min(1, clip_norm / their common norm), and that norm, float32.
 
-    None stays None. A norm that is infinite or NaN makes every element NaN. A tensor given twice counts once.
+    None stays None. A norm that is infinite or NaN makes every element NaN. A tensor given twice
+    counts once.
 
     Args:
         use_norm: the norm, if it is known already; nothing is measured then.
@@ -72,7 +73,8 @@ def clip_by_global_norm(
     Raises:
         ValueError: `clip_norm` is negative or NaN, or a tensor holds integers.
 
-    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded, or with `use_norm`.
+    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded, or
+        with `use_norm`.
 
     Reference: TensorFlow, `tf.clip_by_global_norm`.
     """
@@ -91,7 +93,8 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
     """`t` with every element clamped to [clip_value_min, clip_value_max]; NaN stays NaN.
 
     Raises:
-        ValueError: no number lies between the bounds, or `t` is complex, which has no order, or sparse.
+        ValueError: no number lies between the bounds, or `t` is sparse, or complex, which has no
+            order.
 
     Collective: none.
 
@@ -99,20 +102,20 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
     """
     if not clip_value_min <= clip_value_max:
         raise ValueError(
-            f"cannot clamp to [{clip_value_min}, {clip_value_max}]: the lower bound is not at most the upper one, so "
-            f"that no number lies between them. Pass clip_value_min <= clip_value_max."
+            f"cannot clamp to [{clip_value_min}, {clip_value_max}]: no number lies between "
+            f"the two. Pass clip_value_min <= clip_value_max."
         )
     if t.is_complex():
         raise ValueError(
-            "cannot clamp a complex tensor: complex numbers have no order, so that none lies between two bounds. "
-            "Clip its norm instead, or clamp `torch.view_as_real(t)`."
+            "cannot clamp a complex tensor: complex numbers have no order, and none lies between "
+            "two bounds. Clip its norm instead, or clamp `torch.view_as_real(t)`."
         )
     _check_dense(t)
     return gradients.resolve_partial(t).clamp(clip_value_min, clip_value_max)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return total_norm_of(tensors, ClipNorm(math.inf))
+    return api.measure_tensors(tensors).total_norm
 
 
 def _as_norm(given: float | Tensor, beside: Sequence[Tensor]) -> Tensor:
@@ -123,20 +126,21 @@ def _as_norm(given: float | Tensor, beside: Sequence[Tensor]) -> Tensor:
 
 
 def _coefficient(norms: Tensor, clip_norm: float) -> Tensor:
-    return apply.coefficient(norms, torch.full_like(norms, clip_norm))
+    return step.coefficient(norms, torch.full_like(norms, clip_norm))
 
 
 def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     copies = [t.clone() for t in tensors]
-    apply.scale_(kernels.pieces([gradients.local_values(copy) for copy in copies]), factor)
+    step.scale_(kernels.tensor_lists([gradients.local_values(copy) for copy in copies]), factor)
     return copies
 
 
 def _check_dense(t: Tensor) -> None:
     if t.layout is not torch.strided:
         raise ValueError(
-            f"cannot clip a tensor of layout {t.layout} element by element or over some of its dims: its zeros are not "
-            f"stored, so that they would be left out. Pass `t.to_dense()`, or clip its whole norm."
+            f"cannot clip a tensor of layout {t.layout} element by element or over some of its "
+            f"dims: its zeros are not stored and would be left out. Pass `t.to_dense()`, or clip "
+            f"its whole norm."
         )
 
 
@@ -145,7 +149,7 @@ def _dims(t: Tensor, axes: int | Sequence[int]) -> list[int]:
     listed = [axes] if isinstance(axes, int) else list(axes)
     if unknown := [axis for axis in listed if not -t.ndim <= axis < t.ndim]:
         raise ValueError(
-            f"cannot clip over axes={axes}: the tensor has the shape {list(t.shape)}, and no dim {unknown}, so that "
-            f"there is no such norm. Pass numbers from {-t.ndim} to {t.ndim - 1}, or None for all dims."
+            f"cannot clip over axes={axes}: the tensor has the shape {list(t.shape)}, and no dim "
+            f"{unknown}. Pass numbers from {-t.ndim} to {t.ndim - 1}, or None for all dims."
         )
     return sorted({axis % t.ndim for axis in listed})

@@ -1,118 +1,201 @@
-"""What a total norm that is NaN or infinite leads to, decided on the norm alone: every rank does the same."""
+"""What happens where the total norm is NaN or infinite: the same on every rank."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import NonFiniteGradientError
-from distclip.norms import measure, reduce
+from distclip.norms.measure import measure
 from distclip.norms.plan import Plan
+from distclip.sharding.mesh import all_gather_objects
 
-RULES = ("propagate", "raise", "skip", "zero")
-_MOST_NAMES = 100  # that a rank sends of its offenders: after a NaN in the loss every parameter is one
+OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
+
+_MAX_NAMES = 100  # that a rank sends: after a NaN in the loss every parameter has a NaN
 _LAG = 4  # steps after which an accelerator's counter is read
 
 
-def check_rule(rule: str, most: int) -> None:
-    if rule not in RULES:
+def check_mode(mode: str, max_consecutive_skips: int) -> None:
+    """Raises ValueError unless both are what `Clipper` takes."""
+    if mode not in get_args(OnNonFinite):
         raise ValueError(
-            f"cannot make a Clipper with on_nonfinite={rule!r}: no behaviour has that name, so that it is not clear "
-            f'what a NaN should do. Pass "propagate", "raise", "skip" or "zero".'
+            f"cannot make a Clipper with on_nonfinite={mode!r}: no behaviour has that name, and it "
+            f'is unclear what a NaN should do. Pass "propagate", "raise", "skip" or "zero".'
         )
-    if most < 0:
+    if max_consecutive_skips < 0:
         raise ValueError(
-            f"cannot make a Clipper with max_consecutive_skips={most}: a number of steps is never negative. "
-            f"Pass 0 or above."
+            f"cannot make a Clipper with max_consecutive_skips={max_consecutive_skips}: a number "
+            f"of steps is never negative. Pass 0 or above."
         )
 
 
-def ruled(factor: Tensor, finite: Tensor, rule: str) -> Tensor:
-    """What the gradients are multiplied by, once `rule` has been heard."""
-    if rule == "propagate":
-        return factor
-    return torch.where(finite, factor, 0.0 if rule == "zero" else 1.0)
+def coefficient_under(mode: OnNonFinite, coefficient: Tensor, finite: Tensor) -> Tensor:
+    """What the gradients are multiplied by, given the mode."""
+    if mode == "propagate":
+        return coefficient
+    return torch.where(finite, coefficient, 0.0 if mode == "zero" else 1.0)
 
 
-def bound(limit: Tensor, finite: Tensor, rule: str) -> Tensor:
-    """What the gradients are clamped to, once `rule` has been heard."""
-    return limit if rule == "propagate" else torch.where(finite, limit, math.inf)
+def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor) -> Tensor:
+    """What the gradients are clamped to, given the mode."""
+    return limit if mode == "propagate" else torch.where(finite, limit, math.inf)
 
 
 class SkipCounter:
     """Counts, on the device, the steps whose norm was not finite."""
 
-    def __init__(self, most_in_a_row: int) -> None:
-        self.most_in_a_row = most_in_a_row
-        self._counts: Tensor | None = None  # all of them; those in a row
-        self._on_their_way: deque[tuple[Any, Tensor]] = deque()
+    def __init__(self, max_consecutive: int) -> None:
+        self.max_consecutive = max_consecutive
+        self._counts: Tensor | None = None  # of all such steps; of the latest ones in a row
+        self._in_flight: deque[tuple[Any, Tensor]] = deque()  # event, copy of the second count
 
     @property
     def total(self) -> Tensor:
-        return torch.zeros((), dtype=torch.int64, device="cpu") if self._counts is None else self._counts[0]
+        if self._counts is None:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return self._counts[0]
 
     def count_(self, finite: Tensor) -> bool:
-        """Whether there have been too many in a row. On an accelerator the answer is `_LAG` steps old."""
+        """Whether too many came in a row. On an accelerator the answer is `_LAG` steps old."""
         if self._counts is None:
             self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         self._counts.add_(~finite)
         self._counts[1].mul_(~finite)
         if finite.device.type == "cpu":
-            return int(self._counts[1]) > self.most_in_a_row
-        return self._counted_before(torch.get_device_module(finite.device.type))
+            return int(self._counts[1]) > self.max_consecutive
+        return self._read_late(torch.get_device_module(finite.device.type))
 
-    def _counted_before(self, device_module: Any) -> bool:
-        # Not written for any one step to wait for: the copy of the count that is read has long arrived. All ranks
-        # read the same step's, so that all raise together. A step inside a CUDA graph cannot raise.
+    def _read_late(self, device_module: Any) -> bool:
+        # The copy that is read was made `_LAG` steps ago and has arrived, so reading it waits for
+        # nothing. All ranks read the same step's copy and raise together. A step inside a CUDA
+        # graph cannot raise.
         assert self._counts is not None
-        if getattr(device_module, "is_current_stream_capturing", bool)():
+        is_capturing = getattr(device_module, "is_current_stream_capturing", None)
+        if is_capturing is not None and is_capturing():
             return False
-        arrived = device_module.Event()
-        self._on_their_way.append((arrived, self._counts[1].to("cpu", non_blocking=True)))
-        arrived.record()
-        if len(self._on_their_way) <= _LAG:
+        event = device_module.Event()
+        self._in_flight.append((event, self._counts[1].to("cpu", non_blocking=True)))
+        event.record()
+        if len(self._in_flight) <= _LAG:
             return False
-        arrived, in_a_row = self._on_their_way.popleft()
-        arrived.synchronize()
-        return int(in_a_row) > self.most_in_a_row
+        event, in_a_row = self._in_flight.popleft()
+        event.synchronize()
+        return int(in_a_row) > self.max_consecutive
 
 
-def nonfinite_parameters(names: Sequence[str], each: Tensor, plan: Plan) -> dict[str, list[int]]:
-    """See `Report.offenders`. Collective: an all-gather of names; all ranks of the team must call."""
-    mine = [name for name, number in zip(names, each.cpu(), strict=True) if not math.isfinite(number)]
-    mine = list(dict.fromkeys(mine))
-    found: dict[str, list[int]] = {}
-    for rank, broken in reduce.gathered(mine[:_MOST_NAMES], plan).items():
-        for name in broken:
-            found.setdefault(name, []).append(rank)
-    return found
+@dataclass(frozen=True)
+class NonFiniteSearch:
+    """Finds the parameters whose gradients were not finite; see `Report.nonfinite_parameters`.
+
+    Attributes:
+        names, per_tensor: of each parameter group, as `GroupMeasurement` has them.
+        group: the ranks to ask; None where this rank knows the answer alone.
+    """
+
+    names: Sequence[Sequence[str]]
+    per_tensor: Sequence[Tensor]
+    group: dist.ProcessGroup | None
+    pickled: bool = False
+
+    def __call__(self) -> dict[str, list[int]]:
+        if self.pickled:
+            raise RuntimeError(
+                "cannot find the parameters whose gradients were not finite: this report was "
+                "pickled, and it cannot ask the other ranks any more. Call "
+                "`report.nonfinite_parameters()` on every rank before you pickle the report."
+            )
+        mine: list[str] = []
+        for names, per_tensor in zip(self.names, self.per_tensor, strict=True):
+            broken = (~per_tensor.isfinite()).nonzero()
+            mine += [names[int(index)] for index in broken]
+        by_rank = gather(list(dict.fromkeys(mine))[:_MAX_NAMES], self.group)
+        found: dict[str, list[int]] = {}
+        for rank, names in by_rank.items():
+            for name in names:
+                found.setdefault(name, []).append(rank)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        alone = self.group is None
+        return {**vars(self), "group": None, "pickled": self.pickled or not alone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def gather(mine: Any, group: dist.ProcessGroup | None) -> dict[int, Any]:
+    """`mine` of every rank, by global rank. For what is rare, such as a failure on all ranks.
+
+    Collective: an all-gather of objects over `group`; none where it is None.
+    """
+    if group is None:
+        return {dist.get_rank() if dist.is_initialized() else 0: mine}
+    return all_gather_objects(mine, group)
+
+
+def reduce_group(plan: Plan) -> dist.ProcessGroup | None:
+    return None if plan.reduce_mesh is None else plan.reduce_mesh.group
+
+
+class _Worst(NamedTuple):
+    """The worst gradient of a rank."""
+
+    badness: float
+    size: str
+    name: str
+
+
+class _RankReport(NamedTuple):
+    worst: _Worst | None
+    num_nonfinite: int
 
 
 def error(
-    norm: Tensor, values: Sequence[Tensor | None], plan: Plan, skipped: int | None = None
+    total_norm: Tensor,
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    skipped: int | None = None,
 ) -> NonFiniteGradientError:
-    """The error for all ranks. All of them come here together, since `norm` is the same on each."""
-    local = measure.local(values, plan, apart=True)
-    numbers = [float(n) for n in local.each.cpu()]
-    ranked = [(_badness(n), n, name) for name, n in zip(local.names, numbers, strict=True)]
-    mine = max(ranked, key=lambda found: found[0], default=None)
-    everyone = reduce.gathered((mine, sum(not math.isfinite(n) for n in numbers)), plan)
-    everywhere = [(found, rank) for rank, (found, _) in everyone.items() if found is not None]
-    (_, worst, name), rank = max(everywhere, key=lambda f: (f[0][0], -f[1]))
-    num_broken = {rank: count for rank, (_, count) in everyone.items() if count}
-    tried = f"cannot clip to a total norm of {norm.item()}"
+    """The error for all ranks, which come here together because `total_norm` is the same on each.
+
+    Collective: an all-gather of objects over the reduce mesh.
+    """
+    reports: dict[int, _RankReport] = gather(_rank_report(gradients, plan), reduce_group(plan))
+    by_badness = [(each.worst.badness, -rank) for rank, each in reports.items() if each.worst]
+    rank = -max(by_badness)[1]
+    worst = cast(_Worst, reports[rank].worst)
+    counts = {rank: each.num_nonfinite for rank, each in reports.items() if each.num_nonfinite}
+    after = ""
     if skipped is not None:
-        tried += f", after {skipped} steps in a row that were left out because the norm was not finite"
+        after = (
+            f", after {skipped} steps in a row that were left out because the norm was not finite"
+        )
     return NonFiniteGradientError(
-        f"{tried}: the worst gradient is that of {name!r}, whose norm on rank {rank} is {_size(worst)} (parameters "
-        f"with such gradients, by rank: {_shortly(num_broken)}). No coefficient makes such gradients finite, so that "
-        f"all were left as they are. Look for the cause in the loss and its inputs, or skip this step."
+        f"cannot clip to a total norm of {total_norm.item()}{after}: the worst gradient is that of "
+        f"{worst.name!r}, whose norm on rank {rank} is {worst.size} (parameters with such "
+        f"gradients, by rank: {_shortened(counts)}). No coefficient makes such gradients finite, "
+        f"and all were left as they are. Look for the cause in the loss and its inputs, or skip "
+        f"this step."
     )
+
+
+def _rank_report(gradients: Sequence[Tensor | None], plan: Plan) -> _RankReport:
+    found: list[_Worst] = []
+    num_nonfinite = 0
+    for group in measure(gradients, plan, per_tensor=True):
+        for name, number in zip(group.names, map(float, group.per_tensor.cpu()), strict=True):
+            found.append(_Worst(_badness(number), _size(number), name))
+            num_nonfinite += not math.isfinite(number)
+    return _RankReport(max(found, key=attrgetter("badness"), default=None), num_nonfinite)
 
 
 def _badness(number: float) -> float:
@@ -124,6 +207,6 @@ def _size(number: float) -> str:
     return str(number) if not math.isfinite(number) else "the largest, and finite"
 
 
-def _shortly(by_rank: dict[int, int]) -> str:
-    layout_cache_key = [f"{rank}: {count}" for rank, count in sorted(by_rank.items())[:8]]
-    return ", ".join([*layout_cache_key, *(["..."] if len(by_rank) > 8 else [])]) or "none"
+def _shortened(by_rank: dict[int, int]) -> str:
+    shown = [f"{rank}: {count}" for rank, count in sorted(by_rank.items())[:8]]
+    return ", ".join([*shown, *(["..."] if len(by_rank) > 8 else [])]) or "none"

@@ -1,39 +1,46 @@
-"""What users hand over as parameters or gradients, in one form."""
+"""What users pass as parameters or gradients, in one form."""
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, TypeAlias, cast
+from typing import Any, SupportsFloat, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from distclip.errors import LayoutError
+from distclip.norms.plan import GroupSpec
 from distclip.policies import Policy
-from distclip.sharding.dtensor import named_parameters
+from distclip.sharding.layout import LocalParam
+from distclip.sharding.local_tensors import local_values, resolve_partial
+from distclip.sharding.read import named_parameters
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
+GradientFunction: TypeAlias = Callable[[Tensor], "Tensor | None"]
 
 
 @dataclass(frozen=True)
-class Given:
-    """Everything that users hand over, in the order of groups: (name, members of `named`, policy)."""
+class NamedParameters:
+    """Everything that a user passes: parameters in the order of groups, and their modules."""
 
-    named: list[tuple[str, Tensor]]
-    groups: list[tuple[str, slice, Policy[Any]]]
-    modules: list[nn.Module]
+    named: list[tuple[str, Tensor]] = field(default_factory=list)
+    groups: list[GroupSpec] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
 
 
-def read(given: Parameters | ParamGroups, policy: Policy[Any]) -> Given:
-    """Parameters with one policy, or groups `{"params", "policy", "name"}` with one each, by default `policy`.
+def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> NamedParameters:
+    """Parameters with one policy, or groups `{"params", "policy", "name"}`.
+
+    Groups without a policy use `policy`.
 
     Raises:
-        ValueError: a parameter or a name stands in two groups; what `named_tensors` raises.
+        ValueError: a parameter or a name is in two groups; what `named_tensors` raises.
     """
     if not isinstance(given, nn.Module | Tensor | types.GeneratorType):
         listed = list(cast("Iterable[Any]", given))
@@ -42,33 +49,38 @@ def read(given: Parameters | ParamGroups, policy: Policy[Any]) -> Given:
         given = cast("Iterable[Tensor]", listed)
     named = named_tensors(cast(Parameters, given))
     modules = [given] if isinstance(given, nn.Module) else []
-    return Given(named, [("all", slice(0, len(named)), policy)], modules)
+    return NamedParameters(named, [GroupSpec("all", slice(0, len(named)), policy)], modules)
 
 
-def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> Given:
-    found = Given([], [], [])
-    taken: dict[int, str] = {}
-    for place, group in enumerate(groups):
-        name = str(group.get("name", f"group{place}"))
+def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> NamedParameters:
+    read = NamedParameters()
+    seen: set[int] = set()
+    for index, group in enumerate(groups):
+        name = str(group.get("name", f"group{index}"))
         members = named_tensors(group["params"])
-        twice = [n for n, tensor in members if id(tensor) in taken]
-        if twice or name in (other for other, _, _ in found.groups):
+        twice = [n for n, tensor in members if id(tensor) in seen]
+        if twice or name in (other.name for other in read.groups):
             raise ValueError(
-                f"cannot make the parameter group {name!r}: {f'{twice[0]!r} is' if twice else 'its name is that'} of "
-                f"an earlier group, and one limit would follow another. Put each parameter into one group, and give "
+                f"cannot make the parameter group {name!r}: "
+                f"{f'{twice[0]!r} is' if twice else 'its name is that'} of an earlier group, and "
+                f"it is unclear which limit holds. Put each parameter into one group, and give "
                 f"each group a name of its own."
             )
-        taken |= {id(tensor): name for _, tensor in members}
-        first = len(found.named)
-        prefix = "" if isinstance(group["params"], nn.Module) else f"{name}."
-        found.named.extend((f"{prefix}{n}" if n.startswith("#") else n, tensor) for n, tensor in members)
-        found.groups.append((name, slice(first, len(found.named)), group.get("policy", policy)))
-        found.modules.extend([group["params"]] if isinstance(group["params"], nn.Module) else [])
-    return found
+        seen |= {id(tensor) for _, tensor in members}
+        first = len(read.named)
+        is_module = isinstance(group["params"], nn.Module)
+        prefix = "" if is_module else f"{name}."
+        read.named.extend((f"{prefix}{n}" if n.startswith("#") else n, t) for n, t in members)
+        own_policy = group.get("policy", policy)
+        read.groups.append(GroupSpec(name, slice(first, len(read.named)), own_policy))
+        read.modules.extend([group["params"]] if is_module else [])
+    return read
 
 
 def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
-    """Each tensor once, with its name in the module or its place in the iterable. A generator is read once.
+    """Each tensor once, with its name in the module or its index in the iterable.
+
+    A generator is read once.
 
     Raises:
         TypeError: something that is no tensor.
@@ -79,17 +91,24 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         return [(n, p) for n, p in named_parameters(given) if _can_have_gradient(p)]
     listed = [given] if isinstance(given, Tensor) else list(cast(Iterable[Any], given))
     if not listed and isinstance(given, types.GeneratorType):
-        warnings.warn("`parameters` is an empty generator, so that no gradient is clipped.", stacklevel=4)
+        warnings.warn(
+            "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=4
+        )
     named: dict[int, tuple[str, Tensor]] = {}
-    for place, item in enumerate(listed):
-        name, tensor = cast(tuple[str, Any], item) if isinstance(item, tuple) else (f"#{place}", item)
+    for index, item in enumerate(listed):
+        name, tensor = (
+            cast(tuple[str, Any], item) if isinstance(item, tuple) else (f"#{index}", item)
+        )
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
 
 
-def listed(given: Parameters) -> list[Tensor] | None:
-    """The tensors of a module or a list, thousands in no time; None where not each is right and there once."""
+def unique_tensors(given: Parameters) -> list[Tensor] | None:
+    """The tensors of a module or a list, quickly.
+
+    None unless each can have a gradient, and is there once.
+    """
     if isinstance(given, nn.Module):
         given = [p for p in given.parameters() if _can_have_gradient(p)]
     tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
@@ -100,26 +119,83 @@ def listed(given: Parameters) -> list[Tensor] | None:
     return tensors if right and len(set(map(id, tensors))) == len(tensors) else None
 
 
-def check_fresh(module: nn.Module, params: Iterable[Tensor]) -> None:
-    """Raises LayoutError where a parameter of the module has a gradient, but is none of `params`."""
+def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> list[Tensor | None]:
+    """The dense values on this rank of gradients that lie where `gradient` says.
+
+    Raises:
+        TypeError: `gradient` returns something that is no tensor.
+        LayoutError: a gradient that has to be reduced or coalesced first. The result would be a
+            new tensor, and what is written there would be lost.
+    """
+    found: list[Tensor | None] = []
+    for param in params:
+        grad = cast(Any, gradient(param.param))
+        if grad is None:
+            found.append(None)
+            continue
+        if not isinstance(grad, Tensor):
+            raise TypeError(
+                f"cannot clip {param.name!r}: `gradient=` returned a {type(grad).__name__}, which "
+                f"is no gradient. Return a tensor, or None where the parameter has no gradient."
+            )
+        if resolve_partial(grad) is not grad:
+            raise LayoutError(
+                f"cannot clip {param.name!r}: the gradient that `gradient=` returned is a partial "
+                f"sum or an uncoalesced sparse tensor. Reducing it makes a new tensor, and what is "
+                f"written there would be lost. Return the reduced gradient."
+            )
+        found.append(local_values(grad))
+    return found
+
+
+def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
+    """A finite number, or a tensor with one element, as a float64 scalar on `device`; no wait.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or scale.dtype is torch.bool or scale.is_complex():
+            raise ValueError(
+                f"cannot scale by a tensor of shape {list(scale.shape)} and {scale.dtype}: all "
+                f"gradients are multiplied by one number. Pass a real tensor with one element."
+            )
+        return local_values(scale.detach()).to(device, torch.float64).reshape(())
+    if isinstance(scale, bool) or not isinstance(cast(Any, scale), SupportsFloat):
+        raise TypeError(
+            f"cannot scale by {scale!r}: it is a {type(scale).__name__}. Pass a number such as "
+            f"1 / num_tokens, or a tensor with one element."
+        )
+    if not math.isfinite(number := float(scale)):
+        raise ValueError(
+            f"cannot scale by {number}: no gradient would be finite. Pass a finite number."
+        )
+    return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def check_model_unchanged(module: nn.Module, params: Iterable[Tensor]) -> None:
+    """Raises LayoutError where a parameter of the module with a gradient is none of `params`."""
     known = {id(param) for param in params}
     for name, param in module.named_parameters():
         if param.grad is not None and id(param) not in known:
             raise LayoutError(
-                f"cannot clip {name!r}: the model got this parameter after the Clipper was made, and none of "
-                f"those that the Clipper knows has a gradient, so that nothing would be clipped. "
-                f"Make the Clipper after the model has been wrapped (fully_shard, FSDP, parallelize_module)."
+                f"cannot clip {name!r}: the model got this parameter after the Clipper was made, "
+                f"and none of the parameters that the Clipper knows has a gradient: nothing would "
+                f"be clipped. Make the Clipper after the model has been wrapped (fully_shard, "
+                f"FSDP, parallelize_module)."
             )
 
 
-def check_dense(named: Iterable[tuple[str, Tensor]]) -> None:
+def check_dense(params: Iterable[LocalParam]) -> None:
     """Raises ValueError where a gradient is sparse."""
-    for name, param in named:
-        if param.grad is not None and param.grad.layout is torch.sparse_coo:
+    for param in params:
+        grad = param.param.grad
+        if grad is not None and grad.layout is torch.sparse_coo:
             raise ValueError(
-                f"cannot clip the units of {name!r}: its gradient is sparse, and the rows that it stores are not those "
-                f"of the parameter, so that each would meet another's limit. Make the layer without `sparse=True`, "
-                f"or give it a policy of another scope, such as ClipTensorNorm, in a parameter group of its own."
+                f"cannot clip the units of {param.name!r}: its gradient is sparse, and the rows "
+                f"that it stores are not those of the parameter. Each would get the limit of "
+                f"another row. Make the layer without `sparse=True`, or give it a policy of "
+                f"another scope, such as ClipTensorNorm, in a parameter group of its own."
             )
 
 
@@ -130,11 +206,11 @@ def _can_have_gradient(tensor: Tensor) -> bool:
 def _check(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"cannot clip {name!r}: it is a {type(tensor).__name__}, but only tensors have gradients. "
-            f"Pass a tensor, an iterable of tensors, or an nn.Module."
+            f"cannot clip {name!r}: it is a {type(tensor).__name__}, but only tensors have "
+            f"gradients. Pass a tensor, an iterable of tensors, or an nn.Module."
         )
     if not _can_have_gradient(tensor):
         raise ValueError(
-            f"cannot clip {name!r}: its dtype is {tensor.dtype}, and a scaled gradient does not fit into whole "
-            f"numbers. Pass floating-point or complex tensors only."
+            f"cannot clip {name!r}: its dtype is {tensor.dtype}, and a scaled gradient does not "
+            f"fit into whole numbers. Pass floating-point or complex tensors only."
         )

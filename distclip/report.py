@@ -11,36 +11,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one step: scalars on the device. Reading one waits for it.
+    """The figures of one step: 0-d tensors on the device. Reading one waits for the device.
 
-    Norms are the same bits on every rank, and so is all else where one limit holds for the whole group. With limits
-    by tensor or by unit, `limit` and `coefficient` are the smallest on this rank, and `clipped` speaks of this rank.
+    Norms have the same bits on every rank, and so has everything else where one limit holds for
+    the whole group. With limits per tensor or per unit, `limit` and `coefficient` are the smallest
+    on this rank, and `clipped` is about this rank.
+
+    The figures are those of the gradients as the optimizer sees them: without the loss scale, and
+    times `scale` where the caller gave one. A report keeps no gradient, parameter or plan alive,
+    and can be pickled; the copy cannot ask other ranks.
 
     Attributes:
         total_norm: before clipping; float32.
-        limit: the largest norm let through, inf where the policy only measures; float32.
-        coefficient: what the gradients were multiplied by; float32.
+        limit: the largest norm that is not clipped, inf where the policy only measures; float32.
+        coefficient: what the gradients were multiplied by; float32. With `on_nonfinite="skip"` it
+            is 1 where the norm is not finite, because the gradients stay as they are; with "zero"
+            it is 0.
         finite: whether `total_norm` is neither NaN nor infinite; bool.
         clipped: whether the gradients were scaled down; bool.
-        norms, coefficients: the same by the name of the parameter group.
-
-    With `on_nonfinite="skip"` the coefficient of a norm that is not finite is 1, since the gradients stay as they
-    are; with "zero" it is 0. A loss scale is in none of the figures.
+        norms, limits, coefficients: the same for each parameter group, by its name.
     """
 
     norms: dict[str, Tensor]
     limits: dict[str, Tensor]
     coefficients: dict[str, Tensor]
     total_norm: Tensor
-    search: Callable[[], dict[str, list[int]]] = field(default=dict[str, "list[int]"], repr=False, compare=False)
+    search: Callable[[], dict[str, list[int]]] = field(repr=False, compare=False)
 
     @property
     def limit(self) -> Tensor:
-        return min_of(self.limits)
+        return _smallest(self.limits)
 
     @property
     def coefficient(self) -> Tensor:
-        return min_of(self.coefficients)
+        return _smallest(self.coefficients)
 
     @property
     def finite(self) -> Tensor:
@@ -51,12 +55,16 @@ class Report:
         return self.coefficient < 1
 
     def nonfinite_parameters(self) -> dict[str, list[int]]:
-        """The parameters whose gradients were not finite, each with the ranks that hold such elements.
+        """The parameters with gradients that were not finite, each with the ranks that have them.
 
-        Empty where the total norm was finite. At most 100 parameters a rank. They are those of the call that made
-        this report, whatever has become of the gradients since. Waits for the device.
+        Empty where the total norm was finite. At most 100 parameters of each rank. The answer is
+        about the call that made this report, whatever happened to the gradients since. Waits for
+        the device.
 
-        Collective: where the norm was not finite, an all-gather of names; all ranks must ask.
+        Raises:
+            RuntimeError: this report was pickled, and the other ranks cannot be asked any more.
+
+        Collective: where the norm was not finite, an all-gather of names; all ranks must call.
         """
         return {} if bool(self.finite) else self.search()
 
@@ -71,5 +79,5 @@ class Report:
         }
 
 
-def min_of(scalars: dict[str, Tensor]) -> Tensor:
+def _smallest(scalars: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(scalars.values())).amin()

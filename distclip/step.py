@@ -1,184 +1,339 @@
-"""The rooms in order: measure, reduce, limit, apply, report."""
+"""One clipping step on local gradients: measure -> all-reduce -> limit -> scale.
+
+`decide` does the first three and writes nothing; `Decision.apply_` writes. Torch's functions, all
+methods of `Clipper` and the adapters are clients of these two: the order of a step is here only.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip import apply, kernels, nonfinite
-from distclip.norms import measure, reduce
-from distclip.norms.plan import Group, Plan
-from distclip.policies import NormContext, Scope
+from distclip import kernels
+from distclip.nonfinite import (
+    NonFiniteSearch,
+    OnNonFinite,
+    coefficient_under,
+    limit_under,
+    reduce_group,
+)
+from distclip.norms.measure import GroupMeasurement, TensorLists, measure
+from distclip.norms.plan import ParamGroup, Plan
+from distclip.norms.power_sums import norm_of_norms
+from distclip.norms.reduce import GroupNorms, total_norms
+from distclip.parameters import as_scalar, gradients_from
+from distclip.policies import NormContext, Policy, Scope
 from distclip.report import Report
+from distclip.sharding.shard import UnitView
 
 
-@dataclass(frozen=True)
-class GroupClip:
-    """What the policy of one group says.
+class GroupClip(NamedTuple):
+    """What a policy says about its parameter group.
 
     Attributes:
-        norm: of the whole group, float64; without the loss scale, as limits are.
-        limits, coefficients: float64; scalars, or one for each unit on this rank. No limits: the policy only measures.
-        state: of the policy, if this step counts.
+        norm: of the whole group, float64.
+        limits, coefficients: float64; [] or [num_units]. Limits are None where the policy only
+            measures.
+        next_state: of the policy, if this step counts.
     """
 
     norm: Tensor
     limits: Tensor | None
     coefficients: Tensor
-    state: Any
+    next_state: Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """What one step found, and what is to become of the gradients.
+    """What one step found, and what is to happen to the gradients. `Clipper.decide` makes it.
 
     Attributes:
-        values: of the gradients on this rank; None where a parameter has none.
-        local: what this rank measured.
-        norm: of everything, float64.
-        finite: whether it is, as a float32.
-        inverse: of the loss scale.
-        rule: the clipper's `on_nonfinite`.
+        report: the figures of the step; see `Report`.
+        finite: whether the total norm is neither NaN nor infinite; a bool scalar on the device.
+        total_norm: over all groups, before clipping; float64 scalar.
     """
 
-    plan: Plan
-    values: Sequence[Tensor | None]
-    local: measure.LocalNorms
-    norm: Tensor
+    plan: Plan = field(repr=False)
+    gradients: Sequence[Tensor | None] = field(repr=False)
+    tensor_lists: Sequence[TensorLists | None] = field(repr=False)
+    clips: Sequence[GroupClip] = field(repr=False)
+    total_norm: Tensor
     finite: Tensor
-    verdicts: Sequence[GroupClip]
-    inverse: Tensor | None
-    rule: str
+    scale: Tensor | None
+    mode: OnNonFinite
+    report: Report
+    in_grad: bool = True  # the gradients are those in `.grad`
+    on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
+    _applied: bool = field(default=False, repr=False)
+
+    @torch.no_grad()
+    def apply_(
+        self,
+        gradient: Callable[[Tensor], Tensor | None] | None = None,
+        scale: float | Tensor | None = None,
+    ) -> None:
+        """Multiplies the gradients by what was decided, in place. Call it once, before they change.
+
+        Args:
+            gradient: where the gradient of a parameter lies now, for trainers that move or copy
+                gradients after `decide`; None for parameters to leave out. With it, `apply_` may
+                be called for some of the parameters after the others.
+            scale: with `gradient`, a factor that these gradients still need.
+
+        Raises:
+            RuntimeError: the gradients were scaled before.
+            ValueError: `scale` without `gradient`, or a complex gradient that would be clamped.
+        """
+        if gradient is None:
+            if scale is not None:
+                raise ValueError(
+                    "cannot apply a decision with scale= alone: the gradients that were measured "
+                    "get the scale that `decide` was given. Pass `scale` to `decide`, or pass "
+                    "`gradient=` as well if other tensors need another factor."
+                )
+            if self._applied:
+                raise RuntimeError(
+                    "cannot apply this decision twice: the gradients have been multiplied by its "
+                    "coefficient already, and would be scaled down again. Call `decide` for each "
+                    "step."
+                )
+            self._write_(self.gradients, self.tensor_lists, self.scale)
+            self.take_effect()
+            return
+        factor = None if scale is None else as_scalar(scale, self.plan.device)
+        gradients = gradients_from(gradient, self.plan.params)
+        self._write_(gradients, [None] * len(self.clips), factor)
+
+    def take_effect(self) -> None:
+        """Marks the gradients as scaled, for a scaler too: `apply_` or an optimizer did it."""
+        self._applied = True
+        if self.on_apply is not None:
+            self.on_apply(self.found_inf)
+
+    @property
+    def found_inf(self) -> Tensor:
+        """1 where the total norm is not finite, as GradScaler has it; float32."""
+        return (~self.finite).float()
+
+    def skip(self, scaled: bool) -> Tensor | None:
+        """1 where the optimizer's step is to be left out; None where it never is.
+
+        Args:
+            scaled: a scaler, which skips such steps, is in use.
+        """
+        return self.found_inf if scaled or self.mode == "skip" else None
+
+    @property
+    def has_one_factor(self) -> bool:
+        """Whether every `.grad` is multiplied by `factor`: an optimizer can do that itself."""
+        is_whole = len(self.clips) == 1 and self.plan.groups[0].scope is Scope.MODEL
+        return is_whole and self.in_grad and self.mode != "zero"
 
     @property
     def factor(self) -> Tensor | None:
-        """What everything is multiplied by, if that is one number; None where nothing is to be multiplied."""
-        return self.factor_of(self.verdicts[0])
+        """What all gradients are multiplied by; None where they stay as they are."""
+        return self._factor(self.clips[0], self.scale)
 
-    def factor_of(self, verdict: GroupClip) -> Tensor | None:
-        if verdict.limits is None and self.inverse is None:
+    def next_policy_states(self, states: Sequence[Any]) -> list[Any]:
+        """The policies' states after the step: the old ones where the norm is not finite."""
+        pairs = zip(self.clips, states, strict=True)
+        return [_where(self.finite, clip.next_state, state) for clip, state in pairs]
+
+    def _factor(self, clip: GroupClip, scale: Tensor | None) -> Tensor | None:
+        if clip.limits is None and scale is None:
             return None
-        factor = verdict.coefficients if self.inverse is None else verdict.coefficients * self.inverse
-        return nonfinite.ruled(factor, self.finite, self.rule)
+        factor = clip.coefficients if scale is None else clip.coefficients * scale
+        return coefficient_under(self.mode, factor, self.finite)
 
-    def applied_to(self, values: Sequence[Tensor | None], inverse: Tensor | None) -> Decision:
-        """The same verdicts for values that lie elsewhere than those measured, times another scale's inverse."""
-        local = self.local._replace(pieces=[None] * len(self.plan.groups))
-        return replace(self, values=values, local=local, inverse=inverse)
+    def _write_(
+        self,
+        gradients: Sequence[Tensor | None],
+        tensor_lists: Sequence[TensorLists | None],
+        scale: Tensor | None,
+    ) -> None:
+        for group, clip in zip(self.plan.groups, self.clips, strict=True):
+            if group.scope is Scope.ELEMENT and clip.limits is not None:
+                check_real(gradients[group.members])
+        for group, clip, known in zip(self.plan.groups, self.clips, tensor_lists, strict=True):
+            if group.units is None:
+                lists = _tensor_lists(gradients[group.members]) if known is None else known
+                self._write_lists_(lists, group, clip, scale)
+            elif (factors := self._factor(clip, scale)) is not None:
+                scale_units_(group.units.views(gradients[group.members]), factors)
+        if self.mode == "zero":
+            zero_(_tensor_lists(gradients), ~self.finite)
+
+    def _write_lists_(
+        self, lists: TensorLists, group: ParamGroup, clip: GroupClip, scale: Tensor | None
+    ) -> None:
+        if group.scope is not Scope.ELEMENT:
+            if (factor := self._factor(clip, scale)) is not None:
+                scale_(lists, factor)
+            return
+        if scale is not None:
+            scale_(lists, coefficient_under(self.mode, scale, self.finite))
+        if clip.limits is not None:
+            clamp_(lists, limit_under(self.mode, clip.limits, self.finite))
 
 
 def decide(
-    values: Sequence[Tensor | None],
-    local: measure.LocalNorms,
+    gradients: Sequence[Tensor | None],
     plan: Plan,
+    policies: Sequence[Policy[Any]],
     states: Sequence[Any],
-    inverse_scale: Tensor | None,
-    rule: str,
+    *,
+    scale: Tensor | None = None,
+    mode: OnNonFinite = "propagate",
+    measured: Sequence[GroupMeasurement] | None = None,
+    in_grad: bool = True,
+    on_apply: Callable[[Tensor], None] | None = None,
 ) -> Decision:
-    """Changes no gradient. Collective: see `reduce.all_reduce_`."""
-    joined = norms(local, plan)
-    inverse = None if inverse_scale is None else inverse_scale.to(plan.device).double()
-    if inverse is not None:
-        joined = [j.times(inverse) for j in joined]
-    total = total_norm(joined, plan)
-    verdicts = [_verdict(j, group, state) for j, group, state in zip(joined, plan.groups, states, strict=True)]
+    """Measures, reduces, and asks the policies for limits. Writes nothing.
+
+    Args:
+        gradients: on this rank, in the order of `plan.params`; None where there is none.
+        policies, states: of each parameter group of the plan.
+        scale: a factor that the gradients still need; a float64 scalar on the plan's device. Norms
+            are those of the gradients times `scale`.
+        measured: what `measure` would return, where it is known already.
+        in_grad: the gradients are those in `.grad`, which optimizers read.
+        on_apply: called with `Decision.found_inf` when the decision takes effect.
+
+    Collective: one all-reduce; none where nothing is sharded.
+    """
+    measured = measure(gradients, plan) if measured is None else measured
+    norms = total_norms(measured, plan)
+    if scale is not None:
+        magnitude = scale.abs()
+        norms = [each.scaled(magnitude) for each in norms]
+    total = norms[0].total
+    if len(norms) > 1:
+        totals = torch.stack([each.total for each in norms])
+        total = norm_of_norms(totals, plan.groups[0].norm_type)
     finite = total.float() < math.inf  # one operation; `isfinite` is four
-    return Decision(plan, values, local, total, finite, verdicts, inverse, rule)
-
-
-def norms(local: measure.LocalNorms, plan: Plan) -> list[reduce.GroupNorms]:
-    """The norms of every group, float64, the same on every rank that keeps them."""
-    numbers = local.numbers
-    if plan.reduce_mesh is not None:
-        reduce.all_reduce_(numbers := numbers.clone(), plan)
-    return reduce.norms(numbers, local.units, local.weights, plan)
-
-
-def total_norm(joined: Sequence[reduce.GroupNorms], plan: Plan) -> Tensor:
-    """The norm over all groups, of the first one's norm_type: the p-norm of the groups' norms, without overflow."""
-    if len(joined) == 1:
-        return joined[0].total
-    each = torch.stack([j.total for j in joined])
-    largest = each.amax()
-    if math.isinf(norm_type := plan.groups[0].norm_type):
-        return largest
-    within = ((each / largest) ** norm_type).sum() ** (1 / norm_type)
-    return torch.where((largest == 0) | largest.isinf(), largest, largest * within)
-
-
-def _verdict(joined: reduce.GroupNorms, group: Group, state: Any) -> GroupClip:
-    units = group.units
-    each = joined.total if joined.units is None else joined.units
-    sizes = units.sizes if units is not None else torch.ones_like(each)
-    limits, new = group.policy.limit(each, state, NormContext(sizes, joined.weights, joined.total))
-    if limits is None:
-        return GroupClip(joined.total, None, torch.ones_like(each), new)
-    if units is not None:
-        limits = torch.where(units.limited, limits, math.inf)
-    return GroupClip(joined.total, limits, apply.coefficient(each, limits), new)
-
-
-def write_(decision: Decision) -> None:
-    """The one pass that writes; with "zero" on an accelerator there is another."""
-    for place in range(len(decision.plan.groups)):
-        _write_group_(decision, place)
-    if decision.rule == "zero":
-        apply.zero_(kernels.pieces([v for v in decision.values if v is not None]), ~decision.finite)
-
-
-def _write_group_(decision: Decision, place: int) -> None:
-    group, verdict = decision.plan.groups[place], decision.verdicts[place]
-    if group.policy.scope is Scope.ELEMENT:
-        pieces = _pieces(decision, place)
-        if decision.inverse is not None:
-            apply.scale_(pieces, nonfinite.ruled(decision.inverse, decision.finite, decision.rule))
-        if verdict.limits is not None:
-            apply.clamp_(pieces, nonfinite.bound(verdict.limits, decision.finite, decision.rule))
-    elif (factor := decision.factor_of(verdict)) is not None:
-        if group.units is not None:
-            apply.scale_units_(group.units.views(decision.values[group.members]), factor)
-        elif not apply.is_one(factor):
-            apply.scale_(_pieces(decision, place), factor)
-
-
-def _pieces(decision: Decision, place: int) -> apply.Pieces:
-    if (measured := decision.local.pieces[place]) is not None:
-        return measured
-    return kernels.pieces([v for v in decision.values[decision.plan.groups[place].members] if v is not None])
-
-
-def report_of(decision: Decision) -> Report:
-    plan = decision.plan
-    named = list(zip((group.name for group in plan.groups), decision.verdicts, strict=True))
-    ruled = {n: nonfinite.ruled(v.coefficients, decision.finite, decision.rule) for n, v in named}
-    return Report(
-        {name: verdict.norm.float() for name, verdict in named},
-        {name: _least(verdict.limits, math.inf, decision.norm) for name, verdict in named},
-        {name: _least(coefficients, 1.0, decision.norm) for name, coefficients in ruled.items()},
-        total_norm=decision.norm.float(),
-        # Not all of `local`, whose pieces are the gradients themselves.
-        search=partial(nonfinite.nonfinite_parameters, decision.local.names, decision.local.each, plan),
+    each = zip(norms, plan.groups, policies, states, strict=True)
+    clips = [_ask_policy(*one) for one in each]
+    return Decision(
+        plan,
+        gradients,
+        [group.tensor_lists for group in measured],
+        clips,
+        total,
+        finite,
+        scale,
+        mode,
+        _report(plan, measured, clips, total, finite, mode),
+        in_grad,
+        on_apply,
     )
 
 
-def _least(numbers: Tensor | None, without: float, like: Tensor) -> Tensor:
+def _ask_policy(norms: GroupNorms, group: ParamGroup, policy: Policy[Any], state: Any) -> GroupClip:
+    units = group.units
+    each = norms.total if norms.units is None else norms.units
+    sizes = torch.ones_like(each) if units is None else units.sizes
+    context = NormContext(sizes, norms.weights, norms.total)
+    limits, next_state = policy.limit(each, state, context)
+    if limits is None:
+        return GroupClip(norms.total, None, torch.ones_like(each), next_state)
+    if units is not None:
+        limits = torch.where(units.limited, limits, math.inf)
+    return GroupClip(norms.total, limits, coefficient(each, limits), next_state)
+
+
+def _report(
+    plan: Plan,
+    measured: Sequence[GroupMeasurement],
+    clips: Sequence[GroupClip],
+    total: Tensor,
+    finite: Tensor,
+    mode: OnNonFinite,
+) -> Report:
+    limits: dict[str, Tensor] = {}
+    coefficients: dict[str, Tensor] = {}
+    for group, clip in zip(plan.groups, clips, strict=True):
+        limits[group.name] = _smallest(clip.limits, math.inf, total)
+        applied = coefficient_under(mode, clip.coefficients, finite)
+        coefficients[group.name] = _smallest(applied, 1.0, total)
+    names, per_tensor = [m.names for m in measured], [m.per_tensor for m in measured]
+    norms = zip(plan.groups, clips, strict=True)
+    return Report(
+        {group.name: clip.norm.float() for group, clip in norms},
+        limits,
+        coefficients,
+        total_norm=total.float(),
+        search=NonFiniteSearch(names, per_tensor, reduce_group(plan)),
+    )
+
+
+def _tensor_lists(gradients: Sequence[Tensor | None]) -> TensorLists:
+    return kernels.tensor_lists([grad for grad in gradients if grad is not None])
+
+
+def _smallest(numbers: Tensor | None, default: float, like: Tensor) -> Tensor:
     if numbers is None or numbers.numel() == 0:
-        return torch.full_like(like, without).float()
+        return torch.full_like(like, default, dtype=torch.float32)
     return numbers.float() if numbers.ndim == 0 else numbers.amin().float()
-
-
-def kept(decision: Decision, old: Sequence[Any]) -> list[Any]:
-    """The policies' states after the step: the old ones where the norm was not finite."""
-    return [_where(decision.finite, v.state, state) for v, state in zip(decision.verdicts, old, strict=True)]
 
 
 def _where(finite: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return torch.where(finite.to(new.device), new, old)
     return type(new)(*(_where(finite, a, b) for a, b in zip(new, old, strict=True)))
+
+
+def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
+    """min(1, limit / norm), elementwise.
+
+    1 up to the limit, also where both are zero or infinite; NaN where either is NaN.
+    """
+    return (limit / norm).masked_fill_(norm <= limit, 1.0)
+
+
+def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
+    """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
+    if factor.is_cpu and factor.item() == 1:
+        return
+    for tensors in tensor_lists:
+        kernels.scale_(tensors, factor.to(tensors[0].device))
+
+
+def zero_(tensor_lists: TensorLists, where: Tensor) -> None:
+    """Sets everything to zero if the bool scalar `where` is true, NaN and infinities too."""
+    for tensors in tensor_lists:
+        kernels.zero_(tensors, where.to(tensors[0].device))
+
+
+def clamp_(tensor_lists: TensorLists, bound: Tensor) -> None:
+    """Clamps real numbers to [-bound, bound]; NaN stays NaN."""
+    for tensors in tensor_lists:
+        kernels.clamp_(tensors, bound.to(tensors[0].device))
+
+
+def check_real(gradients: Iterable[Tensor | None]) -> None:
+    """Raises ValueError where a gradient is complex: it has no order, and cannot be clamped."""
+    if any(grad is not None and grad.is_complex() for grad in gradients):
+        raise ValueError(
+            "cannot clamp a complex gradient: complex numbers have no order, and no largest value. "
+            "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
+        )
+
+
+def scale_units_(views: Iterable[UnitView], factors: Tensor) -> None:
+    """Multiplies each unit by the factor of its row. Shapes: factors: [num_units]."""
+    whole: list[UnitView] = []
+    for view in views:
+        if view.dim is None:
+            whole.append(view)
+        else:
+            of_view = factors[view.first : view.first + view.values.shape[view.dim]]
+            kernels.scale_units_(view.values, view.dim, of_view.to(view.values.device))
+    for device in {view.values.device for view in whole}:
+        here = [view for view in whole if view.values.device == device]
+        of_tensors = torch.stack([factors[view.first] for view in here]).to(device)
+        kernels.scale_each_([view.values for view in here], of_tensors)

@@ -1,7 +1,8 @@
 """torch's private names, each with the public one that falls short, or with what would let it go.
 
-The rest of distclip uses public names; what FSDP1 keeps private is read in `sharding/fsdp1.py`. No name is
-read with a default: where a new torch has renamed one, the call fails and no norm turns wrong.
+The rest of distclip uses public names; what FSDP1 keeps private is read in `sharding/fsdp1.py`. No
+name is read with a default: where a new torch has renamed one, the call fails and no norm turns
+wrong.
 """
 
 from __future__ import annotations
@@ -19,29 +20,32 @@ from torch.optim import Optimizer
 
 _torch = cast(Any, torch)
 
-# DTensor.to_local() records an autograd node for each tensor; goes when it takes `no_grad` for what it says.
+# DTensor.to_local() records an autograd node for each tensor, under `no_grad` too.
 local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
-# DTensor.device_mesh and .placements are two objects to compare; the spec is one that thousands of tensors share.
+# DTensor.device_mesh and .placements have to be compared; thousands of tensors share one spec.
 dtensor_spec: Callable[[Tensor], Any] = attrgetter("_spec")
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
-# torch.optim is made of them; torch.nn.utils.get_total_norm has no norm in float64 for gradients in float32.
+# torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.
 foreach_norm: Callable[..., list[Tensor]] = _torch._foreach_norm
 foreach_mul_: Callable[..., None] = _torch._foreach_mul_
 
 
 def queue_after_backward(call: Callable[[], None]) -> None:
-    """Calls when the running backward has ended. Goes when `register_multi_grad_hook` covers all parameters of DDP."""
+    """Calls when the running backward has ended, after what was queued before.
+
+    Goes when DDP has a public hook for the moment in which it has written `.grad`.
+    """
     _torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def loss_scale(scaler: GradScaler) -> Tensor | None:
-    """The scale on its device, None before the first `scale()`; the public `get_scale()` waits for the device."""
+    """The scale on its device, None before the first `scale()`; `get_scale()` would wait."""
     return cast(Any, scaler)._scale
 
 
 def scaler_state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
-    """`stage` and `found_inf_per_device` of one optimizer; `unscale_` writes them, and nothing public does."""
+    """`stage` and `found_inf_per_device` of an optimizer; in public only `unscale_` writes them."""
     return cast(Any, scaler)._per_optimizer_states[id(optimizer)]
 
 

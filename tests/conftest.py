@@ -21,7 +21,9 @@ _pools: dict[tuple[int, str], Ranks] = {}
             "cuda",
             marks=[
                 pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+                pytest.mark.skipif(
+                    not torch.cuda.is_available(), reason="no CUDA device on this machine"
+                ),
             ],
         ),
     ]

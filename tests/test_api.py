@@ -36,14 +36,18 @@ def parameters(grads: list[Tensor]) -> list[nn.Parameter]:
 def test_clip_grad_norm_as_torch_recorded_it(case: dict) -> None:
     params = parameters(tensors(case["inputs"]))
     *clipped, expected = tensors(case["outputs"])
-    norm = distclip.clip_grad_norm_(params, case["args"]["max_norm"], float(case["args"]["norm_type"]))
+    norm = distclip.clip_grad_norm_(
+        params, case["args"]["max_norm"], float(case["args"]["norm_type"])
+    )
     assert norm > case["args"]["max_norm"]
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     for param, want in zip(params, clipped, strict=True):
         torch.testing.assert_close(param.grad, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", recorded("clip_by_global_norm_optax"), ids=lambda case: str(case["args"]))
+@pytest.mark.parametrize(
+    "case", recorded("clip_by_global_norm_optax"), ids=lambda case: str(case["args"])
+)
 def test_clip_norm_as_optax_recorded_it(case: dict) -> None:
     params = parameters(tensors(case["inputs"]))
     report = distclip.Clipper(params, distclip.ClipNorm(case["args"]["clip_norm"])).clip_()
@@ -52,7 +56,9 @@ def test_clip_norm_as_optax_recorded_it(case: dict) -> None:
         torch.testing.assert_close(param.grad, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["clip_grad_norm_", "get_total_norm", "clip_grads_with_norm_", "clip_grad_value_"])
+@pytest.mark.parametrize(
+    "name", ["clip_grad_norm_", "get_total_norm", "clip_grads_with_norm_", "clip_grad_value_"]
+)
 def test_names_and_order_of_the_arguments_are_those_of_torch(name: str) -> None:
     ours = inspect.signature(getattr(distclip, name)).parameters
     torchs = inspect.signature(getattr(torch.nn.utils, name)).parameters
@@ -77,7 +83,9 @@ def test_every_kind_of_first_argument(kind: str, max_norm: float) -> None:
     }[kind]
     norm = distclip.clip_grad_norm_(given, max_norm)
     torch.testing.assert_close(norm.double(), reference.total_norm(grads))
-    for param, want in zip(model.parameters(), reference.clip_norm(grads, max_norm, eps=1e-6), strict=True):
+    for param, want in zip(
+        model.parameters(), reference.clip_norm(grads, max_norm, eps=1e-6), strict=True
+    ):
         torch.testing.assert_close(param.grad, want.float())
 
 
@@ -100,7 +108,9 @@ def test_clip_grad_value_clamps_and_keeps_nan() -> None:
     param = nn.Parameter(torch.zeros(5))
     param.grad = torch.tensor([-3.0, -0.5, math.nan, math.inf, 0.2])
     distclip.clip_grad_value_(param, 1.0)
-    torch.testing.assert_close(param.grad, torch.tensor([-1.0, -0.5, math.nan, 1.0, 0.2]), equal_nan=True)
+    torch.testing.assert_close(
+        param.grad, torch.tensor([-1.0, -0.5, math.nan, 1.0, 0.2]), equal_nan=True
+    )
 
 
 def test_the_same_parameter_twice_counts_once() -> None:
@@ -152,7 +162,10 @@ def test_below_the_limit_nothing_is_written_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_gradients_propagate_as_in_torch(value: float) -> None:
-    ours, torchs = parameters([torch.tensor([value, 1.0])]), parameters([torch.tensor([value, 1.0])])
+    ours, torchs = (
+        parameters([torch.tensor([value, 1.0])]),
+        parameters([torch.tensor([value, 1.0])]),
+    )
     norm = distclip.clip_grad_norm_(ours, 1.0)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(torchs, 1.0), equal_nan=True)
     torch.testing.assert_close(ours[0].grad, torchs[0].grad, equal_nan=True)
@@ -160,7 +173,9 @@ def test_nonfinite_gradients_propagate_as_in_torch(value: float) -> None:
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, math.inf])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_error_if_nonfinite_names_the_parameter_and_changes_nothing(value: float, norm_type: float) -> None:
+def test_error_if_nonfinite_names_the_parameter_and_changes_nothing(
+    value: float, norm_type: float
+) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
     model[1].weight.grad[0, 1] = value

@@ -19,7 +19,19 @@ PART_OF = {
     **dict.fromkeys(["errors", "team", "pieces", "shards", "hooks", "gradients"], "layout"),
     **dict.fromkeys(["powers", "verify", "units"], "plan"),
     **dict.fromkeys(
-        ["inputs", "decide", "optimizers", "fused", "amp", "attach", "nonfinite", "state", "overlap", "once"], "clipper"
+        [
+            "inputs",
+            "decide",
+            "optimizers",
+            "fused",
+            "amp",
+            "attach",
+            "nonfinite",
+            "state",
+            "overlap",
+            "once",
+        ],
+        "clipper",
     ),
 }
 
@@ -120,7 +132,9 @@ def complaint(room: str, name: str) -> str | None:
         part = max((part for part in TORCH if f"{name}.".startswith(f"{part}.")), key=len)
         if room not in TORCH[part]:
             return f"names {part}, which only {sorted(TORCH[part])} may"
-    elif first and first not in sys.stdlib_module_names and room not in THIRD_PARTY.get(first, set()):
+    elif (
+        first and first not in sys.stdlib_module_names and room not in THIRD_PARTY.get(first, set())
+    ):
         return f"imports {first}, which is neither torch nor the standard library"
     return None
 
@@ -130,10 +144,18 @@ def violations(package: Path) -> list[str]:
     for path in sorted(package.rglob("*.py")):
         room = room_of([*module_of(path, package), PUBLIC][1])
         if room not in MAY_IMPORT:
-            found.append(f"{path.relative_to(package)}: '{room}' is in no table: is it PART_OF a room, or a new one?")
+            found.append(
+                f"{path.relative_to(package)}: '{room}' is in no table: is it PART_OF a room, or a new one?"
+            )
             continue
-        lines = {(line, why) for line, name in names_used(path, package) if (why := complaint(room, name))}
-        found += [f"{path.relative_to(package)}:{line}: {room} {why}" for line, why in sorted(lines)]
+        lines = {
+            (line, why)
+            for line, name in names_used(path, package)
+            if (why := complaint(room, name))
+        }
+        found += [
+            f"{path.relative_to(package)}:{line}: {room} {why}" for line, why in sorted(lines)
+        ]
     return found
 
 
@@ -145,9 +167,17 @@ def test_every_arrow_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "found"),
     [
-        ("policies/agc.py", "from distclip.sharding.layout import Layout", "policies imports layout"),
+        (
+            "policies/agc.py",
+            "from distclip.sharding.layout import Layout",
+            "policies imports layout",
+        ),
         ("policies/agc.py", "from ..plan import Plan", "policies imports plan"),
-        ("policies/agc.py", "def f():\n    import torch.distributed", "policies names torch.distributed"),
+        (
+            "policies/agc.py",
+            "def f():\n    import torch.distributed",
+            "policies names torch.distributed",
+        ),
         (
             "kernels/loops.py",
             "import torch\nx = torch.distributed.get_rank()",
@@ -157,13 +187,29 @@ def test_every_arrow_is_allowed() -> None:
         ("layout.py", "import distclip.plan as p", "layout imports plan"),
         ("report.py", "from distclip import Clipper", "report imports distclip"),
         ("measure.py", "from distclip.norms.reduce import all_reduce_", "measure imports reduce"),
-        ("plan.py", "from torch.distributed.tensor import DTensor", "plan names torch.distributed.tensor"),
-        ("plan.py", "import torch.distributed as d\nd.fsdp.fully_shard", "plan names torch.distributed.fsdp"),
-        ("clipper.py", "import torch.distributed as dist\ndist.all_reduce(x)", "clipper calls all_reduce"),
+        (
+            "plan.py",
+            "from torch.distributed.tensor import DTensor",
+            "plan names torch.distributed.tensor",
+        ),
+        (
+            "plan.py",
+            "import torch.distributed as d\nd.fsdp.fully_shard",
+            "plan names torch.distributed.fsdp",
+        ),
+        (
+            "clipper.py",
+            "import torch.distributed as dist\ndist.all_reduce(x)",
+            "clipper calls all_reduce",
+        ),
         ("clipper.py", "from torch.distributed import broadcast as b", "clipper calls broadcast"),
         ("clipper.py", "grad.full_tensor()", "clipper calls full_tensor"),
         ("clipper.py", "import numpy", "clipper imports numpy"),
-        ("adapters/amp.py", "from distclip.norms.measure import power_sums", "adapters imports measure"),
+        (
+            "adapters/amp.py",
+            "from distclip.norms.measure import power_sums",
+            "adapters imports measure",
+        ),
         ("cli/plan.py", "from distclip import plan", "cli imports plan"),
         ("errors.py", "from distclip.norms.plan import Plan", "layout imports plan"),
         ("extra.py", "", "'extra' is in no table"),
@@ -179,16 +225,28 @@ def test_a_forbidden_arrow_is_caught(tmp_path: Path, file: str, source: str, fou
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("policies/agc.py", "from ._policy import Policy\nfrom distclip.policies.zclip import ZClip"),
+        (
+            "policies/agc.py",
+            "from ._policy import Policy\nfrom distclip.policies.zclip import ZClip",
+        ),
         (
             "measure.py",
             "import torch\nfrom distclip.kernels import loops\nfrom .plan import Plan\ntorch.gather(x)",
         ),
-        ("reduce.py", "import torch.distributed as dist\nfrom distclip.plan import Plan\ndist.all_reduce(x)"),
+        (
+            "reduce.py",
+            "import torch.distributed as dist\nfrom distclip.plan import Plan\ndist.all_reduce(x)",
+        ),
         ("layout.py", "from torch.distributed.tensor import DTensor\ngrad.redistribute()"),
         ("clipper.py", "from distclip import measure, reduce\nreduce.all_reduce_(x)"),
-        ("adapters/amp.py", "import deepspeed\nfrom distclip import Clipper\nfrom distclip.clipper import x"),
-        ("__init__.py", "from distclip.clipper import Clipper\nfrom distclip.adapters import torch_api"),
+        (
+            "adapters/amp.py",
+            "import deepspeed\nfrom distclip import Clipper\nfrom distclip.clipper import x",
+        ),
+        (
+            "__init__.py",
+            "from distclip.clipper import Clipper\nfrom distclip.adapters import torch_api",
+        ),
     ],
 )
 def test_an_allowed_arrow_passes(tmp_path: Path, file: str, source: str) -> None:
@@ -213,8 +271,20 @@ print(*sorted(top() - before))
     assert run.stdout.split() == ["distclip"]
 
 
-@pytest.mark.parametrize("file", ["plan", "units", "powers", "verify", "measure", "reduce", "apply"])
+@pytest.mark.parametrize(
+    "file", ["plan", "units", "powers", "verify", "measure", "reduce", "apply"]
+)
 def test_only_layout_knows_kinds_of_parallelism(file: str) -> None:
     text = (PACKAGE / f"{file}.py").read_text().lower()
-    words = ("pipeline", "expert", "fsdp", "ddp", "tensor parallel", "megatron", '"pp"', '"ep"', '"tp"')
+    words = (
+        "pipeline",
+        "expert",
+        "fsdp",
+        "ddp",
+        "tensor parallel",
+        "megatron",
+        '"pp"',
+        '"ep"',
+        '"tp"',
+    )
     assert [word for word in words if word in text] == []

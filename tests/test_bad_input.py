@@ -24,29 +24,69 @@ def make_param() -> nn.Parameter:
 
 
 BAD: dict[str, tuple[Callable[[nn.Parameter], object], type[Exception], str]] = {
-    "p = 0": (lambda p: distclip.clip_grad_norm_(p, 1.0, 0.0), ValueError, r"norm_type=0\.0.*above 0"),
+    "p = 0": (
+        lambda p: distclip.clip_grad_norm_(p, 1.0, 0.0),
+        ValueError,
+        r"norm_type=0\.0.*above 0",
+    ),
     "p < 0": (lambda p: distclip.clip_grad_norm_(p, 1.0, -math.inf), ValueError, r"norm_type=-inf"),
-    "p = NaN": (lambda p: distclip.get_total_norm([p.grad], math.nan), ValueError, r"norm_type=nan"),
-    "max_norm < 0": (lambda p: distclip.clip_grad_norm_(p, -1.0), ValueError, r"max_norm=-1\.0.*0 or above"),
-    "max_norm = NaN": (lambda p: distclip.clip_grad_norm_(p, math.nan), ValueError, r"max_norm=nan"),
+    "p = NaN": (
+        lambda p: distclip.get_total_norm([p.grad], math.nan),
+        ValueError,
+        r"norm_type=nan",
+    ),
+    "max_norm < 0": (
+        lambda p: distclip.clip_grad_norm_(p, -1.0),
+        ValueError,
+        r"max_norm=-1\.0.*0 or above",
+    ),
+    "max_norm = NaN": (
+        lambda p: distclip.clip_grad_norm_(p, math.nan),
+        ValueError,
+        r"max_norm=nan",
+    ),
     "halves, max_norm < 0": (
         lambda p: distclip.clip_grads_with_norm_(p, -2.0, torch.tensor(3.0)),
         ValueError,
         r"max_norm=-2\.0",
     ),
-    "clip_value < 0": (lambda p: distclip.clip_grad_value_(p, -1.0), ValueError, r"clip_value=-1\.0"),
-    "clip_value = NaN": (lambda p: distclip.clip_grad_value_(p, math.nan), ValueError, r"clip_value=nan"),
+    "clip_value < 0": (
+        lambda p: distclip.clip_grad_value_(p, -1.0),
+        ValueError,
+        r"clip_value=-1\.0",
+    ),
+    "clip_value = NaN": (
+        lambda p: distclip.clip_grad_value_(p, math.nan),
+        ValueError,
+        r"clip_value=nan",
+    ),
     "policy": (lambda p: ClipNorm(-1.0), ValueError, r"max_norm=-1\.0"),
     "integers": (
         lambda p: distclip.clip_grad_norm_([p, torch.arange(3)], 1.0),
         ValueError,
         r"'#1'.*torch\.int64.*floating-point",
     ),
-    "integers, norm": (lambda p: distclip.get_total_norm(torch.arange(3)), ValueError, r"torch\.int64"),
+    "integers, norm": (
+        lambda p: distclip.get_total_norm(torch.arange(3)),
+        ValueError,
+        r"torch\.int64",
+    ),
     "no tensor": (lambda p: distclip.clip_grad_norm_([p, "weight"], 1.0), TypeError, r"'#1'.*str"),
-    "on_nonfinite": (lambda p: Clipper([p], on_nonfinite="ignore"), ValueError, r"'ignore'.*\"raise\""),
-    "axis twice": (lambda p: Layout(frozenset({"tp"}), frozenset({"tp"})), LayoutError, r"\['tp'\].*once"),
-    "distinct": (lambda p: Clipper([p], distinct=("pipe",)), LayoutError, r"\['pipe'\].*pass the `mesh=`"),
+    "on_nonfinite": (
+        lambda p: Clipper([p], on_nonfinite="ignore"),
+        ValueError,
+        r"'ignore'.*\"raise\"",
+    ),
+    "axis twice": (
+        lambda p: Layout(frozenset({"tp"}), frozenset({"tp"})),
+        LayoutError,
+        r"\['tp'\].*once",
+    ),
+    "distinct": (
+        lambda p: Clipper([p], distinct=("pipe",)),
+        LayoutError,
+        r"\['pipe'\].*pass the `mesh=`",
+    ),
 }
 
 
@@ -77,7 +117,10 @@ def test_a_complex_gradient_has_no_clamp() -> None:
 def test_a_model_wrapped_after_the_clipper_is_noticed() -> None:
     model = nn.Linear(2, 2)
     clipper = Clipper(model)
-    model.weight, model.bias = nn.Parameter(model.weight.detach()), nn.Parameter(model.bias.detach())
+    model.weight, model.bias = (
+        nn.Parameter(model.weight.detach()),
+        nn.Parameter(model.bias.detach()),
+    )
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(LayoutError, match="Make the Clipper after"):
         clipper.clip_()
@@ -87,11 +130,17 @@ def meshes_are_checked() -> None:
     part = DeviceMesh("cpu", [0, 1])
     param = nn.Parameter(torch.zeros(4))
     here = dist.get_rank()
-    message = rf"this process is rank {here}, but the mesh holds" if here >= 2 else r"2 ranks 0, 1, but 4 ranks may"
+    message = (
+        rf"this process is rank {here}, but the mesh holds"
+        if here >= 2
+        else r"2 ranks 0, 1, but 4 ranks may"
+    )
     with pytest.raises(LayoutError, match=message):
         Clipper([param], mesh=part)
     two = mesh((2, 2), ("dp", "tp"))
-    sharded = nn.Parameter(distribute_tensor(torch.zeros(4), two["dp"], [Shard(0)], src_data_rank=None))
+    sharded = nn.Parameter(
+        distribute_tensor(torch.zeros(4), two["dp"], [Shard(0)], src_data_rank=None)
+    )
     with pytest.raises(LayoutError, match=r"2 ranks .*4 ranks may.*\['dp', 'tp'\]"):
         Clipper([sharded], mesh=two["tp"])
     with pytest.raises(LayoutError, match=r"no parameter.*mesh="):
@@ -101,7 +150,10 @@ def meshes_are_checked() -> None:
 
     for given, message in (
         (lambda name, param: "tp", r"'#0': `layouts=` returned 'tp'.*Return a `distclip\.Layout"),
-        (lambda name, param: Layout(sharded={"ep"}), r"'#0': it names the axes \['ep'\].*\['dp', 'tp'\]"),
+        (
+            lambda name, param: Layout(sharded={"ep"}),
+            r"'#0': it names the axes \['ep'\].*\['dp', 'tp'\]",
+        ),
     ):
         with pytest.raises(LayoutError, match=message):
             Clipper([param], mesh=two, layouts=given)

@@ -69,7 +69,10 @@ def test_gradients_without_elements(p: float) -> None:
     param = nn.Parameter(torch.zeros(0))
     param.grad = torch.zeros(0)
     with elsewhere(True):
-        assert distclip.Clipper([param], distclip.ClipNorm(1.0, p)).clip_().to_dict()["total_norm"] == 0
+        assert (
+            distclip.Clipper([param], distclip.ClipNorm(1.0, p)).clip_().to_dict()["total_norm"]
+            == 0
+        )
 
 
 def test_the_functions() -> None:

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FENCE = re.compile(r"^(?:<!-- torchrun: (\d+) -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- torchrun: (\d+) -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 TIMEOUT = 100  # seconds; below pytest's own limit, so that the block's output is shown
 # A DeviceMesh that outlives `destroy_process_group` aborts about one run in four while Python ends ("terminate called
 # without an active exception"; torch 2.13, gloo, a script of torch alone). So all of a block goes before Python does.
@@ -42,7 +44,9 @@ def parametrize(language: str) -> pytest.MarkDecorator:
     readme = ROOT / "README.md"
     blocks = blocks_of(readme.read_text()) if readme.exists() else []
     chosen = [block for block in blocks if block.language == language]
-    return pytest.mark.parametrize("block", chosen, ids=[f"README.md:{block.line}" for block in chosen])
+    return pytest.mark.parametrize(
+        "block", chosen, ids=[f"README.md:{block.line}" for block in chosen]
+    )
 
 
 def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -55,7 +59,13 @@ def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *torchrun, str(driver), str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
     )
 
 
@@ -63,7 +73,9 @@ def missing(bash: str) -> list[str]:
     """What a bash block names and this repository or environment does not have."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = re.sub(r"(^|\s)#.*", "", bash)
-    found = [f"make {name}" for name in re.findall(r"\bmake ([\w-]+)", commands) if name not in targets]
+    found = [
+        f"make {name}" for name in re.findall(r"\bmake ([\w-]+)", commands) if name not in targets
+    ]
     modules = re.findall(r"\bpython3? -m ([\w.]+)", commands)
     found += [f"python -m {name}" for name in modules if not exists(name)]
     paths = re.findall(r"(?<![\w/.])\w+/[\w/]+\.py\b", commands)
@@ -105,7 +117,9 @@ def test_blocks_are_found() -> None:
 
 def test_a_wrong_block_fails(tmp_path: Path) -> None:
     assert run_block(Block(1, 0, "python", "assert 1 + 1 == 3"), tmp_path).returncode == 1
-    two_ranks = run_block(Block(1, 2, "python", "import os\nexit(40 + int(os.environ['WORLD_SIZE']))"), tmp_path)
+    two_ranks = run_block(
+        Block(1, 2, "python", "import os\nexit(40 + int(os.environ['WORLD_SIZE']))"), tmp_path
+    )
     assert two_ranks.returncode == 1
     assert re.search(r"exitcode\s*: 42", two_ranks.stderr)
 

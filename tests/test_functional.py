@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.placement_types import _StridedShard  # what FSDP2 over tensor parallelism makes
+from torch.distributed.tensor.placement_types import (
+    _StridedShard,
+)  # what FSDP2 over tensor parallelism makes
 
 from distclip.functional import clip_by_global_norm, clip_by_norm, clip_by_value
 from tests.support import reference
@@ -45,7 +47,9 @@ def test_clip_by_global_norm_as_tensorflow_recorded_it(case: dict) -> None:
     torch.testing.assert_close(found, norm, **AS_RECORDED)
     for got, want in zip(clipped, wanted, strict=True):
         assert (got is None) == (want is None)
-        torch.testing.assert_close(got if got is not None else norm, want if want is not None else norm, **AS_RECORDED)
+        torch.testing.assert_close(
+            got if got is not None else norm, want if want is not None else norm, **AS_RECORDED
+        )
     for tensor, was in zip(given, before, strict=True):
         torch.testing.assert_close(tensor, was, rtol=0, atol=0, equal_nan=True)
 
@@ -63,7 +67,9 @@ def test_clip_by_value_as_tensorflow_recorded_it(case: dict) -> None:
 def test_clip_by_norm_over_any_dims(dtype: torch.dtype, axes: int | list[int] | None) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     tensor = torch.randn(3, 4, 5, dtype=wide, generator=torch.Generator().manual_seed(0)).to(dtype)
-    dims = None if axes is None else {axis % 3 for axis in ([axes] if isinstance(axes, int) else axes)}
+    dims = (
+        None if axes is None else {axis % 3 for axis in ([axes] if isinstance(axes, int) else axes)}
+    )
     want = reference.clip_by_norm(tensor, 0.4, dims)
     clipped = clip_by_norm(tensor, 0.4, axes)
     assert clipped.dtype == dtype
@@ -78,7 +84,11 @@ def test_tiny_and_huge_values(value: float) -> None:
     norm = value * math.sqrt(2000)
     clipped, found = clip_by_global_norm([tensor], 0.5 * norm)
     torch.testing.assert_close(found.double(), torch.tensor(norm, dtype=torch.float64), **NORM)
-    for got in (clipped[0], clip_by_norm(tensor, 0.5 * norm), clip_by_norm(tensor, 0.5 * norm, [0, 1])):
+    for got in (
+        clipped[0],
+        clip_by_norm(tensor, 0.5 * norm),
+        clip_by_norm(tensor, 0.5 * norm, [0, 1]),
+    ):
         torch.testing.assert_close(got, tensor / 2, **TOLERANCES[torch.float32])
     row = clip_by_norm(tensor, 0.5 * value * math.sqrt(40), axes=[1])
     torch.testing.assert_close(row, tensor / 2, **TOLERANCES[torch.float32])
@@ -121,7 +131,11 @@ def test_a_sparse_tensor_is_coalesced_and_scaled() -> None:
 
 def test_a_parameter_comes_back_as_a_plain_copy() -> None:
     param = nn.Parameter(torch.tensor([3.0, 4.0]))
-    for clipped in (clip_by_norm(param, 9.0), clip_by_norm(param, 9.0, 0), clip_by_value(param, -9.0, 9.0)):
+    for clipped in (
+        clip_by_norm(param, 9.0),
+        clip_by_norm(param, 9.0, 0),
+        clip_by_value(param, -9.0, 9.0),
+    ):
         assert not clipped.requires_grad
         assert clipped.data_ptr() != param.data_ptr()
 
@@ -129,15 +143,30 @@ def test_a_parameter_comes_back_as_a_plain_copy() -> None:
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "clip_norm < 0": (lambda: clip_by_norm(torch.ones(2), -1.0), r"clip_norm=-1\.0"),
     "clip_norm NaN": (lambda: clip_by_global_norm([torch.ones(2)], math.nan), "clip_norm=nan"),
-    "axis": (lambda: clip_by_norm(torch.ones(2, 3), 1.0, [0, 2]), r"axes=\[0, 2\].*\[2, 3\].*-2 to 1"),
+    "axis": (
+        lambda: clip_by_norm(torch.ones(2, 3), 1.0, [0, 2]),
+        r"axes=\[0, 2\].*\[2, 3\].*-2 to 1",
+    ),
     "integers": (lambda: clip_by_norm(torch.arange(3), 1.0), r"torch\.int64"),
     "integers, axes": (lambda: clip_by_norm(torch.arange(3), 1.0, 0), r"torch\.int64"),
     "integers, global": (lambda: clip_by_global_norm([torch.arange(3)], 1.0), r"torch\.int64"),
-    "bounds": (lambda: clip_by_value(torch.ones(2), 1.0, -1.0), r"\[1\.0, -1\.0\].*clip_value_min <= clip_value_max"),
+    "bounds": (
+        lambda: clip_by_value(torch.ones(2), 1.0, -1.0),
+        r"\[1\.0, -1\.0\].*clip_value_min <= clip_value_max",
+    ),
     "bound NaN": (lambda: clip_by_value(torch.ones(2), math.nan, 1.0), r"\[nan, 1\.0\]"),
-    "sparse, axes": (lambda: clip_by_norm(torch.eye(2).to_sparse(), 1.0, 0), r"sparse_coo.*to_dense"),
-    "sparse, value": (lambda: clip_by_value(torch.eye(2).to_sparse(), 0.0, 1.0), r"sparse_coo.*to_dense"),
-    "complex": (lambda: clip_by_value(torch.ones(2) * 1j, -1.0, 1.0), "complex numbers have no order"),
+    "sparse, axes": (
+        lambda: clip_by_norm(torch.eye(2).to_sparse(), 1.0, 0),
+        r"sparse_coo.*to_dense",
+    ),
+    "sparse, value": (
+        lambda: clip_by_value(torch.eye(2).to_sparse(), 0.0, 1.0),
+        r"sparse_coo.*to_dense",
+    ),
+    "complex": (
+        lambda: clip_by_value(torch.ones(2) * 1j, -1.0, 1.0),
+        "complex numbers have no order",
+    ),
 }
 
 
@@ -149,7 +178,9 @@ def test_bad_input_is_refused(name: str) -> None:
     assert len(str(caught.value).split()) > 20  # attempted, found, why, what to do
 
 
-def as_placed(clipped: Tensor, given: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def as_placed(
+    clipped: Tensor, given: Tensor, want: Tensor, dtype: torch.dtype = torch.float32
+) -> None:
     """`clipped` lies where `given` does, shares nothing with it, and is `want`."""
     assert isinstance(clipped, DTensor) == isinstance(given, DTensor)
     if isinstance(given, DTensor):
@@ -175,13 +206,17 @@ def every_function_on_every_layout(name: str, device: str) -> None:
         known, _ = clip_by_global_norm(grads, 0.3 * total.item(), use_norm=norm)
     assert comms.get_total_counts() == 0
     wanted = reference.clip_norm(wholes, 0.3 * total.item())
-    for grad, before, got, same, want in zip(grads, wholes, clipped[1:], known, wanted, strict=True):
+    for grad, before, got, same, want in zip(
+        grads, wholes, clipped[1:], known, wanted, strict=True
+    ):
         as_placed(got, grad, want)
         as_placed(same, grad, want)
         as_placed(clip_by_norm(grad, 0.2), grad, reference.clip_by_norm(before, 0.2))
         as_placed(clip_by_value(grad, -0.1, 0.2), grad, before.double().clamp(-0.1, 0.2))
         for axes in [[0], [-1], [0, 1], []] if grad.ndim == 2 else []:
-            as_placed(clip_by_norm(grad, 0.2, axes), grad, reference.clip_by_norm(before, 0.2, axes))
+            as_placed(
+                clip_by_norm(grad, 0.2, axes), grad, reference.clip_by_norm(before, 0.2, axes)
+            )
         assert torch.equal(whole(grad), before)
 
 
@@ -201,12 +236,16 @@ ACROSS: list[tuple[tuple, list[tuple[list[int], int]]]] = [
 ]
 
 
-def norms_across_shards(placements: Sequence, cases: list[tuple[list[int], int]], device: str) -> None:
+def norms_across_shards(
+    placements: Sequence, cases: list[tuple[list[int], int]], device: str
+) -> None:
     """Uneven shards: 5 rows, 3 columns and 7 further on 2 x 2 ranks."""
     for dtype in (torch.float32, torch.bfloat16):
         before = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
         on = mesh((2, 2), ("dp", "tp"), device)
-        given = distribute_tensor(before.clone().to(device_of(device)), on, placements, src_data_rank=None)
+        given = distribute_tensor(
+            before.clone().to(device_of(device)), on, placements, src_data_rank=None
+        )
         for axes, crossed in cases:
             want = reference.clip_by_norm(before, 0.4, axes)
             assert (want.abs() < before.abs()).any()
@@ -216,8 +255,12 @@ def norms_across_shards(placements: Sequence, cases: list[tuple[list[int], int]]
             as_placed(clipped, given, want, dtype)
 
 
-@pytest.mark.parametrize(("placements", "cases"), ACROSS, ids=[str(placements) for placements, _ in ACROSS])
-def test_norms_over_sharded_dims(four_ranks: Ranks, placements: tuple, cases: list[tuple[list[int], int]]) -> None:
+@pytest.mark.parametrize(
+    ("placements", "cases"), ACROSS, ids=[str(placements) for placements, _ in ACROSS]
+)
+def test_norms_over_sharded_dims(
+    four_ranks: Ranks, placements: tuple, cases: list[tuple[list[int], int]]
+) -> None:
     four_ranks.run(norms_across_shards, placements, cases, four_ranks.device)
 
 

@@ -60,12 +60,16 @@ def test_no_call_waits_for_the_device(warm: distclip.Clipper) -> None:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, 8.0, torch.inf])
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "zero"])
 def test_at_most_four_launches(norm_type: float, on_nonfinite: str) -> None:
-    clipper = distclip.Clipper(model(), distclip.ClipNorm(0.5, norm_type), on_nonfinite=on_nonfinite)
+    clipper = distclip.Clipper(
+        model(), distclip.ClipNorm(0.5, norm_type), on_nonfinite=on_nonfinite
+    )
     clipper.clip_()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         clipper.clip_()
         torch.cuda.synchronize()
-    launches = [event for event in found.events() if any(event.name.startswith(name) for name in KERNELS)]
+    launches = [
+        event for event in found.events() if any(event.name.startswith(name) for name in KERNELS)
+    ]
     assert 3 <= len(launches) <= 4
 
 
@@ -78,7 +82,9 @@ def test_captured_in_a_graph(new_addresses: bool, warm: distclip.Clipper) -> Non
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         warm.clip_()
-    junk = [torch.full((1000,), 7, device="cuda") for _ in range(100)]  # whatever was freed is overwritten
+    junk = [
+        torch.full((1000,), 7, device="cuda") for _ in range(100)
+    ]  # whatever was freed is overwritten
     for seed in (1, 2):
         torch.manual_seed(seed)
         for param in params:
@@ -87,7 +93,9 @@ def test_captured_in_a_graph(new_addresses: bool, warm: distclip.Clipper) -> Non
         assert expected > 0.5
         graph.replay()
         clipped = reference.total_norm([param.grad for param in params])
-        torch.testing.assert_close(clipped.cpu().double(), torch.tensor(0.5).double(), rtol=2e-3, atol=0)
+        torch.testing.assert_close(
+            clipped.cpu().double(), torch.tensor(0.5).double(), rtol=2e-3, atol=0
+        )
     assert len(junk) == 100
 
 
@@ -108,7 +116,10 @@ def test_beyond_two_to_the_31_elements() -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    grads = [torch.randn(1_000_003, device="cuda").bfloat16(), torch.randn(5_000_000, device="cuda")]
+    grads = [
+        torch.randn(1_000_003, device="cuda").bfloat16(),
+        torch.randn(5_000_000, device="cuda"),
+    ]
     first = kernels.power_sums(grads, 2.0)
     assert all(torch.equal(kernels.power_sums(grads, 2.0), first) for _ in range(20))
     expected = loops.power_sums(grads, 2.0)

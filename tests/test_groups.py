@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, ZClip
+from distclip.sharding import FlatShard
 from tests.conftest import pool
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
@@ -63,7 +64,12 @@ def test_a_parameter_belongs_to_one_group() -> None:
     with pytest.raises(ValueError, match=r"'b': .*earlier group"):
         Clipper([{"params": [param], "name": "a"}, {"params": [param], "name": "b"}])
     with pytest.raises(ValueError, match=r"'a': its name is that of an earlier group"):
-        Clipper([{"params": [param], "name": "a"}, {"params": [nn.Parameter(torch.zeros(1))], "name": "a"}])
+        Clipper(
+            [
+                {"params": [param], "name": "a"},
+                {"params": [nn.Parameter(torch.zeros(1))], "name": "a"},
+            ]
+        )
 
 
 def test_exclude_leaves_out_by_name_and_by_module() -> None:
@@ -95,23 +101,29 @@ def gradients_of(step: int) -> list[Tensor]:
 
 def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
     """Puts this rank's elements of the step's gradients where the model's own lie."""
-    grads = dict(zip((n for n, _ in make_model().named_parameters()), gradients_of(step), strict=True))
+    grads = dict(
+        zip((n for n, _ in make_model().named_parameters()), gradients_of(step), strict=True)
+    )
     for held in clipper.plan.params:
         grad = held.param.grad
         if grad is None:
             continue
         local(grad).zero_()  # the padding too: a NaN of an earlier step
-        for part in held.parts:
-            values, piece = local(grad), part.piece
-            if hasattr(piece, "first"):
-                run = grads[part.name].reshape(-1)[piece.first : piece.first + piece.size]
-                values.view(-1)[piece.offset : piece.offset + piece.size] = run
+        for part in held.shards:
+            values, piece = local(grad), part.shard
+            if isinstance(piece, FlatShard):
+                run = grads[part.name].reshape(-1)[piece.start : piece.start + piece.numel]
+                values.view(-1)[piece.offset : piece.offset + piece.numel] = run
             elif values.numel():
-                box = tuple(slice(s, s + n) for s, n in zip(piece.start, piece.size, strict=True))
+                box = tuple(
+                    slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True)
+                )
                 values.copy_(grads[part.name][box])
 
 
-def run(kind: str, policy: distclip.Policy, saved: bytes | None = None) -> tuple[list[float], bytes]:
+def run(
+    kind: str, policy: distclip.Policy, saved: bytes | None = None
+) -> tuple[list[float], bytes]:
     """Limits of steps 0..9, or of 5..9 from a saved state; and the state after step 4."""
     model = with_gradients(kind, "cpu") if kind != "whole" else make_model()
     if kind == "whole":
@@ -192,7 +204,10 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
         "policy": (Clipper(named, ZClip()), state),
         "no 'c'": (Clipper([*named, ("c", nn.Parameter(torch.zeros(1)))], AdaGC()), state),
         "group 'x'": (Clipper([{"params": named, "name": "x"}], AdaGC()), state),
-        "shape": (Clipper(named, AutoClip(history=5)), Clipper(named, AutoClip(history=7)).state_dict()),
+        "shape": (
+            Clipper(named, AutoClip(history=5)),
+            Clipper(named, AutoClip(history=7)).state_dict(),
+        ),
     }
     for word, (other, wrong) in others.items():
         before = str(other.state_dict())
@@ -224,7 +239,9 @@ def stages_of_shards() -> None:
     stage = both["pp"].get_local_rank()
     params = []
     for place in range(2 + stage):
-        param = nn.Parameter(distribute_tensor(torch.zeros(4), both["fsdp"], [Shard(0)], src_data_rank=None))
+        param = nn.Parameter(
+            distribute_tensor(torch.zeros(4), both["fsdp"], [Shard(0)], src_data_rank=None)
+        )
         param.grad = torch.full_like(param, 1.0 + 2 * stage + place)
         params.append(param)
     clipper = Clipper(params, ClipTensorNorm(0.5))
@@ -248,4 +265,4 @@ def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
 
 def names_in(kind: str) -> list[str]:
     plan = Clipper(with_gradients(kind, "cpu"), ClipTensorNorm(1.0)).plan
-    return [part.name for held in plan.params for part in held.parts]
+    return [part.name for held in plan.params for part in held.shards]

@@ -36,7 +36,9 @@ def test_each_rule(value: float) -> None:
         params[1].grad[0] = value
         before = [p.grad.clone() for p in params]
         if rule == "raise":
-            with pytest.raises(distclip.NonFiniteGradientError, match=r"'#1', whose norm on rank 0 is (nan|inf)"):
+            with pytest.raises(
+                distclip.NonFiniteGradientError, match=r"'#1', whose norm on rank 0 is (nan|inf)"
+            ):
                 clipper.clip_()
         else:
             report = clipper.clip_()
@@ -65,14 +67,18 @@ def test_an_unknown_rule_is_refused() -> None:
 @pytest.mark.parametrize("rule", ["skip", "zero"])
 def test_a_run_that_skips_for_ever_raises(rule: str) -> None:
     params = parameters([3.0, 4.0])
-    clipper = distclip.Clipper(params, distclip.ClipNorm(1.0), on_nonfinite=rule, max_consecutive_skips=2)
+    clipper = distclip.Clipper(
+        params, distclip.ClipNorm(1.0), on_nonfinite=rule, max_consecutive_skips=2
+    )
     assert clipper.skipped == 0
     for value in (math.nan, math.nan, 5.0, math.inf, math.nan):  # the finite one begins anew
         params[0].grad = torch.tensor([value, 0.0])
         assert clipper.clip_().finite == math.isfinite(value)
     assert clipper.skipped == 4
     params[0].grad = torch.tensor([math.nan, 2.0])
-    with pytest.raises(distclip.NonFiniteGradientError, match=r"after 2 steps in a row .* '#0', .* nan"):
+    with pytest.raises(
+        distclip.NonFiniteGradientError, match=r"after 2 steps in a row .* '#0', .* nan"
+    ):
         clipper.clip_()
     assert clipper.skipped == 5
     assert params[0].grad[1] == 2
@@ -84,7 +90,9 @@ def test_finite_gradients_whose_norm_no_float32_holds() -> None:
     report = distclip.Clipper(params, on_nonfinite="skip").clip_()
     assert not report.finite
     assert report.nonfinite_parameters() == {}
-    with pytest.raises(distclip.NonFiniteGradientError, match=r"the largest, and finite .*by rank: none"):
+    with pytest.raises(
+        distclip.NonFiniteGradientError, match=r"the largest, and finite .*by rank: none"
+    ):
         distclip.Clipper(params, on_nonfinite="raise").clip_()
 
 
@@ -105,7 +113,9 @@ def all_ranks_do_the_same(layout: str, device: str) -> None:
         assert clipper.clip_().clipped  # it does clip
         before = with_a_value_on(1, math.nan, params)
         if rule == "raise":
-            with pytest.raises(distclip.NonFiniteGradientError, match=r"rank 1 is nan \(.*by rank: 1: 1\)"):
+            with pytest.raises(
+                distclip.NonFiniteGradientError, match=r"rank 1 is nan \(.*by rank: 1: 1\)"
+            ):
                 clipper.clip_()
         else:
             report = clipper.clip_()
@@ -138,12 +148,18 @@ def all_stages_skip(fused: bool) -> None:
         param = nn.Parameter(torch.ones(4))
         optimizer = torch.optim.AdamW([param], lr=0.1, fused=fused, foreach=not fused)
         options = {"mesh": mesh((4,), ("pp",)), "on_nonfinite": "skip"}
-        clipper = distclip.Clipper([(f"stage{dist.get_rank()}", param)], distclip.ClipNorm(1.0), **options)
+        clipper = distclip.Clipper(
+            [(f"stage{dist.get_rank()}", param)], distclip.ClipNorm(1.0), **options
+        )
         attached = clipper.attach(optimizer) if way == "attach" else None
         for step in range(3):
             param.grad = torch.full((4,), math.nan if step == 1 and dist.get_rank() == 3 else 2.0)
             before = param.detach().clone()
-            report = clipper.step(optimizer) if attached is None else (optimizer.step(), attached.report)[1]
+            report = (
+                clipper.step(optimizer)
+                if attached is None
+                else (optimizer.step(), attached.report)[1]
+            )
             assert report.clipped == (step != 1)
             assert torch.equal(before, param) == (step == 1)
             assert report.nonfinite_parameters() == ({"stage3": [3]} if step == 1 else {})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import distclip
-from distclip import apply
+from distclip import step as clipping_step
 from tests.support import reference
 from tests.support.training import (
     MAX_NORM,
@@ -47,14 +47,19 @@ class OwnAdamW(AdamW):
     """A subclass may do anything with gradients in its step: nothing is folded."""
 
     def step(self, closure: object = None) -> object:
-        self.seen = [p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None]
+        self.seen = [
+            p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None
+        ]
         return super().step()
 
 
 def halves(model: nn.Module, cls: type, **kwargs: object) -> Optimizer:
     """Two groups, of which only one is fused."""
     fused, foreach = ({"fused": True}, {"fused": False, "foreach": True})
-    groups = [{"params": model[0].parameters(), **fused}, {"params": model[2].parameters(), **foreach}]
+    groups = [
+        {"params": model[0].parameters(), **fused},
+        {"params": model[2].parameters(), **foreach},
+    ]
     return cls(groups, **kwargs)
 
 
@@ -62,11 +67,15 @@ FUSED: dict[str, Make] = {
     "Adam": lambda m: Adam(m.parameters(), lr=0.05, fused=True),
     "AdamW": lambda m: AdamW(m.parameters(), lr=0.05, fused=True, amsgrad=True),
     "SGD": lambda m: SGD(m.parameters(), lr=0.05, fused=True),
-    "SGD with momentum": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, fused=True),
+    "SGD with momentum": lambda m: SGD(
+        m.parameters(), lr=0.05, momentum=0.9, nesterov=True, fused=True
+    ),
     "Adagrad": lambda m: Adagrad(m.parameters(), lr=0.05, lr_decay=0.1, fused=True),
 }
 OTHERS: dict[str, Make] = {
-    "SGD, fused, with dampening": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, dampening=0.2, fused=True),
+    "SGD, fused, with dampening": lambda m: SGD(
+        m.parameters(), lr=0.05, momentum=0.9, dampening=0.2, fused=True
+    ),
     "AdamW, foreach": lambda m: AdamW(m.parameters(), lr=0.05, foreach=True),
     "SGD, for-loop": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, foreach=False),
     "NAdam": lambda m: NAdam(m.parameters(), lr=0.05),
@@ -84,8 +93,12 @@ def counted_writes() -> Iterator[list[int]]:
     """How many gradients distclip multiplies itself."""
     written: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        scale_ = apply.scale_
-        patch.setattr(apply, "scale_", lambda values, factor: (written.append(len(values)), scale_(values, factor)))
+        scale_ = clipping_step.scale_
+        patch.setattr(
+            clipping_step,
+            "scale_",
+            lambda values, factor: (written.append(len(values)), scale_(values, factor)),
+        )
         yield written
 
 
@@ -98,13 +111,19 @@ def test_as_torch_clips_and_steps(name: str, scaled: bool) -> None:
     control = make_scaler(scaled)
     expected, expected_optimizer, norm = train_as_torch(make, control, overflows=overflows)
     for way in ("step", "attach", "clip_"):
-        if way == "clip_" and scaled and name in ("SGD, fused, with dampening", "mixed groups of a fused optimizer"):
+        if (
+            way == "clip_"
+            and scaled
+            and name in ("SGD, fused, with dampening", "mixed groups of a fused optimizer")
+        ):
             continue  # torch's own scaler.step fails on them
         scaler = make_scaler(scaled)
         with counted_writes() as written:
             model, optimizer, reports = train(way, make, scaler, overflows=overflows)
         assert reports[-1].clipped
-        torch.testing.assert_close(reports[-1].total_norm, norm, rtol=1e-5, atol=0)  # without the scale
+        torch.testing.assert_close(
+            reports[-1].total_norm, norm, rtol=1e-5, atol=0
+        )  # without the scale
         assert 0 < reports[-1].coefficient < 0.5
         assert math.isclose(reports[-1].limit, MAX_NORM)
         folds = name in FUSED and way != "clip_"
@@ -115,11 +134,15 @@ def test_as_torch_clips_and_steps(name: str, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("rule", ["skip", "zero"])
-@pytest.mark.parametrize("name", [*FUSED, "SGD, fused, with dampening", "AdamW, foreach", "mixed groups", "subclass"])
+@pytest.mark.parametrize(
+    "name", [*FUSED, "SGD, fused, with dampening", "AdamW, foreach", "mixed groups", "subclass"]
+)
 def test_skip_and_zero_without_a_scaler(name: str, rule: str) -> None:
     make = (FUSED | OTHERS)[name]
     for way in ("step", "attach"):
-        model, optimizer, reports = train(way, make, make_scaler(False), overflows=(0, 2), on_nonfinite=rule)
+        model, optimizer, reports = train(
+            way, make, make_scaler(False), overflows=(0, 2), on_nonfinite=rule
+        )
         assert [bool(r.finite) for r in reports] == [False, True, False, True]
         assert reports[-1].clipped
         if rule == "zero":

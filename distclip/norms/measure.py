@@ -1,4 +1,4 @@
-"""What this rank adds to the norm: local, without communication."""
+"""The partial sums that this rank adds to the norm. Nothing here communicates."""
 
 from __future__ import annotations
 
@@ -10,187 +10,222 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
-from distclip.norms import power_sums as powers
-from distclip.norms.plan import Group, LocalParam, Plan, Units
-from distclip.norms.units import View
+from distclip.norms import power_sums
+from distclip.norms.plan import ParamGroup, Plan
+from distclip.norms.units import Units
+from distclip.sharding.layout import LocalParam
+from distclip.sharding.shard import UnitView
+
+TensorLists = list[list[Tensor]]  # as `kernels.tensor_lists` returns them
 
 
-class LocalNorms(NamedTuple):
-    """What this rank measured.
+class GroupMeasurement(NamedTuple):
+    """What this rank measured of one parameter group.
 
     Attributes:
-        numbers: what travels: of every group the columns of its total, then those of its cut units; float64, flat.
-        names, each: of every parameter that has a gradient, or unit, a number, float64: the sum of its powers or
-            its norm, not finite where the gradient is not. Nothing where all are finite and telling them apart
-            would cost time.
-        units, weights: the columns of every unit on this rank, [num, num_columns], by group; None where the group
-            has no units, or its policy does not ask for weights.
-        pieces: the memory of the gradients, by group, as `kernels.pieces` has it; None where it was not looked for.
+        payload: what is reduced: the partials of the total, of the sharded units and of their
+            weights; float64, flat.
+        names, per_tensor: of every parameter that has a gradient, or of every unit, a number that
+            is not finite where the gradient is not: its sum of powers or its norm; float64. Empty
+            where all are finite and a number for each would take longer.
+        units, weights: the partials of every unit on this rank, [num_units, num_partials]; None
+            where the group has no units, or its policy does not ask for weights.
+        tensor_lists: the memory of the gradients; None where it was not looked at.
     """
 
-    numbers: Tensor
+    payload: Tensor
     names: list[str]
-    each: Tensor
-    units: list[Tensor | None]
-    weights: list[Tensor | None]
-    pieces: list[list[list[Tensor]] | None]
+    per_tensor: Tensor
+    units: Tensor | None = None
+    weights: Tensor | None = None
+    tensor_lists: TensorLists | None = None
 
 
-def local(values: Sequence[Tensor | None], plan: Plan, apart: bool = False) -> LocalNorms:
+def measure(
+    gradients: Sequence[Tensor | None], plan: Plan, per_tensor: bool = False
+) -> list[GroupMeasurement]:
     """Reads every gradient once, and every weight where a policy asks for its norm.
 
     Args:
-        apart: give the numbers of `names` and `each` in any case.
+        gradients: on this rank, in the order of `plan.params`; None where there is none.
+        per_tensor: fill `names` and `per_tensor` in any case.
     """
-    parts = [
-        _group(values[group.members], plan.params[group.members], group, plan.device, apart) for group in plan.groups
-    ]
-    return _joined(parts)
+    return [_measure_group(gradients, plan, group, per_tensor) for group in plan.groups]
 
 
-def of_stores(stores: Sequence[NormBuffer], plan: Plan) -> LocalNorms:
-    """As `local`, from what was stored."""
-    return _joined([store.local(plan.params) for store in stores])
+def _measure_group(
+    gradients: Sequence[Tensor | None], plan: Plan, group: ParamGroup, per_tensor: bool
+) -> GroupMeasurement:
+    params, grads = plan.params[group.members], gradients[group.members]
+    if group.units is not None:
+        partials = _unit_partials(grads, group.norm_type, group.units)
+        return _of_units(partials, params, group, group.units)
+    # An accelerator's kernels give a number for each tensor at no cost.
+    if not per_tensor and plan.device.type == "cpu" and not _needs_norms(group.norm_type):
+        together = _measure_together(params, grads, group, plan.device)
+        if math.isfinite(together.payload.sum().item()):
+            return together
+    return _measure_each(params, grads, group, plan.device)
 
 
-def _joined(parts: Sequence[LocalNorms]) -> LocalNorms:
-    if len(parts) == 1:
-        return parts[0]
-    return LocalNorms(
-        torch.cat([part.numbers for part in parts]),
-        [name for part in parts for name in part.names],
-        torch.cat([part.each for part in parts]),
-        [units for part in parts for units in part.units],
-        [weights for part in parts for weights in part.weights],
-        [pieces for part in parts for pieces in part.pieces],
-    )
+def _measure_together(
+    params: Sequence[LocalParam],
+    grads: Sequence[Tensor | None],
+    group: ParamGroup,
+    device: torch.device,
+) -> GroupMeasurement:
+    counted, copies = _by_counted(params, grads, group)
+    lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
+    p = group.norm_type
+    sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
+    sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
+    added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
+    payload = power_sums.combine(power_sums.partials(added, p), p)
+    return GroupMeasurement(payload, [], added[:0], tensor_lists=[*lists, *lists_of_copies])
+
+
+def _measure_each(
+    params: Sequence[LocalParam],
+    grads: Sequence[Tensor | None],
+    group: ParamGroup,
+    device: torch.device,
+) -> GroupMeasurement:
+    counted, copies = _by_counted(params, grads, group)
+    here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+    names = [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
+    per_tensor = _per_tensor([*counted, *copies], group.norm_type, device)
+    of_copies = _only_nonfinite(per_tensor[len(counted) :])
+    added = torch.cat([per_tensor[: len(counted)], of_copies])
+    payload = power_sums.combine(power_sums.partials(added, group.norm_type), group.norm_type)
+    lists = [*kernels.tensor_lists(counted), *kernels.tensor_lists(copies)]
+    return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists)
+
+
+def _by_counted(
+    params: Sequence[LocalParam], grads: Sequence[Tensor | None], group: ParamGroup
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients that this rank counts, and those that another rank counts."""
+    if not group.has_copies:
+        return [grad for grad in grads if grad is not None], []
+    both = [(p.counted, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
+    return [grad for counted, grad in both if counted], [g for counted, g in both if not counted]
+
+
+def _only_nonfinite(of_copies: Tensor) -> Tensor:
+    """What copies add: zero, except NaN and inf, which any one of the ranks may have."""
+    return torch.where(of_copies.isfinite(), 0.0, of_copies)
+
+
+def _of_units(
+    partials: Tensor, params: Sequence[LocalParam], group: ParamGroup, units: Units
+) -> GroupMeasurement:
+    counted, p = units.counted.unsqueeze(1), group.norm_type
+    added = partials
+    if not math.isinf(p):  # copies leave a maximum as it is
+        added = torch.where(counted | ~partials.isfinite(), partials, 0.0)
+    payload, weights = [power_sums.combine(added, p), _in_slots(added, group, units)], None
+    if group.needs_weights:
+        weights = _unit_partials([param.weights for param in params], p, units)
+        payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
+    flat = torch.cat([part.flatten() for part in payload])
+    norms = power_sums.norm_from_partials(partials, p)
+    return GroupMeasurement(flat, units.row_names, norms, partials, weights)
+
+
+def _in_slots(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
+    slots = partials.new_zeros(group.num_slots, partials.shape[1])
+    slots[group.first_slot + units.slots] = partials[units.sharded]
+    return slots
+
+
+def _unit_partials(values: Sequence[Tensor | None], norm_type: float, units: Units) -> Tensor:
+    shape = units.num_units, power_sums.num_partials(norm_type)
+    partials = torch.zeros(shape, dtype=torch.float64, device=units.sizes.device)
+    _add_units_(partials, units.views(values), norm_type, units)
+    return partials
+
+
+def _add_units_(
+    partials: Tensor, views: Iterable[UnitView], norm_type: float, units: Units
+) -> None:
+    whole: list[UnitView] = []
+    for view in views:
+        if view.dim is None:
+            whole.append(view)
+            continue
+        first, count = view.first, view.values.shape[view.dim]
+        rows = torch.arange(first, first + count, device=partials.device)
+        per_unit = _per_unit(view.values, view.dim, norm_type).to(partials.device)
+        more = power_sums.partials(per_unit, norm_type)
+        power_sums.combine_rows_(partials, rows, more, norm_type)
+    if whole:
+        per_tensor = _per_tensor([view.values for view in whole], norm_type, partials.device)
+        rows = units.rows_on_device([view.first for view in whole])
+        more = power_sums.partials(per_tensor, norm_type)
+        power_sums.combine_rows_(partials, rows, more, norm_type)
+
+
+def _per_unit(values: Tensor, dim: int, norm_type: float) -> Tensor:
+    """As `_per_tensor`, for every index of `dim`."""
+    kernel = kernels.unit_norms if _needs_norms(norm_type) else kernels.unit_power_sums
+    return kernel(values, dim, norm_type)
+
+
+def _per_tensor(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Of each tensor, on any device, what `power_sums.partials` takes; together on `device`."""
+    kernel = kernels.norms if _needs_norms(norm_type) else kernels.power_sums
+    devices = {v.device for v in values}
+    if len(devices) == 1:
+        return kernel(values, norm_type).to(device)
+    per_tensor = torch.zeros(len(values), dtype=torch.float64, device=device)
+    for there in devices:
+        index = [i for i, v in enumerate(values) if v.device == there]
+        per_tensor[index] = kernel([values[i] for i in index], norm_type).to(device)
+    return per_tensor
+
+
+def _needs_norms(norm_type: float) -> bool:
+    """Whether sums of powers would leave the range of float64."""
+    return norm_type > power_sums.PLAIN_UP_TO and not math.isinf(norm_type)
 
 
 class NormBuffer:
-    """The numbers of one group's gradients, written one gradient at a time.
+    """The measurements of one group's gradients, written one gradient at a time.
 
     Attributes:
-        each: of every parameter, as `Local.each` has it; or the columns of every unit, [num, num_columns].
+        per_tensor: as `GroupMeasurement.per_tensor`, of every parameter; or the partials of every
+            unit, [num_units, num_partials].
     """
 
-    def __init__(self, group: Group, members: Sequence[LocalParam], device: torch.device) -> None:
-        self._group, self._device = group, device
-        self._names = [h.name for h in members]
-        self._counted = torch.tensor([h.counted for h in members], dtype=torch.bool, device=device)
-        shape = (len(members),) if group.units is None else (group.units.num, powers.num_columns(group.norm_type))
-        self.each = torch.zeros(shape, dtype=torch.float64, device=device)
+    def __init__(self, group: ParamGroup, plan: Plan) -> None:
+        self._group, self._device = group, plan.device
+        self._params = plan.params[group.members]
+        self._names = [param.name for param in self._params]
+        counted = [param.counted for param in self._params]
+        self._counted = torch.tensor(counted, dtype=torch.bool, device=plan.device)
+        shape = [len(self._params)]
+        if group.units is not None:
+            shape = [group.units.num_units, power_sums.num_partials(group.norm_type)]
+        self.per_tensor = torch.zeros(shape, dtype=torch.float64, device=plan.device)
 
-    def put(self, place: int, values: Tensor | None) -> None:
-        """Measures the gradient of the group's parameter at `place`; None is a gradient of zeros."""
+    def put(self, member: int, grad: Tensor | None) -> None:
+        """Measures the gradient of one member of the group; None is a gradient of zeros."""
         p, units = self._group.norm_type, self._group.units
         if units is None:
-            self.each[place] = 0.0 if values is None else _each([values], p, self._device)[0]
+            number = 0.0 if grad is None else _per_tensor([grad], p, self._device)[0]
+            self.per_tensor[member] = number
             return
-        for span in units.spans_of[place]:
-            self.each[span.base : span.base + span.count] = 0.0
-            if values is not None:
-                _add_units_(self.each, span.views(values), p, units)
+        for span in units.spans_of[member]:
+            self.per_tensor[span.row : span.row + span.count] = 0.0
+            if grad is not None:
+                _add_units_(self.per_tensor, span.views(grad), p, units)
 
-    def local(self, held: Sequence[LocalParam]) -> LocalNorms:
-        if self._group.units is not None:
-            return _of_units(self.each.clone(), held[self._group.members], self._group, self._group.units)
-        added = torch.where(self._counted, self.each, _broken(self.each)) if self._group.copies else self.each
-        total = powers.joined(powers.columns(added, self._group.norm_type), self._group.norm_type)
-        return LocalNorms(total, self._names, self.each.clone(), [None], [None], [None])
-
-
-def _group(
-    values: Sequence[Tensor | None], members: Sequence[LocalParam], group: Group, device: torch.device, apart: bool
-) -> LocalNorms:
-    if group.units is not None:
-        columns = _unit_columns(values, group.norm_type, group.units)
-        return _of_units(columns, members, group, group.units)
-    counted, copies = [v for v in values if v is not None], list[Tensor]()
-    if group.copies:
-        counted = [v for h, v in zip(members, values, strict=True) if v is not None and h.counted]
-        copies = [v for h, v in zip(members, values, strict=True) if v is not None and not h.counted]
-    pieces = kernels.pieces(counted), kernels.pieces(copies)
-    # An accelerator's kernels tell tensors apart anyway.
-    if not apart and device.type == "cpu" and (group.norm_type <= powers.PLAIN_UP_TO or math.isinf(group.norm_type)):
-        together = _together(*pieces, group.norm_type, device)
-        if math.isfinite(together.numbers.sum().item()):
-            return together
-    here = [h for h, v in zip(members, values, strict=True) if v is not None]
-    names = [h.name for h in sorted(here, key=lambda h: not h.counted)]
-    each = _each([*counted, *copies], group.norm_type, device)
-    added = torch.cat([each[: len(counted)], _broken(each[len(counted) :])])
-    total = powers.joined(powers.columns(added, group.norm_type), group.norm_type)
-    return LocalNorms(total, names, each, [None], [None], [[*pieces[0], *pieces[1]]])
-
-
-def _together(
-    counted: list[list[Tensor]], copies: list[list[Tensor]], norm_type: float, device: torch.device
-) -> LocalNorms:
-    each = [kernels.power_sum(piece, norm_type).to(device) for piece in counted]
-    each += [_broken(kernels.power_sum(piece, norm_type).to(device)) for piece in copies]
-    added = torch.stack(each) if each else torch.zeros(0, dtype=torch.float64, device=device)
-    total = powers.joined(powers.columns(added, norm_type), norm_type)
-    return LocalNorms(total, [], added[:0], [None], [None], [[*counted, *copies]])
-
-
-def _broken(copies: Tensor) -> Tensor:
-    """What copies add: zero, unless one is broken, since a NaN must be seen whichever rank has it."""
-    return torch.where(copies.isfinite(), 0.0, copies)
-
-
-def _of_units(columns: Tensor, members: Sequence[LocalParam], group: Group, units: Units) -> LocalNorms:
-    counted = units.counted.unsqueeze(1)
-    added = columns
-    if not math.isinf(group.norm_type):  # a maximum does not mind copies
-        added = torch.where(counted | ~columns.isfinite(), columns, 0.0)
-    travel, weights = [powers.joined(added, group.norm_type), _cut(added, group, units)], None
-    if group.policy.needs_weights:
-        weights = _unit_columns([h.weights for h in members], group.norm_type, units)
-        travel.append(_cut(torch.where(counted, weights, 0.0), group, units))
-    each = powers.root(columns, group.norm_type)
-    return LocalNorms(torch.cat([t.flatten() for t in travel]), units.row_names, each, [columns], [weights], [None])
-
-
-def _cut(columns: Tensor, group: Group, units: Units) -> Tensor:
-    travelling = columns.new_zeros(group.num_slots, columns.shape[1])
-    travelling[group.first_slot + units.slots] = columns[units.cut]
-    return travelling
-
-
-def _unit_columns(values: Sequence[Tensor | None], norm_type: float, units: Units) -> Tensor:
-    columns = torch.zeros(units.num, powers.num_columns(norm_type), dtype=torch.float64, device=units.sizes.device)
-    _add_units_(columns, units.views(values), norm_type, units)
-    return columns
-
-
-def _add_units_(columns: Tensor, views: Iterable[View], norm_type: float, units: Units) -> None:
-    device = columns.device
-    whole: list[tuple[Tensor, int]] = []
-    for part, dim, base in views:
-        if dim is None:
-            whole.append((part, base))
-            continue
-        rows = torch.arange(base, base + part.shape[dim], device=device)
-        powers.add_(columns, rows, powers.columns(_rows(part, dim, norm_type).to(device), norm_type), norm_type)
-    if whole:
-        each = _each([part for part, _ in whole], norm_type, device)
-        index = units.index_of([base for _, base in whole])
-        powers.add_(columns, index, powers.columns(each, norm_type), norm_type)
-
-
-def _rows(part: Tensor, dim: int, norm_type: float) -> Tensor:
-    """As `_each`, of every index of `dim`."""
-    sums = norm_type <= powers.PLAIN_UP_TO
-    return (kernels.unit_power_sums if sums else kernels.unit_norms)(part, dim, norm_type)
-
-
-def _each(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """Of each tensor on any device its sum of powers for p <= 6, else its norm; brought together on one."""
-    kernel = kernels.power_sums if norm_type <= powers.PLAIN_UP_TO else kernels.norms
-    if len({v.device for v in values}) == 1:
-        return kernel(values, norm_type).to(device)
-    each = torch.zeros(len(values), dtype=torch.float64, device=device)
-    for there in {v.device for v in values}:
-        index = [i for i, v in enumerate(values) if v.device == there]
-        each[index] = kernel([values[i] for i in index], norm_type).to(device)
-    return each
+    def measurement(self) -> GroupMeasurement:
+        group, per_tensor = self._group, self.per_tensor.clone()
+        if group.units is not None:
+            return _of_units(per_tensor, self._params, group, group.units)
+        added = per_tensor
+        if group.has_copies:
+            added = torch.where(self._counted, per_tensor, _only_nonfinite(per_tensor))
+        payload = power_sums.combine(power_sums.partials(added, group.norm_type), group.norm_type)
+        return GroupMeasurement(payload, self._names, per_tensor)

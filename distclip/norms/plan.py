@@ -1,143 +1,198 @@
-"""What is measured and reduced each step, settled once: who counts what, in which group, on which device."""
+"""The plan: which tensors this rank counts, in which group, and on which device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from distclip.norms import power_sums as powers
+from distclip import kernels
+from distclip.norms import power_sums
 from distclip.norms.units import Units, make_units
-from distclip.norms.verify import gathered, verify
+from distclip.norms.verify import verify
 from distclip.policies import Policy, Scope
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.mesh import ReduceMesh
+from distclip.sharding.mesh import ReduceMesh, all_gather_objects
+from distclip.sharding.read import ShardedParams
 
 
-@dataclass(frozen=True)
-class Group:
-    """Parameters with a policy of their own: `plan.params[members]`.
-
-    Attributes:
-        units: where the policy's scope is smaller than the group.
-        num_slots, first_slot: how many units travel from all places on the distinct axes, and where this one begins.
-        copies: some of the parameters are counted by other ranks.
-    """
+class GroupSpec(NamedTuple):
+    """A parameter group as the user gives it: `params[members]` follow `policy`."""
 
     name: str
     members: slice
     policy: Policy[Any]
-    copies: bool
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a policy: `plan.params[members]`.
+
+    Of the policy it holds what decides how norms are measured and reduced, and no hyper-parameter:
+    a limit that changes every step needs no new plan.
+
+    Attributes:
+        description: the policy as text, for people and for `verify`.
+        has_copies: other ranks count some of the parameters.
+        units: where the policy's scope is smaller than the group.
+        num_slots, first_slot: how many units are reduced over all coordinates of the distinct
+            axes, and the first that belongs to this rank's coordinate.
+    """
+
+    name: str
+    members: slice
+    scope: Scope
+    norm_type: float
+    needs_weights: bool
+    description: str
+    has_copies: bool
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
 
     @property
-    def norm_type(self) -> float:
-        return self.policy.norm_type
-
-    @property
-    def num_numbers(self) -> int:
-        """How many numbers travel: the total's, the cut units', and those of their weights."""
-        return powers.num_columns(self.norm_type) * (1 + self.num_slots * (2 if self.policy.needs_weights else 1))
+    def payload_size(self) -> int:
+        """How many numbers are reduced: for the total, the sharded units, and their weights."""
+        num_norms = 1 + self.num_slots * (2 if self.needs_weights else 1)
+        return power_sums.num_partials(self.norm_type) * num_norms
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every parameter that this rank holds, in groups, and the team that the sums are reduced over.
+    """Every parameter that this rank holds, in groups, and the ranks to reduce over.
 
     Attributes:
-        reduce_mesh: None where no rank holds elements that another lacks, so that nothing is reduced.
-        device: where the sums are added up and travel.
+        reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
+        device: where the partial sums are combined and reduced.
     """
 
     params: Sequence[LocalParam]
     reduce_mesh: ReduceMesh | None
-    groups: Sequence[Group]
+    groups: Sequence[ParamGroup]
     device: torch.device
 
     def verify(self) -> None:
         """Compares the plans of all ranks, and the bits of parameters that are laid out as copies.
 
-        Meant for the start of a run: reads every parameter once.
+        Meant for the start of a run, because it reads every parameter once.
 
         Raises:
-            LayoutError: on every rank, with the same message: a parameter that a rank lacks or lays out otherwise,
-                copies that differ, other policies, another order of groups, another mesh. A rank that does not call
-                within the timeout of the process group is named on the ranks that did.
+            LayoutError: on every rank, with the same message: a parameter that a rank lacks or
+                lays out otherwise, copies that differ, other policies, another order of groups,
+                another mesh. A rank that does not call within the timeout of the process group is
+                named on the ranks that did.
 
-        Collective: all ranks of the team (without one: of the world) must call. One all-gather of about 40 integers
-            a rank; if something differs, 62 of one integer each to find the parameter, and one of its name.
+        Collective: all ranks of the mesh (without one: of the world) must call.
         """
-        verify(self)
+        policies = [f"{group.name}: {group.description}" for group in self.groups]
+        verify(self.params, self.reduce_mesh, policies, self.device)
+
+    def without_params(self) -> Plan:
+        """The plan for any parameters that are laid out alike; it keeps no tensor alive."""
+        nothing = torch.empty(0, device="meta")
+        params = [replace(param, name="", param=nothing) for param in self.params]
+        return replace(self, params=params)
 
     def __str__(self) -> str:
-        rows = [["group", "policy", "layout", "tensors", "elements", "counted here", "bytes measured"]]
+        header = [
+            "group",
+            "policy",
+            "layout",
+            "tensors",
+            "elements",
+            "counted here",
+            "bytes measured",
+        ]
+        rows = [header]
         for group in self.groups:
             by_layout: dict[str, list[LocalParam]] = {}
-            for held in self.params[group.members]:
-                by_layout.setdefault(str(held.layout), []).append(held)
-            rows += [[group.name, str(group.policy), layout, *_totals(held)] for layout, held in by_layout.items()]
+            for param in self.params[group.members]:
+                by_layout.setdefault(str(param.layout), []).append(param)
+            for layout, params in by_layout.items():
+                rows.append([group.name, group.description, layout, *_sizes(params)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, self._collective()])
 
     def _collective(self) -> str:
         if self.reduce_mesh is None:
             return "no collective: no rank holds elements that another lacks"
-        numbers = sum(group.num_numbers for group in self.groups)
+        size = sum(group.payload_size for group in self.groups)
         axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
-        return f"one all-reduce of {numbers} float64 ({8 * numbers} bytes) over {axes}, on {self.device}"
+        return f"one all-reduce of {size} float64 ({8 * size} bytes) over {axes}, on {self.device}"
 
 
-def make_plan(
-    held: Sequence[LocalParam], team: ReduceMesh | None, groups: Sequence[tuple[str, slice, Policy[Any]]]
-) -> Plan:
-    """The plan for groups (name, members, policy) of `held`.
+def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
+    """The plan for groups of `sharded.params`.
+
+    Chooses the kernels of every device in use as well, because the first use of one may compile it.
 
     Raises:
-        LayoutError, ValueError: the policy's units cannot be told.
+        LayoutError, ValueError: it is unknown which elements form the units of a policy.
 
-    Collective: where a distinct axis gives ranks units of their own, an all-gather of a few numbers over the team.
+    Collective: where ranks along a distinct axis have units of their own, an all-gather of a few
+        numbers over the reduce mesh.
     """
-    device = _device(held, team)
-    made = [_group(name, members, policy, held, device) for name, members, policy in groups]
-    if team is not None and team.distinct and any(group.units is not None for group in made):
-        made = _after_other_places(made, team)
-    return Plan(held, team, made, device)
+    params, mesh = sharded
+    device = _reduce_device(params, mesh)
+    for each in {device, *(param.param.device for param in params)}:
+        kernels.backend(each)
+    groups = [_make_group(spec, params[spec.members], device) for spec in specs]
+    if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
+        groups = _with_slots_of_other_ranks(groups, mesh)
+    return Plan(params, mesh, groups, device)
 
 
-def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[LocalParam], device: torch.device) -> Group:
-    copies = not all(h.counted for h in held[members])
-    if policy.scope in (Scope.MODEL, Scope.ELEMENT):
-        return Group(name, members, policy, copies)
-    units = make_units(held[members], policy, device)
-    return Group(name, members, policy, copies, units, units.num_slots)
+def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.device) -> ParamGroup:
+    policy = spec.policy
+    whole = policy.scope in (Scope.MODEL, Scope.ELEMENT)
+    units = None if whole else make_units(params, policy, device)
+    return ParamGroup(
+        spec.name,
+        spec.members,
+        policy.scope,
+        policy.norm_type,
+        policy.needs_weights,
+        str(policy),
+        has_copies=not all(param.counted for param in params),
+        units=units,
+        num_slots=0 if units is None else units.num_slots,
+    )
 
 
-def _after_other_places(groups: Sequence[Group], team: ReduceMesh) -> list[Group]:
-    """Places on the distinct axes hold different units: each gets slots of its own, in the order of places."""
-    place = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
-    places = dict(gathered((place, [group.num_slots for group in groups]), team.group).values())
-    before = [sum(slots[i] for p, slots in places.items() if p < place) for i in range(len(groups))]
-    total = [sum(slots[i] for slots in places.values()) for i in range(len(groups))]
-    return [replace(g, num_slots=n, first_slot=b) for g, n, b in zip(groups, total, before, strict=True)]
+def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> list[ParamGroup]:
+    """Ranks along the distinct axes hold different units: each coordinate gets slots of its own."""
+    here = tuple(mesh.coordinate[axis] for axis in sorted(mesh.distinct))
+    mine = (here, [group.num_slots for group in groups])
+    slots_at = dict(all_gather_objects(mine, mesh.group).values())
+    before = [slots for coordinate, slots in slots_at.items() if coordinate < here]
+    return [
+        replace(
+            group,
+            num_slots=sum(slots[i] for slots in slots_at.values()),
+            first_slot=sum(slots[i] for slots in before),
+        )
+        for i, group in enumerate(groups)
+    ]
 
 
-def _device(held: Sequence[LocalParam], team: ReduceMesh | None) -> torch.device:
-    types = [team.device_type] if team is not None else [h.param.device.type for h in held]
-    found = next((t for t in types if t != "cpu"), "cpu")
-    if found in ("cpu", "meta") or not torch.get_device_module(found).is_available():
-        return torch.device(found)
-    return torch.device(found, torch.get_device_module(found).current_device())
+def _reduce_device(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.device:
+    if mesh is not None:
+        types = [mesh.device_type]
+    else:
+        types = [param.param.device.type for param in params]
+    device_type = next((t for t in types if t != "cpu"), "cpu")
+    if device_type in ("cpu", "meta") or not torch.get_device_module(device_type).is_available():
+        return torch.device(device_type)
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
-def _totals(held: Sequence[LocalParam]) -> list[str]:
-    """Tensors; elements of them on this rank; those of them that this rank counts; their bytes."""
-    sizes = [(h, h.weights) for h in held]
-    here = sum(v.numel() for _, v in sizes)
-    counted = sum(v.numel() for h, v in sizes if h.counted)
-    size = sum(v.numel() * v.element_size() for _, v in sizes)
-    return [str(len(held)), f"{here:,}", f"{counted:,}", f"{size:,}"]
+def _sizes(params: Sequence[LocalParam]) -> list[str]:
+    """Numbers of tensors, of elements here, of those that this rank counts, and of bytes."""
+    weights = [param.weights for param in params]
+    elements = sum(w.numel() for w in weights)
+    counted = sum(w.numel() for p, w in zip(params, weights, strict=True) if p.counted)
+    num_bytes = sum(w.numel() * w.element_size() for w in weights)
+    return [str(len(params)), f"{elements:,}", f"{counted:,}", f"{num_bytes:,}"]

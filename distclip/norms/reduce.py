@@ -1,97 +1,96 @@
-"""From local to total: the one collective of a step, and the root that follows it."""
+"""From local to total: the one collective of a step, and the norms that follow from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.norms import power_sums as powers
-from distclip.norms import verify
-from distclip.norms.plan import Group, Plan
-
-
-def all_reduce_(numbers: Tensor, plan: Plan) -> None:
-    """Joins the numbers of all ranks in place; the same bits on every rank afterwards.
-
-    Shapes: numbers: those of all groups, float64, flat.
-    Collective: one over the team: an all-reduce, or an all-gather where some groups take sums and others maxima;
-        none if the plan has no team.
-    """
-    if plan.reduce_mesh is None:
-        return
-    maxima = [math.isinf(group.norm_type) for group in plan.groups]
-    if all(maxima) or not any(maxima):
-        dist.all_reduce(numbers, dist.ReduceOp.MAX if any(maxima) else dist.ReduceOp.SUM, group=plan.reduce_mesh.group)
-        return
-    everyone = numbers.new_empty(dist.get_world_size(plan.reduce_mesh.group), len(numbers))
-    dist.all_gather(list(everyone.unbind()), numbers, group=plan.reduce_mesh.group)
-    parts = torch.split(everyone, [group.num_numbers for group in plan.groups], dim=1)
-    joined = [part.amax(0) if maximum else part.sum(0) for part, maximum in zip(parts, maxima, strict=True)]
-    numbers.copy_(torch.cat(joined))
+from distclip.norms import power_sums
+from distclip.norms.measure import GroupMeasurement
+from distclip.norms.plan import ParamGroup, Plan
 
 
 class GroupNorms(NamedTuple):
-    """The norms of one group, float64: its total, and those of its units and of their weights, if it has any."""
+    """The norms of one group, float64: its total, and those of its units and of their weights.
+
+    Shapes: total: []; units, weights: [num_units], None where the group has none.
+    """
 
     total: Tensor
     units: Tensor | None
     weights: Tensor | None
 
-    def times(self, inverse_scale: Tensor) -> GroupNorms:
-        """As if the gradients had been unscaled before."""
-        units = None if self.units is None else self.units * inverse_scale
-        return GroupNorms(self.total * inverse_scale, units, self.weights)
+    def scaled(self, scale: Tensor) -> GroupNorms:
+        """The norms of the gradients times `scale`."""
+        units = None if self.units is None else self.units * scale
+        return GroupNorms(self.total * scale, units, self.weights)
 
 
-def norms(
-    numbers: Tensor, units: Sequence[Tensor | None], weights: Sequence[Tensor | None], plan: Plan
-) -> list[GroupNorms]:
-    """The norms of each group, from joined numbers and the columns of this rank's own units."""
-    sizes = [group.num_numbers for group in plan.groups]
-    parts = [numbers] if len(sizes) == 1 else torch.split(numbers, sizes)
-    return [_joined(*each) for each in zip(plan.groups, parts, units, weights, strict=True)]
+def total_norms(measured: Sequence[GroupMeasurement], plan: Plan) -> list[GroupNorms]:
+    """The norms of each group over all ranks; the same bits on every rank.
+
+    Collective: see `all_reduce_`.
+    """
+    reduced = torch.cat([group.payload for group in measured])
+    all_reduce_(reduced, plan)
+    parts = [reduced]
+    if len(plan.groups) > 1:
+        parts = list(torch.split(reduced, [group.payload_size for group in plan.groups]))
+    return [_norms(*each) for each in zip(plan.groups, parts, measured, strict=True)]
 
 
-def _joined(group: Group, numbers: Tensor, units: Tensor | None, weights: Tensor | None) -> GroupNorms:
-    if units is None:
-        return GroupNorms(powers.root(numbers, group.norm_type), None, None)
-    columns = numbers.view(-1, powers.num_columns(group.norm_type))
-    total = powers.root(columns[0], group.norm_type)
-    travelled = torch.split(columns[1:], group.num_slots) if group.num_slots else (columns[1:], columns[1:])
-    return GroupNorms(
-        total,
-        _complete(units, travelled[0], group),
-        None if weights is None else _complete(weights, travelled[1], group),
-    )
+def all_reduce_(payload: Tensor, plan: Plan) -> None:
+    """Combines the payloads of all ranks in place; the same bits on every rank afterwards.
 
-
-def _complete(columns: Tensor, travelled: Tensor, group: Group) -> Tensor:
-    """The norms of this rank's units, those of cut ones from all ranks."""
-    assert group.units is not None
-    complete = columns.clone()
-    complete[group.units.cut] = travelled[group.first_slot + group.units.slots]
-    return powers.root(complete, group.norm_type)
+    Shapes: payload: those of all groups, one after the other; float64, flat.
+    Collective: one over the reduce mesh: an all-reduce, or an all-gather where some groups take
+        sums and others maxima; none if the plan has no reduce mesh.
+    """
+    if plan.reduce_mesh is None:
+        return
+    process_group = plan.reduce_mesh.group
+    is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    if all(is_max) or not any(is_max):
+        op = dist.ReduceOp.MAX if any(is_max) else dist.ReduceOp.SUM
+        dist.all_reduce(payload, op, group=process_group)
+        return
+    everyone = payload.new_empty(dist.get_world_size(process_group), len(payload))
+    dist.all_gather(list(everyone.unbind()), payload, group=process_group)
+    parts = torch.split(everyone, [group.payload_size for group in plan.groups], dim=1)
+    combined = [p.amax(0) if is_ else p.sum(0) for p, is_ in zip(parts, is_max, strict=True)]
+    payload.copy_(torch.cat(combined))
 
 
 def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Adds up `sums` over the ranks of each group in turn, in place.
+    """Adds up `sums` over the ranks of each process group in turn, in place.
 
-    Collective: one all-reduce a group.
+    Collective: one all-reduce for each group.
     """
     for group in groups:
         dist.all_reduce(sums, group=group)
 
 
-def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
-    """`mine` of every rank, by global rank. For what happens rarely: after a failure on all ranks together.
+def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:
+    if measured.units is None:
+        return GroupNorms(power_sums.norm_from_partials(reduced, group.norm_type), None, None)
+    rows = reduced.view(-1, power_sums.num_partials(group.norm_type))
+    total = power_sums.norm_from_partials(rows[0], group.norm_type)
+    of_units = rows[1 : 1 + group.num_slots]
+    of_weights = rows[1 + group.num_slots :]
+    weights = None
+    if measured.weights is not None:
+        weights = _unit_norms(measured.weights, of_weights, group)
+    return GroupNorms(total, _unit_norms(measured.units, of_units, group), weights)
 
-    Collective: an all-gather of objects over the team; none if the plan has no team.
-    """
-    if plan.reduce_mesh is None:
-        return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return verify.gathered(mine, plan.reduce_mesh.group)
+
+def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
+    """The norms of this rank's units; those of sharded units from the sums of all ranks."""
+    assert group.units is not None
+    complete = partials.clone()
+    complete[group.units.sharded] = slots[group.first_slot + group.units.slots]
+    return power_sums.norm_from_partials(complete, group.norm_type)

@@ -1,4 +1,8 @@
-"""Groups of elements smaller than the model: where the norm of each lies in one vector, and which norms travel."""
+"""Units, the groups of elements smaller than the model: where the norm of each lies in one vector.
+
+A *unit* is what shares one limit: a whole tensor, or one index of its first or last dim. Where
+a boundary between ranks cuts a unit, its partial sums are reduced too, in a *slot* of the payload.
+"""
 
 from __future__ import annotations
 
@@ -14,161 +18,175 @@ from torch import Tensor, nn
 from distclip.errors import LayoutError
 from distclip.policies import Policy, Scope
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.shard import BlockShard, ParamShard, View
+from distclip.sharding.shard import BlockShard, ParamShard, UnitView
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The units of one tensor that this rank holds elements of: norms[base : base + count].
+class UnitSpan:
+    """The units of one tensor that this rank holds elements of: `norms[row : row + count]`.
 
     Attributes:
-        held: the place of the parameter in its group.
-        dim: of the tensor, whose indices are units; None if the tensor is one.
-        first: the unit that norms[base] belongs to.
+        member: the index of the parameter in its group.
+        dim: the dim of the tensor whose indices are units; None if the tensor is one unit.
+        first_unit: the unit that `norms[row]` belongs to.
     """
 
-    held: int
-    part: ParamShard
+    member: int
+    shard: ParamShard
     dim: int | None
-    base: int
-    first: int
+    row: int
+    first_unit: int
     count: int
 
-    def views(self, values: Tensor) -> Iterator[View]:
-        """The pieces of a parameter's values in which units lie along one dim, and where their norms begin."""
-        for piece, dim, unit in self.part.piece.views(values, self.dim):
-            yield piece, dim, self.base + unit - self.first
+    def views(self, values: Tensor) -> Iterator[UnitView]:
+        """Views of a parameter's values in which units lie along one dim, and their first rows."""
+        for view in self.shard.shard.unit_views(values, self.dim):
+            yield view._replace(first=self.row + view.first - self.first_unit)
 
 
 @dataclass(frozen=True)
 class Units:
-    """All spans of a group, and what is known of every norm that this rank keeps: tensors of shape [num].
+    """All units of a group that this rank holds elements of, and what is known of each.
+
+    Shapes: counted, limited, sizes: [num_units]; sharded, slots: [number of sharded units here].
 
     Attributes:
-        counted: this rank adds the unit's elements to sums.
-        limited: the policy does not leave the unit out.
+        num_slots: how many units are sharded here or on other ranks that hold the same parameters.
+        counted: this rank adds the unit's elements to sums; bool.
+        limited: the policy does not exclude the unit; bool.
         sizes: how many elements the unit has over all ranks; float64.
-        cut: the places of the norms that travel, because a boundary between ranks cuts their unit.
-        slots: the place of each of these among all that travel from ranks that hold the same parameters.
-        num_slots: how many units are cut on this rank or on others that hold the same parameters.
+        sharded: the rows whose unit a boundary between ranks cuts.
+        slots: of each of these, its slot among those of ranks that hold the same parameters.
     """
 
-    spans: Sequence[Span]
-    num: int
+    spans: Sequence[UnitSpan]
+    num_units: int
     num_slots: int
     counted: Tensor
     limited: Tensor
     sizes: Tensor
-    cut: Tensor
+    sharded: Tensor
     slots: Tensor
 
-    def views(self, values: Sequence[Tensor | None]) -> Iterator[View]:
-        """Those of all spans, from the values of the group's parameters; None has none."""
+    def views(self, values: Sequence[Tensor | None]) -> Iterator[UnitView]:
+        """The views of all spans, from the values of the group's parameters."""
         for span in self.spans:
-            if (held := values[span.held]) is not None:
-                yield from span.views(held)
+            if (of_member := values[span.member]) is not None:
+                yield from span.views(of_member)
 
-    def index_of(self, bases: list[int]) -> Tensor:
-        """`bases` on the device, where they are already if the last call had the same: a copy there is waited for."""
-        if self._latest.get("bases") != bases:
-            self._latest.update(bases=bases, index=torch.tensor(bases, device=self.sizes.device))
-        return self._latest["index"]
+    def rows_on_device(self, rows: list[int]) -> Tensor:
+        """`rows` on the device; kept for the next call, because the copy waits for the device."""
+        if self._latest_rows.get("rows") != rows:
+            index = torch.tensor(rows, device=self.sizes.device)
+            self._latest_rows.update(rows=rows, index=index)
+        return self._latest_rows["index"]
 
     @cached_property
-    def _latest(self) -> dict[str, Any]:
+    def _latest_rows(self) -> dict[str, Any]:
         return {}
 
     @cached_property
-    def spans_of(self) -> dict[int, list[Span]]:
-        """By the place of the parameter in its group."""
-        found: dict[int, list[Span]] = {}
+    def spans_of(self) -> dict[int, list[UnitSpan]]:
+        """The spans of each parameter, by its index in the group."""
+        spans: dict[int, list[UnitSpan]] = {}
         for span in self.spans:
-            found.setdefault(span.held, []).append(span)
-        return found
+            spans.setdefault(span.member, []).append(span)
+        return spans
 
     @cached_property
     def row_names(self) -> list[str]:
-        return [span.part.name for span in self.spans for _ in range(span.count)]
+        return [span.shard.name for span in self.spans for _ in range(span.count)]
 
 
-def make_units(members: Sequence[LocalParam], policy: Policy[Any], device: torch.device) -> Units:
+def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.device) -> Units:
     """The units of a policy's scope.
 
     Raises:
-        LayoutError: a boundary between ranks may cut units, and nothing tells which.
+        LayoutError: a boundary between ranks may cut units, and it is unknown which.
         ValueError: `exclude` names nothing.
     """
-    spans: list[Span] = []
-    num = num_slots = 0
-    for place, held in enumerate(members):
-        for part in held.parts:
-            dim = _unit_dim(part, policy)
-            first, count = part.piece.span(dim)
-            spans.append(Span(place, part, dim, num, first, count))
-            num += count
-    cut: list[int] = []
-    slots: list[int] = []
-    for span in spans:
-        travelling = span.part.piece.cut_units(span.dim)
-        here = [(i, unit) for i, unit in enumerate(travelling) if span.first <= unit < span.first + span.count]
-        cut += [span.base + unit - span.first for _, unit in here]
-        slots += [num_slots + i for i, _ in here]
-        num_slots += len(travelling)
-    left_out = _excluded(members, getattr(policy, "exclude", ()))
+    spans: list[UnitSpan] = []
+    num_units = 0
+    for member, param in enumerate(params):
+        for shard in param.shards:
+            dim = _unit_dim(shard, policy)
+            first, count = shard.shard.unit_range(dim)
+            spans.append(UnitSpan(member, shard, dim, num_units, first, count))
+            num_units += count
+    rows, slots, num_slots = _slots(spans)
+    excluded = _excluded_names(params, policy.exclude)
     counts = torch.tensor([span.count for span in spans], dtype=torch.int64, device="cpu")
 
-    def of_spans(numbers: list[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu").repeat_interleave(counts).to(device)
+    def per_unit(per_span: list[float]) -> Tensor:
+        numbers = torch.tensor(per_span, dtype=torch.float64, device="cpu")
+        return numbers.repeat_interleave(counts).to(device)
 
     return Units(
         spans,
-        num,
+        num_units,
         num_slots,
-        counted=of_spans([float(members[span.held].counted) for span in spans]) > 0,
-        limited=of_spans([float(span.part.name not in left_out) for span in spans]) > 0,
-        sizes=of_spans([span.part.numel / _num_units(span) for span in spans]),
-        cut=torch.tensor(cut, dtype=torch.int64, device=device),
+        counted=per_unit([float(params[span.member].counted) for span in spans]) > 0,
+        limited=per_unit([float(span.shard.name not in excluded) for span in spans]) > 0,
+        sizes=per_unit([_unit_size(span) for span in spans]),
+        sharded=torch.tensor(rows, dtype=torch.int64, device=device),
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
     )
 
 
-def _num_units(span: Span) -> int:
-    return 1 if span.dim is None else max(1, span.part.shape[span.dim])
+def _slots(spans: Sequence[UnitSpan]) -> tuple[list[int], list[int], int]:
+    """Which rows are reduced, in which slots, and the number of slots on all ranks."""
+    rows: list[int] = []
+    slots: list[int] = []
+    num_slots = 0
+    for span in spans:
+        cut = span.shard.shard.cut_units(span.dim)
+        for slot, unit in enumerate(cut, num_slots):
+            if span.first_unit <= unit < span.first_unit + span.count:
+                rows.append(span.row + unit - span.first_unit)
+                slots.append(slot)
+        num_slots += len(cut)
+    return rows, slots, num_slots
 
 
-def _unit_dim(part: ParamShard, policy: Policy[Any]) -> int | None:
-    if policy.scope is Scope.TENSOR or len(part.shape) < 2:
+def _unit_size(span: UnitSpan) -> float:
+    num_units = 1 if span.dim is None else max(1, span.shard.global_shape[span.dim])
+    return span.shard.numel / num_units
+
+
+def _unit_dim(shard: ParamShard, policy: Policy[Any]) -> int | None:
+    shape = shard.global_shape
+    if policy.scope is Scope.TENSOR or len(shape) < 2:
         return None
-    if isinstance(part.piece, BlockShard) and part.piece.cut is None:
+    if isinstance(shard.shard, BlockShard) and shard.shard.sharded_dims is None:
         raise LayoutError(
-            f"cannot clip the units of {part.name!r}: its layout is declared by axes, which do not tell along which "
-            f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
-            f"tell it, or give it a policy of another scope."
+            f"cannot clip the units of {shard.name!r}: its layout is declared by axes. They do not "
+            f"say along which dim its shards lie, and a unit may be whole on this rank or cut. "
+            f"Make it a DTensor, whose placements say it, or give it a policy of another scope."
         )
-    dim = getattr(policy, "unit_dim", 0)
-    if dim == -1 and sum(size > 1 for size in part.shape) <= 1:
+    if policy.unit_dim == -1 and sum(size > 1 for size in shape) <= 1:
         return None  # optax takes such a tensor for a vector
-    return dim % len(part.shape)
+    return policy.unit_dim % len(shape)
 
 
-def _excluded(members: Sequence[LocalParam], exclude: Sequence[Any]) -> set[str]:
-    """The names that `exclude` leaves out: patterns of names, names of modules, or modules."""
-    names = {part.name for held in members for part in held.parts}
-    left_out: set[str] = set()
+def _excluded_names(params: Sequence[LocalParam], exclude: Sequence[Any]) -> set[str]:
+    """The names that `exclude` stands for: patterns of names, names of modules, or modules."""
+    names = {shard.name for param in params for shard in param.shards}
+    excluded: set[str] = set()
     for wanted in exclude:
         if isinstance(wanted, nn.Module):
             inside = {id(param) for param in wanted.parameters()}
-            found = {part.name for held in members if id(held.param) in inside for part in held.parts}
+            found = {s.name for param in params if id(param.param) in inside for s in param.shards}
         else:
             found = {n for n in names if fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")}
         if not found:
             raise ValueError(
-                f"cannot exclude {wanted!r}: no parameter of the group has such a name or lies in such a module; it "
-                f"has {_listed(sorted(names))}. Pass a pattern of names such as 'head.*', a module's name, or a module."
+                f"cannot exclude {wanted!r}: no parameter of the group has such a name or lies in "
+                f"such a module; it has {_shortened(sorted(names))}. Pass a pattern of names such "
+                f"as 'head.*', a module's name, or a module."
             )
-        left_out |= found
-    return left_out
+        excluded |= found
+    return excluded
 
 
-def _listed(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])

@@ -1,28 +1,42 @@
-"""Clipping inside `optimizer.step()`, for loops that are not the user's."""
+"""Clipping inside `optimizer.step()`, for training loops that are not the user's."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.amp import GradScaler
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from distclip.report import Report
-from distclip.step import Decision, report_of, write_
-from distclip.training import fused
-from distclip.training import grad_scaler as amp
+from distclip.step import Decision
+from distclip.training import grad_scaler, optimizers
+from distclip.training.optimizers import HiddenGradients
 
-if TYPE_CHECKING:
-    from distclip.clipper import Clipper
+
+class Decide(Protocol):
+    """Decides on the gradients that `stepped` is about to step; they still need `scale`."""
+
+    def __call__(
+        self,
+        stepped: list[Optimizer],
+        scale: Tensor | None,
+        on_apply: Callable[[Tensor], None] | None = None,
+        /,
+    ) -> Decision: ...
 
 
 class StepHook:
-    """The hooks of one clipper on one optimizer; see `Clipper.attach`.
+    """Clips in every step of one optimizer; see `Clipper.attach`.
+
+    A pre-hook clips, and a wrapper around `optimizer.step` restores what the step must not leave
+    behind, also where it raises. The hook alone does the work because a framework may put a step
+    of its own in the place of the wrapper (accelerate does, under a scaler); what a raising step
+    left behind is then restored by the next one.
 
     Attributes:
         report: of the latest step; None before the first.
@@ -30,97 +44,111 @@ class StepHook:
 
     report: Report | None = None
 
-    def __init__(self, clipper: Clipper, optimizer: Optimizer, scaler: GradScaler | None) -> None:
-        self._clipper, self._optimizer, self._scaler = clipper, optimizer, scaler
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, optimizer: Optimizer, scaler: GradScaler | None, decide: Decide) -> None:
+        self._optimizer, self._scaler, self._decide = optimizer, scaler, decide
+        self._hidden = HiddenGradients()
         self._folded = False
-        self._running: FrameType | None = None  # of the step that called the hook, and not of one inside it
+        self._in_wrapper = False
+        self._clipped = False  # in the step that runs now
         before, after = cast(Any, self._before), cast(Any, self._after)
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+        self._step_before = vars(optimizer).get("step")
+        self._wrapper = _wrapped_step(optimizer, self._run)
+        vars(optimizer)["step"] = self._wrapper
 
     def remove(self) -> None:
-        """Ends it; the optimizer is as it was."""
+        """Ends it. The optimizer is as it was before."""
         for hook in self._hooks:
             hook.remove()
+        if vars(self._optimizer).get("step") is self._wrapper:
+            del vars(self._optimizer)["step"]
+            if self._step_before is not None:
+                vars(self._optimizer)["step"] = self._step_before
         self._end()
 
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        caller = _caller_of_hook()
-        if self._running is not None and _is_inside(caller, self._running):
-            return None  # a step that calls `super().step()` has the hooks called twice
-        self._end()  # of a step that raised
-        self._running = caller
+    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._in_wrapper = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._in_wrapper = False
+            self._end()
+
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._in_wrapper and self._clipped:
+            return None  # torch calls the hooks again where a step calls `super().step()`
+        self._end()
+        self._clipped = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._clip()
             return None
-        return args[:1], {**kwargs, "closure": self._clipped(closure)}
+        return args[:1], {**kwargs, "closure": self._clipping(closure)}
 
     def _after(self, *_: Any) -> None:
-        if _caller_of_hook() is self._running:
+        if not self._in_wrapper:
             self._end()
 
     def _end(self) -> None:
-        self._show()
+        self._hidden.restore()
         if self._folded:
-            fused.unfold_(self._optimizer)
-        self._folded, self._running = False, None
+            optimizers.unfold_(self._optimizer)
+        self._folded = self._clipped = False
 
-    def _clipped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def clipped() -> Any:
-            self._show()
+    def _clipping(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, whose gradients are clipped after each evaluation."""
+
+        def clipping() -> Any:
+            self._hidden.restore()
             loss = closure()
             with torch.no_grad():
-                self._clip_in_place(self._clipper.decide([], None), scaled=False)
+                self._apply(self._decide([], None), scaled=False)
             return loss
 
-        return clipped
+        return clipping
 
     @torch.no_grad()
     def _clip(self) -> None:
-        optimizer, clipper = self._optimizer, self._clipper
-        # Set by GradScaler.step, if this is called from there.
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        optimizer: Any = self._optimizer
+        # GradScaler.step sets both, where it calls a fused optimizer.
+        loss_scale, found_inf = (getattr(optimizer, n, None) for n in ("grad_scale", "found_inf"))
         scaled = found_inf is not None
-        inverse = None if scale is None else cast(Tensor, scale).double().reciprocal()
-        decision = clipper.decide([optimizer], None, inverse)
-        amp.record(self._scaler if scaled else None, [optimizer], decision.finite)
-        if clipper.folds([optimizer]):
-            fused.fold_(optimizer, decision.factor, clipper.found_inf(decision, scaled))
+        scale = None if loss_scale is None else cast(Tensor, loss_scale).double().reciprocal()
+        on_apply = None
+        if scaled and self._scaler is not None and self._scaler.is_enabled():
+            on_apply = functools.partial(grad_scaler.record, self._scaler, [optimizer])
+        decision = self._decide([optimizer], scale, on_apply)
+        if decision.has_one_factor and optimizers.fold([optimizer], decision.plan):
+            optimizers.fold_(optimizer, decision.factor, decision.skip(scaled))
+            decision.take_effect()
             self._folded = not scaled  # the scaler takes its attributes away itself
-            self.report = report_of(decision)
+            self.report = decision.report
             return
         if scaled:
-            fused.fold_(optimizer, None, None)
-        self._clip_in_place(decision, scaled)
+            optimizers.fold_(optimizer, None, None)
+        self._apply(decision, scaled)
 
-    def _clip_in_place(self, decision: Decision, scaled: bool) -> None:
-        write_(decision)
-        found_inf = self._clipper.found_inf(decision, scaled)
-        if found_inf is not None and bool(found_inf):
-            self._hide()
-        self.report = report_of(decision)
-
-    def _hide(self) -> None:
-        """Nothing inside `step()` can leave the step out, but an optimizer steps no parameter without a gradient."""
-        params = (p for group in self._optimizer.param_groups for p in group["params"])
-        self._hidden = [(p, p.grad) for p in params if p.grad is not None]
-        for param, _ in self._hidden:
-            param.grad = None
-
-    def _show(self) -> None:
-        for param, grad in self._hidden:
-            param.grad = grad
-        self._hidden = []
+    def _apply(self, decision: Decision, scaled: bool) -> None:
+        decision.apply_()
+        skip = decision.skip(scaled)
+        if skip is not None and bool(skip):
+            self._hidden.hide(_params(self._optimizer))
+        self.report = decision.report
 
 
-def _caller_of_hook() -> FrameType | None:
-    frame = inspect.currentframe()
-    hook = frame.f_back if frame is not None else None
-    return hook.f_back if hook is not None else None
+def _params(optimizer: Optimizer) -> Iterable[Tensor]:
+    return (param for group in optimizer.param_groups for param in group["params"])
 
 
-def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is outer
+def _wrapped_step(optimizer: Optimizer, run: Callable[..., Any]) -> Any:
+    """`optimizer.step` inside `run`: a bound method, as torch's schedulers expect."""
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def wrapper(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return run(step, args, kwargs)
+
+    return types.MethodType(wrapper, optimizer)

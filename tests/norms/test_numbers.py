@@ -21,7 +21,9 @@ def norm_of(*grads: Tensor, norm_type: float = 2.0) -> Tensor:
     return distclip.get_total_norm(grads, norm_type).double()
 
 
-@pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 6.5, 8.0, 30.0, 1000.0, math.inf])
+@pytest.mark.parametrize(
+    "norm_type", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 6.5, 8.0, 30.0, 1000.0, math.inf]
+)
 @pytest.mark.parametrize("value", [1e-38, 1e-30, 1e-6, 1.0, 1e6, 1e30])
 def test_norm_of_any_magnitude(value: float, norm_type: float) -> None:
     grad = torch.full((2000,), value)
@@ -50,27 +52,41 @@ def test_sixteen_bit_gradients_whose_norm_overflows_their_dtype_are_clipped_not_
     param = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
     param.grad = torch.full((1000,), 3000.0, dtype=torch.float16)
     distclip.clip_grad_norm_(param, 1.0)
-    torch.testing.assert_close(param.grad.double(), torch.full((1000,), 1000**-0.5).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        param.grad.double(), torch.full((1000,), 1000**-0.5).double(), rtol=1e-3, atol=0
+    )
 
 
 def test_fifty_million_elements() -> None:
     grad = torch.randn(50_000_000, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([chunk.double().square().sum() for chunk in grad.split(1 << 20)]).sum().sqrt()
+    expected = (
+        torch.stack([chunk.double().square().sum() for chunk in grad.split(1 << 20)]).sum().sqrt()
+    )
     torch.testing.assert_close(norm_of(grad), expected, rtol=1e-7, atol=0)
 
 
 def test_layouts_of_memory() -> None:
     base = torch.randn(6, 8, 4)
-    for view in (base.transpose(0, 2), base[:, ::2], base[1:1], base[..., 0], base.permute(1, 0, 2)[2:]):
+    for view in (
+        base.transpose(0, 2),
+        base[:, ::2],
+        base[1:1],
+        base[..., 0],
+        base.permute(1, 0, 2)[2:],
+    ):
         param = nn.Parameter(torch.zeros(view.shape))
-        param.grad = view.clone(memory_format=torch.preserve_format) if view.is_contiguous() else view
+        param.grad = (
+            view.clone(memory_format=torch.preserve_format) if view.is_contiguous() else view
+        )
         kept = view.clone()
         norm = distclip.clip_grad_norm_(param, 0.1)
         torch.testing.assert_close(norm.double(), reference.total_norm([kept]), **NORM)
         torch.testing.assert_close(param.grad, kept * min(1.0, 0.1 / (norm.item() + 1e-6)))
 
 
-def test_gradients_that_are_finite_but_whose_norm_no_float32_holds_are_clipped_all_the_same() -> None:
+def test_gradients_that_are_finite_but_whose_norm_no_float32_holds_are_clipped_all_the_same() -> (
+    None
+):
     param = nn.Parameter(torch.zeros(4))
     param.grad = torch.full((4,), 3e38)
     norm = distclip.clip_grad_norm_(param, 1.0)
@@ -80,13 +96,19 @@ def test_gradients_that_are_finite_but_whose_norm_no_float32_holds_are_clipped_a
 
 def norms_by_number_of_ranks(norm_type: float) -> list[float]:
     """The same gradients, whole, and sharded over 2 and 4 ranks; on every rank that took part."""
-    wholes = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) * 10.0**e for n, e in ((5, 0), (64, -3))]
+    wholes = [
+        torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) * 10.0**e
+        for n, e in ((5, 0), (64, -3))
+    ]
     norms = [distclip.get_total_norm(wholes, norm_type)]
     for size in (2, 4):
         for dim in (0, 1):
             mesh = DeviceMesh("cpu", list(range(size)))  # all ranks make it, the first few use it
             if dist.get_rank() < size:
-                shards = [distribute_tensor(w.clone(), mesh, [Shard(dim)], src_data_rank=None) for w in wholes]
+                shards = [
+                    distribute_tensor(w.clone(), mesh, [Shard(dim)], src_data_rank=None)
+                    for w in wholes
+                ]
                 norms.append(distclip.get_total_norm(shards, norm_type))
     return [norm.item() for norm in norms]
 

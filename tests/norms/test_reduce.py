@@ -60,7 +60,9 @@ def test_a_rank_without_parameters_takes_part_by_its_mesh(four_ranks: Ranks) -> 
 
 def partial_gradients(device: str) -> None:
     both = mesh((2, 2), ("dp", "tp"), device)
-    param = nn.Parameter(distribute_tensor(torch.zeros(6, device=device_of(device)), both, [Shard(0), Replicate()]))
+    param = nn.Parameter(
+        distribute_tensor(torch.zeros(6, device=device_of(device)), both, [Shard(0), Replicate()])
+    )
     addend = torch.arange(1.0, 4.0, device=device_of(device)) * (1 + dist.get_rank() % 2)
     param.grad = torch.distributed.tensor.DTensor.from_local(addend, both, [Shard(0), Partial()])
     expected = torch.arange(1.0, 4.0).repeat(2) * 3
@@ -93,4 +95,7 @@ def clipping_twice_is_clipping_once(norm_type: float, device: str) -> None:
         torch.testing.assert_close(second.total_norm.item(), 0.25, rtol=1e-6, atol=0)
         assert first.limit.item() == 0.25
         torch.testing.assert_close(first.coefficient, first.limit / first.total_norm)
-        assert all(same_bits_everywhere(r) for r in (first.total_norm, first.coefficient, second.total_norm))
+        assert all(
+            same_bits_everywhere(r)
+            for r in (first.total_norm, first.coefficient, second.total_norm)
+        )

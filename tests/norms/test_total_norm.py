@@ -39,11 +39,15 @@ def clips_as_the_reference(layout: str, norm_type: float, dtype: torch.dtype, de
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_clips_as_the_reference(four_ranks: Ranks, layout: str, norm_type: float) -> None:
+def test_every_layout_clips_as_the_reference(
+    four_ranks: Ranks, layout: str, norm_type: float
+) -> None:
     four_ranks.run(clips_as_the_reference, layout, norm_type, torch.float32, four_ranks.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
 @pytest.mark.parametrize("layout", ["fsdp uneven and empty", "fsdp x tp", "beside plain"])
-def test_every_dtype_clips_as_the_reference(four_ranks: Ranks, layout: str, dtype: torch.dtype) -> None:
+def test_every_dtype_clips_as_the_reference(
+    four_ranks: Ranks, layout: str, dtype: torch.dtype
+) -> None:
     four_ranks.run(clips_as_the_reference, layout, 2.0, dtype, four_ranks.device)

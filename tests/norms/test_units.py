@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
+from distclip.sharding import FlatShard
 from distclip import AGC, ClipBlockRMS, Clipper, ClipTensorNorm, ClipValue, Policy
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, Placed, lay_out, random_wholes, whole
@@ -25,20 +26,42 @@ UNIT_LAYOUTS = {
     **LAYOUTS,
     "dim 1": [Placed((5, 7), (S1,), (4,), ("fsdp",)), Placed((3, 6, 2), (S1,), (4,), ("fsdp",))],
     "conv": [Placed((6, 3, 2, 2), (S0, S1)), Placed((5, 4, 3, 3), (S1, R)), Placed((6,), (S0, R))],
-    "both dims twice": [Placed((9, 4), (S0, S0)), Placed((4, 9), (S1, S1)), Placed((3, 3), (S1, S0))],
+    "both dims twice": [
+        Placed((9, 4), (S0, S0)),
+        Placed((4, 9), (S1, S1)),
+        Placed((3, 3), (S1, S0)),
+    ],
 }
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # gradient, weight -> clipped gradient
 POLICIES: dict[str, tuple[Policy, Reference]] = {
     "tensor": (ClipTensorNorm(0.5), lambda g, w: reference.clip_tensor_norm([g], 0.5)[0]),
-    "tensor, p = 1": (ClipTensorNorm(0.5, 1.0), lambda g, w: reference.clip_tensor_norm([g], 0.5, 1.0)[0]),
-    "tensor, p = 8": (ClipTensorNorm(0.2, 8.0), lambda g, w: reference.clip_tensor_norm([g], 0.2, 8.0)[0]),
-    "tensor, p = inf": (ClipTensorNorm(0.1, math.inf), lambda g, w: reference.clip_tensor_norm([g], 0.1, math.inf)[0]),
+    "tensor, p = 1": (
+        ClipTensorNorm(0.5, 1.0),
+        lambda g, w: reference.clip_tensor_norm([g], 0.5, 1.0)[0],
+    ),
+    "tensor, p = 8": (
+        ClipTensorNorm(0.2, 8.0),
+        lambda g, w: reference.clip_tensor_norm([g], 0.2, 8.0)[0],
+    ),
+    "tensor, p = inf": (
+        ClipTensorNorm(0.1, math.inf),
+        lambda g, w: reference.clip_tensor_norm([g], 0.1, math.inf)[0],
+    ),
     "block rms": (ClipBlockRMS(0.1), lambda g, w: reference.clip_block_rms([g], 0.1)[0]),
     "agc": (AGC(0.05), lambda g, w: reference.agc([w], [g], 0.05)[0]),
-    "agc, p = 8": (AGC(0.05, norm_type=8.0), lambda g, w: reference.agc([w], [g], 0.05, norm_type=8.0)[0]),
-    "agc, p = inf": (AGC(0.05, norm_type=math.inf), lambda g, w: reference.agc([w], [g], 0.05, norm_type=math.inf)[0]),
-    "agc, last dim": (AGC(0.05, unit_dim=-1), lambda g, w: reference.agc([w], [g], 0.05, unit_dim=-1)[0]),
+    "agc, p = 8": (
+        AGC(0.05, norm_type=8.0),
+        lambda g, w: reference.agc([w], [g], 0.05, norm_type=8.0)[0],
+    ),
+    "agc, p = inf": (
+        AGC(0.05, norm_type=math.inf),
+        lambda g, w: reference.agc([w], [g], 0.05, norm_type=math.inf)[0],
+    ),
+    "agc, last dim": (
+        AGC(0.05, unit_dim=-1),
+        lambda g, w: reference.agc([w], [g], 0.05, unit_dim=-1)[0],
+    ),
     "value": (ClipValue(0.3), lambda g, w: g.double().clamp(-0.3, 0.3)),
 }
 
@@ -59,7 +82,9 @@ def clips_as_the_reference(layout: str, device: str) -> None:
         torch.testing.assert_close(report.total_norm.cpu(), total, rtol=1e-6, atol=0)
         assert same_bits_everywhere(report.total_norm)
         wants = [expected(g, w) for g, w in zip(wholes, weights, strict=True)]
-        assert not all(torch.equal(want.float(), g) for want, g in zip(wants, wholes, strict=True)), name
+        assert not all(
+            torch.equal(want.float(), g) for want, g in zip(wants, wholes, strict=True)
+        ), name
         for param, g, want in zip(params, wholes, wants, strict=True):
             torch.testing.assert_close(
                 whole(param.grad).double(), want, rtol=1e-6, atol=1e-12, msg=f"{name}, {g.shape}"
@@ -93,16 +118,16 @@ def gathered(model: nn.Module, whole_model: Model) -> list[Tensor]:
     shapes = {name: p.shape for name, p in whole_model.named_parameters()}
     mine: dict[str, tuple[str, Tensor]] = {}
     for span in plan.groups[0].units.spans:
-        held = plan.params[span.held]
+        held = plan.params[span.member]
         grad = held.param.grad
-        name = span.part.name
+        name = span.shard.name
         if isinstance(grad, DTensor):
             mine[name] = ("whole", grad.full_tensor())
         elif grad is not None:
-            piece = span.part.piece
-            run = hasattr(piece, "first")
-            values = grad.reshape(-1)[piece.offset : piece.offset + piece.size] if run else grad
-            mine[name] = (f"at {piece.first}", values) if run else ("whole", values)
+            shard = span.shard.shard
+            flat = isinstance(shard, FlatShard)
+            values = grad.reshape(-1)[shard.offset : shard.offset + shard.numel] if flat else grad
+            mine[name] = (f"at {shard.start}", values) if flat else ("whole", values)
     everyone: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     wholes = {name: torch.zeros(shape).reshape(-1) for name, shape in shapes.items()}

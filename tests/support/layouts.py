@@ -28,7 +28,10 @@ EXPERTS = ("efsdp", "ep")
 LAYOUTS: dict[str, list[Placed]] = {
     "plain": [Placed((6, 4)), Placed((5,)), Placed(())],
     "fsdp": [Placed((8, 3), (S0,), (4,), ("fsdp",)), Placed((4,), (S0,), (4,), ("fsdp",))],
-    "fsdp uneven and empty": [Placed((5, 3), (S0,), (4,), ("fsdp",)), Placed((2,), (S0,), (4,), ("fsdp",))],
+    "fsdp uneven and empty": [
+        Placed((5, 3), (S0,), (4,), ("fsdp",)),
+        Placed((2,), (S0,), (4,), ("fsdp",)),
+    ],
     "hsdp": [Placed((7, 3), (R, S0)), Placed((1,), (R, S0))],
     "tp": [Placed((6, 4), (R, S0)), Placed((6, 4), (R, S1)), Placed((5,), (R, R))],
     "fsdp x tp": [Placed((6, 4), (S0, S1)), Placed((4, 6), (S0, S0)), Placed((5,), (S0, R))],
@@ -46,7 +49,9 @@ LAYOUTS: dict[str, list[Placed]] = {
 UNSHARDED = {"plain", "all copies"}
 
 
-def lay_out(wholes: Sequence[Tensor], placed: Sequence[Placed], device: str = "cpu") -> list[nn.Parameter]:
+def lay_out(
+    wholes: Sequence[Tensor], placed: Sequence[Placed], device: str = "cpu"
+) -> list[nn.Parameter]:
     """Parameters whose gradients are `wholes`, each laid out as `placed` says. The gradients are clones."""
     return [_laid_out(whole, p, device) for whole, p in zip(wholes, placed, strict=True)]
 
@@ -60,7 +65,9 @@ def _laid_out(whole: Tensor, placed: Placed, device: str) -> nn.Parameter:
     on = mesh(placed.mesh_shape, placed.axes, device)
     # A Replicate DTensor may share its source's memory: everything is cloned.
     grad = distribute_tensor(whole, on, placed.placements, src_data_rank=None)
-    param = nn.Parameter(distribute_tensor(torch.zeros_like(whole), on, placed.placements, src_data_rank=None))
+    param = nn.Parameter(
+        distribute_tensor(torch.zeros_like(whole), on, placed.placements, src_data_rank=None)
+    )
     param.grad = grad.clone()
     return param
 
@@ -69,7 +76,9 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def random_wholes(placed: Sequence[Placed], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def random_wholes(
+    placed: Sequence[Placed], seed: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(p.shape, generator=generator).to(dtype) for p in placed]

@@ -73,7 +73,9 @@ class Mixture(nn.Module):
         if self.tp is None:
             out = self._dispatched(tokens, choice)
         else:
-            spread = DTensor.from_local(tokens, self.tp, [Replicate()]).redistribute(placements=[Shard(0)])
+            spread = DTensor.from_local(tokens, self.tp, [Replicate()]).redistribute(
+                placements=[Shard(0)]
+            )
             here = choice.chunk(self.tp.size())[self.tp.get_local_rank()]
             out = DTensor.from_local(self._dispatched(spread.to_local(), here), self.tp, [Shard(0)])
             out = out.redistribute(placements=[Replicate()]).to_local()
@@ -144,7 +146,9 @@ def dense_blocks() -> list[nn.Module]:
 
 def stage_of(model: Model, index: int, num_stages: int) -> Model:
     part = copy.deepcopy(model)
-    names = list(model.blocks)[index * len(model.blocks) // num_stages : (index + 1) * len(model.blocks) // num_stages]
+    names = list(model.blocks)[
+        index * len(model.blocks) // num_stages : (index + 1) * len(model.blocks) // num_stages
+    ]
     part.blocks = nn.ModuleDict({name: part.blocks[name] for name in names})
     part.embed = part.embed if index == 0 else None
     part.head = part.head if index == num_stages - 1 else None
@@ -153,7 +157,10 @@ def stage_of(model: Model, index: int, num_stages: int) -> Model:
 
 def tensor_parallel(model: Model, tp: DeviceMesh) -> Model:
     """Column and row parallel, embedding and head by vocabulary; norms, routers and experts stay as they are."""
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    plan = {
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
     plan = {name: style for name, style in plan.items() if getattr(model, name) is not None}
     columns, rows = ("up", "q", "k", "v"), ("down", "out")
     for name, block in model.blocks.items():
@@ -217,8 +224,14 @@ def check_clip(
         # Other ranks may have a gradient where this one has None: all of them must join in `full_tensor`.
         grad = p.grad if p.grad is not None else torch.zeros_like(p)
         found = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        want = part_of(name, wholes[name]) * (limit / expected) if name in wholes else torch.zeros_like(found)
-        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        want = (
+            part_of(name, wholes[name]) * (limit / expected)
+            if name in wholes
+            else torch.zeros_like(found)
+        )
+        torch.testing.assert_close(
+            found, want, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
         if name in before:
             local(p.grad).copy_(before[name])
 

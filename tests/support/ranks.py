@@ -63,7 +63,9 @@ class Ranks:
         if failed or silent:
             self.stop()  # the ranks may wait in different collectives: a new pool for the next test
             texts = [f"--- rank {rank} ---\n{text}" for rank, text in sorted(failed.items())]
-            raise RankError("\n".join([f"{function.__name__}: no answer from ranks {silent}", *texts]))
+            raise RankError(
+                "\n".join([f"{function.__name__}: no answer from ranks {silent}", *texts])
+            )
         return [answers[rank][1] for rank in range(self.size)]
 
     def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
@@ -141,7 +143,11 @@ def mesh(shape: tuple[int, ...], axes: tuple[str, ...], device: str = "cpu") -> 
 
 
 def device_of(rank_device: str) -> torch.device:
-    return torch.device(rank_device, torch.cuda.current_device()) if rank_device == "cuda" else torch.device("cpu")
+    return (
+        torch.device(rank_device, torch.cuda.current_device())
+        if rank_device == "cuda"
+        else torch.device("cpu")
+    )
 
 
 def same_bits_everywhere(scalar: Tensor) -> bool:

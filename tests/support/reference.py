@@ -22,7 +22,9 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     return largest * (elements / largest).pow(norm_type).sum() ** (1 / norm_type)
 
 
-def clip_norm(grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0, eps: float = 0.0) -> list[Tensor]:
+def clip_norm(
+    grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0, eps: float = 0.0
+) -> list[Tensor]:
     factor = (max_norm / (total_norm(grads, norm_type) + eps)).clamp(max=1).item()
     return [g * factor if g.is_complex() else g.double() * factor for g in grads]
 
@@ -34,12 +36,16 @@ def clip_by_norm(tensor: Tensor, clip_norm: float, axes: Sequence[int] | None = 
     return wide * (clip_norm / norms).nan_to_num(nan=1.0).clamp(max=1)
 
 
-def clip_tensor_norm(grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> list[Tensor]:
+def clip_tensor_norm(
+    grads: Sequence[Tensor], max_norm: float, norm_type: float = 2.0
+) -> list[Tensor]:
     return [clip_norm([g], max_norm, norm_type)[0] for g in grads]
 
 
 def clip_block_rms(grads: Sequence[Tensor], threshold: float) -> list[Tensor]:
-    return [g.double() * (threshold / g.double().square().mean().sqrt()).clamp(max=1) for g in grads]
+    return [
+        g.double() * (threshold / g.double().square().mean().sqrt()).clamp(max=1) for g in grads
+    ]
 
 
 def clip_value(grads: Sequence[Tensor], bound: float) -> list[Tensor]:
@@ -49,11 +55,20 @@ def clip_value(grads: Sequence[Tensor], bound: float) -> list[Tensor]:
 def units(tensor: Tensor, unit_dim: int = 0) -> Tensor:
     """One row a unit. optax (units on the last dim) takes a tensor with one dim longer than 1 as a single unit."""
     single = tensor.ndim <= 1 or (unit_dim == -1 and tensor.squeeze().ndim <= 1)
-    return tensor.double().reshape(1, -1) if single else tensor.double().movedim(unit_dim, 0).flatten(1)
+    return (
+        tensor.double().reshape(1, -1)
+        if single
+        else tensor.double().movedim(unit_dim, 0).flatten(1)
+    )
 
 
 def agc(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], clip_factor: float, eps=1e-3, unit_dim=0, norm_type=2.0
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    clip_factor: float,
+    eps=1e-3,
+    unit_dim=0,
+    norm_type=2.0,
 ) -> list[Tensor]:
     clipped = []
     for weight, grad in zip(weights, grads, strict=True):
@@ -66,26 +81,37 @@ def agc(
 
 def autoclip(norms: Sequence[float], percentile: float, history: int) -> list[float]:
     seen = [norms[max(0, t + 1 - history) : t + 1] for t in range(len(norms))]
-    return [min(norm, np.percentile(past, percentile)) for norm, past in zip(norms, seen, strict=True)]
+    return [
+        min(norm, np.percentile(past, percentile)) for norm, past in zip(norms, seen, strict=True)
+    ]
 
 
-def zclip(norms: Sequence[float], z_thresh: float, alpha: float, warmup_steps: int, max_norm: float) -> list[float]:
+def zclip(
+    norms: Sequence[float], z_thresh: float, alpha: float, warmup_steps: int, max_norm: float
+) -> list[float]:
     mean, var = np.mean(norms[:warmup_steps]), np.var(norms[:warmup_steps])
     clipped = [min(norm, max_norm) for norm in norms[:warmup_steps]]
     for norm in norms[warmup_steps:]:
         spike = norm - mean > z_thresh * math.sqrt(var)
         accepted = mean + z_thresh**2 * var / (norm - mean) if spike else norm
-        mean, var = (m := alpha * mean + (1 - alpha) * accepted), alpha * var + (1 - alpha) * (accepted - m) ** 2
+        mean, var = (
+            (m := alpha * mean + (1 - alpha) * accepted),
+            alpha * var + (1 - alpha) * (accepted - m) ** 2,
+        )
         clipped.append(min(accepted, max_norm))
     return clipped
 
 
-def adagc(steps: Sequence[Sequence[float]], ratio: float, max_norm: float, beta: float, warmup_steps: int) -> Tensor:
+def adagc(
+    steps: Sequence[Sequence[float]], ratio: float, max_norm: float, beta: float, warmup_steps: int
+) -> Tensor:
     gamma, clipped = torch.full((len(steps[0]),), math.inf, dtype=torch.float64), []
     for t, norms in enumerate(torch.tensor(steps, dtype=torch.float64)):
         early = gamma.isinf() | (t < warmup_steps)
         scale = min(1.0, max_norm / max(norms.norm().item(), 1e-300))
         clipped.append(torch.where(early, norms * scale, norms.minimum(ratio * gamma)))
-        after = torch.where(early, gamma.minimum(clipped[-1]), beta * gamma + (1 - beta) * clipped[-1])
+        after = torch.where(
+            early, gamma.minimum(clipped[-1]), beta * gamma + (1 - beta) * clipped[-1]
+        )
         gamma = torch.where(norms > 0, after, gamma)
     return torch.stack(clipped)

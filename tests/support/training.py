@@ -24,7 +24,9 @@ def make_model(device: str = "cpu") -> nn.Module:
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
-    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()))
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(
+        next(model.parameters())
+    )
     return (10 * model(x) - 5).square().mean()
 
 
@@ -37,7 +39,12 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def train(
-    way: str, make: Make, scaler: GradScaler, steps: int = 4, overflows: tuple[int, ...] = (), **options: object
+    way: str,
+    make: Make,
+    scaler: GradScaler,
+    steps: int = 4,
+    overflows: tuple[int, ...] = (),
+    **options: object,
 ) -> tuple[nn.Module, Optimizer, list[distclip.Report]]:
     """`way`: clip_, step or attach; `overflows`: the steps at which a gradient is infinite."""
     model = make_model()

@@ -81,7 +81,9 @@ def _ddp(model: nn.Module, device: str) -> nn.Module:
 
 def _fsdp1(strategy: str, originals: bool, nested: tuple[str, ...] = ()) -> Wrap:
     def wrap(model: nn.Module, device: str) -> nn.Module:
-        unit = functools.partial(FullyShardedDataParallel, use_orig_params=originals, device_id=device_of(device))
+        unit = functools.partial(
+            FullyShardedDataParallel, use_orig_params=originals, device_id=device_of(device)
+        )
         for index, inner in enumerate(nested):
             model.blocks[index] = unit(model.blocks[index], **_fsdp1_kind(inner, device))
         return unit(model, **_fsdp1_kind(strategy, device))
@@ -98,7 +100,9 @@ def _fsdp1_kind(strategy: str, device: str) -> dict[str, object]:
 
 def _fsdp1_last_rank_holds_nothing(model: nn.Module, device: str) -> nn.Module:
     """The head is a unit of 21 elements with 24 after padding; its bias lies on the last ranks alone."""
-    model.head = FullyShardedDataParallel(model.head, use_orig_params=True, device_id=device_of(device))
+    model.head = FullyShardedDataParallel(
+        model.head, use_orig_params=True, device_id=device_of(device)
+    )
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=device_of(device))
 
 
@@ -149,10 +153,21 @@ def _kinds() -> dict[str, tuple[Wrap, int]]:
     ):
         name = f"fsdp1 {strategy} {'original' if originals else 'flat'}"
         kinds[name] = (_fsdp1(strategy, originals), 4)
-    kinds["fsdp1 nested, mixed, flat"] = (_fsdp1("FULL_SHARD", False, ("NO_SHARD", "SHARD_GRAD_OP")), 4)
-    kinds["fsdp1 nested, mixed, original"] = (_fsdp1("FULL_SHARD", True, ("HYBRID_SHARD", "NO_SHARD")), 4)
+    kinds["fsdp1 nested, mixed, flat"] = (
+        _fsdp1("FULL_SHARD", False, ("NO_SHARD", "SHARD_GRAD_OP")),
+        4,
+    )
+    kinds["fsdp1 nested, mixed, original"] = (
+        _fsdp1("FULL_SHARD", True, ("HYBRID_SHARD", "NO_SHARD")),
+        4,
+    )
     kinds["fsdp1 empty shards"] = (_fsdp1_last_rank_holds_nothing, 4)
-    kinds |= {"fsdp2": (_fsdp2, 4), "hsdp": (_hsdp, 4), "tp": (_tp, 1), "fsdp2 x tp": (_fsdp2_tp, 2)}
+    kinds |= {
+        "fsdp2": (_fsdp2, 4),
+        "hsdp": (_hsdp, 4),
+        "tp": (_tp, 1),
+        "fsdp2 x tp": (_fsdp2_tp, 2),
+    }
     return kinds
 
 

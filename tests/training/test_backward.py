@@ -63,7 +63,9 @@ def make(kind: str, device: str = "cpu") -> nn.Module:
 # In one process
 
 
-def model_and_clipper(policy: Any = POLICIES["2"], **options: Any) -> tuple[Model, distclip.Clipper]:
+def model_and_clipper(
+    policy: Any = POLICIES["2"], **options: Any
+) -> tuple[Model, distclip.Clipper]:
     model = make_model()
     return model, distclip.Clipper(model, policy, overlap=True, **options)
 
@@ -165,7 +167,9 @@ CHANGES = [
 
 @pytest.mark.parametrize("policy", ["2", "inf", "tensor", "unit"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changed_after_it_was_measured_is_measured_again(change: Callable[[nn.Module], None], policy: str) -> None:
+def test_what_changed_after_it_was_measured_is_measured_again(
+    change: Callable[[nn.Module], None], policy: str
+) -> None:
     model, clipper = model_and_clipper(POLICIES[policy])
     for _ in range(2):
         backward(model, batches(1)[0])
@@ -193,7 +197,7 @@ def test_a_parameter_without_gradient_in_the_next_step() -> None:
 def test_a_bucket_that_was_reduced_but_never_written() -> None:
     model, clipper = model_and_clipper()
     backward(model, batches(1)[0])
-    clipper._early.reduced(model.head.weight, torch.full_like(model.head.weight, 100.0))
+    clipper._backward.reduced(model.head.weight, torch.full_like(model.head.weight, 100.0))
     norm = reference.total_norm(gradients(model))
     torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
@@ -215,7 +219,9 @@ def test_a_second_call_measures_what_the_first_has_left() -> None:
     backward(model, batches(1)[0])
     assert clipper.clip_().clipped
     again = clipper.clip_()
-    torch.testing.assert_close(again.total_norm.double(), reference.total_norm(gradients(model)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        again.total_norm.double(), reference.total_norm(gradients(model)), rtol=1e-6, atol=0
+    )
 
 
 def test_nan_is_found_and_named() -> None:
@@ -310,7 +316,9 @@ def clips_as_without(kind: str, policy: str, device: str) -> None:
         clipper = distclip.Clipper(model, POLICIES[policy], overlap=overlap)
         for _ in range(2):
             model.zero_grad()
-            backward(model, batches(1)[0] if kind not in ("tp", "fsdp2 x tp") else tokens_of_all_ranks())
+            backward(
+                model, batches(1)[0] if kind not in ("tp", "fsdp2 x tp") else tokens_of_all_ranks()
+            )
             report = clipper.clip_()
         assert report.clipped
         results.append((report.total_norm, gradients(model)))
@@ -327,7 +335,11 @@ def test_every_wrapper_clips_as_without(four_ranks: Ranks, kind: str, policy: st
 
 
 def ddp_variants() -> None:
-    for options in ({"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"bucket_cap_mb": 0.0001}):
+    for options in (
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"bucket_cap_mb": 0.0001},
+    ):
         model = make_model()
         model.unused = nn.Linear(3, 3)
         for param in model.unused.parameters():
@@ -358,7 +370,9 @@ class TwoHeads(nn.Module):
 
 def an_unused_head_keeps_its_gradient(view: bool) -> None:
     torch.manual_seed(0)
-    wrapped = DistributedDataParallel(TwoHeads(), find_unused_parameters=True, gradient_as_bucket_view=view)
+    wrapped = DistributedDataParallel(
+        TwoHeads(), find_unused_parameters=True, gradient_as_bucket_view=view
+    )
     clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.1), overlap=True)
     assert not any(p._post_accumulate_grad_hooks for p in wrapped.parameters())
     for _ in range(2):

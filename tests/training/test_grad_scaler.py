@@ -75,7 +75,9 @@ def test_calling_twice_and_after_unscale() -> None:
         clipper = clipper_of(model)
         if first == "clip_":
             assert clipper.clip_(optimizer, scaler=scaler).clipped
-            assert math.isclose(clipper.clip_(optimizer, scaler=scaler).total_norm, MAX_NORM, rel_tol=1e-6)
+            assert math.isclose(
+                clipper.clip_(optimizer, scaler=scaler).total_norm, MAX_NORM, rel_tol=1e-6
+            )
         else:
             scaler.unscale_(optimizer)
             assert clipper.clip_(optimizer, scaler=scaler).clipped
@@ -134,7 +136,9 @@ def test_several_optimizers_under_one_scaler(fused: bool) -> None:
                 scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == (512 if overflow else 1024)
-        moved = [not torch.equal(weights(part), was) for part, was in zip(parts, before, strict=True)]
+        moved = [
+            not torch.equal(weights(part), was) for part, was in zip(parts, before, strict=True)
+        ]
         assert moved == [not overflow, not (overflow and shared)]
 
 
@@ -158,8 +162,14 @@ def test_overflow_under_each_rule_is_the_scalers(rule: str) -> None:
             model[0].weight.grad[0, 0] = math.inf
             before = weights(model)
             attached = clipper.attach(optimizer, scaler) if way == "attach" else None
-            raises = rule == "raise" and (fused or attached is None)  # else the scaler skips before the hook
-            with pytest.raises(distclip.NonFiniteGradientError) if raises else contextlib.nullcontext():
+            raises = rule == "raise" and (
+                fused or attached is None
+            )  # else the scaler skips before the hook
+            with (
+                pytest.raises(distclip.NonFiniteGradientError)
+                if raises
+                else contextlib.nullcontext()
+            ):
                 clipper.step(optimizer, scaler) if way == "step" else None
                 clipper.clip_(optimizer, scaler=scaler) if way == "clip_" else None
                 scaler.step(optimizer) if way != "step" else None
@@ -191,7 +201,11 @@ def skips_and_halves_everywhere(layout: str, sharded_scaler: bool) -> None:
             if way == "unscale_":
                 scaler.unscale_(optimizer)
             with CommDebugMode() as comms:
-                report = clipper.step(optimizer, scaler) if way == "step" else clipper.clip_(optimizer, scaler)
+                report = (
+                    clipper.step(optimizer, scaler)
+                    if way == "step"
+                    else clipper.clip_(optimizer, scaler)
+                )
             if overflow:
                 assert comms.get_total_counts() == 1
             if way != "step":
@@ -206,12 +220,18 @@ def skips_and_halves_everywhere(layout: str, sharded_scaler: bool) -> None:
         if way == "clip_" and not options:
             clipped = reference.clip_norm(wholes, MAX_NORM)
             for param, expected in zip(params, clipped, strict=True):
-                torch.testing.assert_close(-10 * whole(param.detach()).double(), expected, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(
+                    -10 * whole(param.detach()).double(), expected, rtol=1e-5, atol=1e-7
+                )
 
 
 @pytest.mark.parametrize("sharded_scaler", [False, True], ids=["GradScaler", "ShardedGradScaler"])
-@pytest.mark.parametrize("layout", [*(name for name in LAYOUTS if name not in UNSHARDED), "pipeline"])
-def test_overflow_on_one_rank_skips_and_halves_everywhere(four_ranks: Ranks, layout: str, sharded_scaler: bool) -> None:
+@pytest.mark.parametrize(
+    "layout", [*(name for name in LAYOUTS if name not in UNSHARDED), "pipeline"]
+)
+def test_overflow_on_one_rank_skips_and_halves_everywhere(
+    four_ranks: Ranks, layout: str, sharded_scaler: bool
+) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(skips_and_halves_everywhere, layout, sharded_scaler)
 
@@ -238,7 +258,9 @@ def test_attached_with_the_scaler(four_ranks: Ranks) -> None:
     four_ranks.run(attached_with_the_scaler_all_ranks_skip)
 
 
-def check_against_the_whole_model(model: nn.Module, report: distclip.Report, max_norm: float, rtol: float) -> None:
+def check_against_the_whole_model(
+    model: nn.Module, report: distclip.Report, max_norm: float, rtol: float
+) -> None:
     expected = reference.total_norm(wrapped.whole_gradients())
     torch.testing.assert_close(report.total_norm.double(), expected, rtol=rtol, atol=0)
     assert report.clipped
@@ -250,7 +272,9 @@ def check_against_the_whole_model(model: nn.Module, report: distclip.Report, max
 
 def fp16_gradients(device: str) -> None:
     """FSDP1 keeps them in fp16: scaled by 64 their norm passes what unscaled fp16 gradients would hold, or not."""
-    mixed = MixedPrecision(param_dtype=torch.float16, reduce_dtype=torch.float16, keep_low_precision_grads=True)
+    mixed = MixedPrecision(
+        param_dtype=torch.float16, reduce_dtype=torch.float16, keep_low_precision_grads=True
+    )
     kwargs = {"use_orig_params": False, "mixed_precision": mixed, "device_id": torch.device("cpu")}
     for overflow in (False, True):
         model = FullyShardedDataParallel(wrapped.make_model(device), **kwargs)
@@ -269,7 +293,9 @@ def fp16_gradients(device: str) -> None:
         assert report.finite != overflow
         if overflow:
             before = param.detach().clone()
-            scaler.step(optimizer)  # skips: an fp32 step with fp16 gradients is the user's to prepare
+            scaler.step(
+                optimizer
+            )  # skips: an fp32 step with fp16 gradients is the user's to prepare
             assert torch.equal(before, param)
             scaler.update()
             assert scaler.get_scale() == 8

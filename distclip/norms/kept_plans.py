@@ -1,0 +1,74 @@
+"""Kept plans, for functions without an object: making a plan takes longer than clipping."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from distclip.norms.plan import Plan
+
+_MAX_PLANS = (
+    16  # per mesh; a trainer with a generator, a discriminator and some norm types has fewer
+)
+
+
+class _Entry(NamedTuple):
+    plan: Plan
+    # Keys hold the ids of layouts: an id may be another object's once the layout is gone.
+    layouts: list[weakref.ref[Any]]
+
+    @property
+    def is_valid(self) -> bool:
+        return all(ref() is not None for ref in self.layouts)
+
+
+@dataclass
+class PlanCache:
+    """The plans made last. No plan or key keeps a mesh, a layout or a parameter alive."""
+
+    _entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: Hashable) -> Plan | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or not entry.is_valid:
+                return None
+            self._entries.move_to_end(key)
+            return entry.plan
+
+    def put(self, key: Hashable, plan: Plan, layouts: Sequence[object]) -> None:
+        refs = [weakref.ref(layout) for layout in {id(each): each for each in layouts}.values()]
+        entry = _Entry(plan.without_params(), refs)
+        with self._lock:
+            self._entries[key] = entry
+            self._entries.move_to_end(key)
+            while len(self._entries) > _MAX_PLANS:
+                self._entries.popitem(last=False)
+
+
+_without_mesh = PlanCache()  # these plans reduce nothing: they hold no process group
+
+
+def plans_of(mesh: object | None) -> PlanCache:
+    """The plans that belong to a mesh, kept on the mesh itself: both go together.
+
+    A plan holds ranks and a process group, and not the mesh, so no cycle keeps the mesh alive.
+    """
+    if mesh is None:
+        return _without_mesh
+    cache = vars(mesh).setdefault("_distclip_plans", PlanCache())
+    assert isinstance(cache, PlanCache)
+    return cache
+
+
+def world_id() -> int | None:
+    """Tells the default process group from one that was made after it was destroyed."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return id(dist.group.WORLD) if initialized else None

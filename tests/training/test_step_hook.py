@@ -1,0 +1,166 @@
+"""What `attach` leaves of an optimizer's step, whatever wraps it and whatever raises in it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import StepLR
+
+from distclip import AutoClip, ClipNorm, Clipper
+
+LR = 0.1
+
+
+def with_gradients(value: float = 3.0) -> nn.Linear:
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data.zero_()
+    model.weight.grad = torch.full_like(model.weight, value)  # the norm is twice the value
+    return model
+
+
+def assert_stepped_once_clipped(model: nn.Linear) -> None:
+    torch.testing.assert_close(model.weight.norm(), torch.tensor(LR))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("first", ["scheduler", "attach"])
+def test_schedulers_before_and_after(fused: bool, first: str) -> None:
+    """A scheduler puts a step of its own in the place of the optimizer's, and warns where another did."""
+    model = with_gradients()
+    optimizer = SGD(model.parameters(), lr=LR, fused=fused)
+    if first == "scheduler":
+        scheduler = StepLR(optimizer, 1)
+        attached = Clipper(model).attach(optimizer)
+    else:
+        attached = Clipper(model).attach(optimizer)
+        scheduler = StepLR(optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        scheduler.step()
+    assert_stepped_once_clipped(model)
+    assert attached.report.clipped
+    attached.remove()
+    model.weight.grad = torch.ones_like(model.weight)
+    before = model.weight.clone()
+    optimizer.step()
+    torch.testing.assert_close(before - model.weight, torch.full((1, 4), LR * 0.1))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_removed_the_optimizer_is_as_it_was(fused: bool) -> None:
+    model = with_gradients()
+    optimizer = SGD(model.parameters(), lr=LR, fused=fused)
+    before = dict(vars(optimizer))
+    attached = Clipper(model).attach(optimizer)
+    optimizer.step()
+    attached.remove()
+    attached.remove()  # once more does nothing
+    assert vars(optimizer).keys() == before.keys()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_removed_in_any_order() -> None:
+    model = with_gradients()
+    optimizer = SGD(model.parameters(), lr=LR)
+    first, second = Clipper(model).attach(optimizer), Clipper(model).attach(optimizer)
+    first.remove()
+    optimizer.step()
+    assert_stepped_once_clipped(model)
+    assert first.report is None
+    assert second.report.clipped
+
+
+class RaisesOnce(Optimizer):
+    """A step that fails after torch's hooks ran."""
+
+    fails = True
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            self.fails = False
+            raise ZeroDivisionError
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan])
+@pytest.mark.parametrize("replaced", [False, True], ids=["", "another step in the wrapper's place"])
+def test_a_step_that_raises_leaves_nothing(value: float, replaced: bool) -> None:
+    model = with_gradients(value)
+    optimizer = RaisesOnce(model.parameters(), lr=LR)
+    clipper = Clipper(model, AutoClip() & ClipNorm(1.0), on_nonfinite="skip")
+    original = optimizer.step
+    attached = clipper.attach(optimizer)
+    if replaced:
+        optimizer.step = original
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    if not replaced:
+        assert model.weight.grad is not None
+    model.weight.grad = torch.full_like(model.weight, 3.0)
+    optimizer.step()
+    assert_stepped_once_clipped(model)
+    assert attached.report.clipped
+    (state,) = clipper.state_dict()["groups"]["all"].values()
+    assert int(state["first"]["num_steps"]) == (2 if math.isfinite(value) else 1)
+
+
+def test_a_fused_step_that_raises_leaves_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_gradients()
+    optimizer = SGD(model.parameters(), lr=LR, fused=True)
+    Clipper(model).attach(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["torch.optim.sgd"], "sgd", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    assert {"grad_scale", "found_inf"}.isdisjoint(vars(optimizer))
+
+
+def accelerates_step(optimizer: Optimizer, scaler: GradScaler, original: Any) -> None:
+    """As accelerate's AcceleratedOptimizer under a scaler: its own step before, the first one after."""
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    optimizer.step = patched
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.step = original
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_framework_that_puts_back_the_step_it_found(make: Any, when: str) -> None:
+    """`attach` before accelerate's `prepare`, or after it."""
+    model = with_gradients(3.0 * 16)
+    optimizer = make(model.parameters(), lr=LR, fused=True)
+    scaler = GradScaler("cpu", init_scale=16.0)
+    scaler.scale(torch.zeros(()))
+    clipper = Clipper(model, AutoClip() & ClipNorm(1.0))
+    original = optimizer.step
+    attached = clipper.attach(optimizer)
+    if when == "before":
+        original = optimizer.step
+    for steps in (1, 2):
+        model.weight.grad = torch.full_like(model.weight, 3.0 * 16)
+        accelerates_step(optimizer, scaler, original)
+        torch.testing.assert_close(attached.report.total_norm, torch.tensor(6.0))
+        (state,) = clipper.state_dict()["groups"]["all"].values()
+        assert int(state["first"]["num_steps"]) == steps
+        if make is SGD:
+            torch.testing.assert_close(model.weight.norm(), torch.tensor(LR * steps))
