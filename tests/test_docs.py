@@ -66,7 +66,11 @@ def parametrize(language: str) -> pytest.MarkDecorator:
 
 
 def run_block(block: Block, folder: Path) -> Run:
-    """Starts the processes from one that has imported torch already: a fork instead of seconds."""
+    """Starts the processes from one that has imported torch already: a fork instead of seconds.
+
+    They leave by `os._exit`. A script of its own would now and then abort while Python ends, as
+    docs/troubleshooting.md says of a DeviceMesh that outlives `destroy_process_group`.
+    """
     (folder / "block.py").write_text(block.code)
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -132,6 +136,11 @@ def module_exists(name: str) -> bool:
         return False
 
 
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def text_of_errors() -> str:
     """Every string in the source of distclip, with an ellipsis for what is filled in."""
     lines: list[str] = []
@@ -157,9 +166,11 @@ def test_bash_block_names_what_exists(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_links_lead_to_files(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert not [target for target in targets if not (page.parent / target).exists()]
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text())
+    targets = [(page.parent / file if file else page, heading) for file, heading in links]
+    assert not [str(file) for file, _ in targets if not file.exists()]
+    assert not [heading for file, heading in targets if heading and heading not in anchors(file)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
