@@ -19,7 +19,8 @@ from distclip.parameters import Parameters, ParamGroups
 from distclip.policies import ClipNorm, Policy, Scope
 from distclip.policies import state_dict as state
 from distclip.report import Report
-from distclip.sharding.layout import Layouts, read_layouts
+from distclip.sharding.layout import LayoutFunction as Layouts
+from distclip.sharding.read import read_layouts
 from distclip.sharding.local_tensors import local_gradients
 from distclip.step import Decision, decide, kept, report_of, write_
 from distclip.training import fused, optimizers

@@ -53,7 +53,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     wide = local.to(torch.promote_types(local.dtype, torch.float64))
     squares = wide.abs().square()
     sums = squares.sum(dims, keepdim=True) if dims else squares  # torch takes no dims for all dims
-    reduce.sum_(sums, gradients.groups_cutting(t, dims))
+    reduce.sum_(sums, gradients.groups_sharding(t, dims))
     local.copy_(wide * _coefficient(sums.sqrt(), clip_norm))
     return clipped
 

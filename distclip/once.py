@@ -19,7 +19,7 @@ from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import Parameters, named_tensors
 from distclip.policies import EmptyState, NormContext, Policy, check_not_negative
 from distclip.policies import state_dict as state
-from distclip.sharding.layout import read_layouts
+from distclip.sharding.read import read_layouts
 from distclip.sharding.local_tensors import layout_cache_key, local_gradient, local_gradients, local_values
 from distclip.step import decide, norms, write_
 

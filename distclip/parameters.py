@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distclip.errors import LayoutError
 from distclip.policies import Policy
-from distclip.sharding.dtensor import named_parameters
+from distclip.sharding.read import named_parameters
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distclip.errors import LayoutError
 from distclip.policies import Policy, Scope
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.shard import BlockShard, ParamShard, View
+from distclip.sharding.shard import BlockShard, ParamShard, UnitView as View
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Span:
 
     def views(self, values: Tensor) -> Iterator[View]:
         """The pieces of a parameter's values in which units lie along one dim, and where their norms begin."""
-        for piece, dim, unit in self.part.piece.views(values, self.dim):
+        for piece, dim, unit in self.part.shard.unit_views(values, self.dim):
             yield piece, dim, self.base + unit - self.first
 
 
@@ -101,15 +101,15 @@ def make_units(members: Sequence[LocalParam], policy: Policy[Any], device: torch
     spans: list[Span] = []
     num = num_slots = 0
     for place, held in enumerate(members):
-        for part in held.parts:
+        for part in held.shards:
             dim = _unit_dim(part, policy)
-            first, count = part.piece.span(dim)
+            first, count = part.shard.unit_range(dim)
             spans.append(Span(place, part, dim, num, first, count))
             num += count
     cut: list[int] = []
     slots: list[int] = []
     for span in spans:
-        travelling = span.part.piece.cut_units(span.dim)
+        travelling = span.part.shard.cut_units(span.dim)
         here = [(i, unit) for i, unit in enumerate(travelling) if span.first <= unit < span.first + span.count]
         cut += [span.base + unit - span.first for _, unit in here]
         slots += [num_slots + i for i, _ in here]
@@ -133,32 +133,32 @@ def make_units(members: Sequence[LocalParam], policy: Policy[Any], device: torch
 
 
 def _num_units(span: Span) -> int:
-    return 1 if span.dim is None else max(1, span.part.shape[span.dim])
+    return 1 if span.dim is None else max(1, span.part.global_shape[span.dim])
 
 
 def _unit_dim(part: ParamShard, policy: Policy[Any]) -> int | None:
-    if policy.scope is Scope.TENSOR or len(part.shape) < 2:
+    if policy.scope is Scope.TENSOR or len(part.global_shape) < 2:
         return None
-    if isinstance(part.piece, BlockShard) and part.piece.cut is None:
+    if isinstance(part.shard, BlockShard) and part.shard.sharded_dims is None:
         raise LayoutError(
             f"cannot clip the units of {part.name!r}: its layout is declared by axes, which do not tell along which "
             f"dim its shards lie, so that a unit may be whole on this rank or cut. Make it a DTensor, whose placements "
             f"tell it, or give it a policy of another scope."
         )
     dim = getattr(policy, "unit_dim", 0)
-    if dim == -1 and sum(size > 1 for size in part.shape) <= 1:
+    if dim == -1 and sum(size > 1 for size in part.global_shape) <= 1:
         return None  # optax takes such a tensor for a vector
-    return dim % len(part.shape)
+    return dim % len(part.global_shape)
 
 
 def _excluded(members: Sequence[LocalParam], exclude: Sequence[Any]) -> set[str]:
     """The names that `exclude` leaves out: patterns of names, names of modules, or modules."""
-    names = {part.name for held in members for part in held.parts}
+    names = {part.name for held in members for part in held.shards}
     left_out: set[str] = set()
     for wanted in exclude:
         if isinstance(wanted, nn.Module):
             inside = {id(param) for param in wanted.parameters()}
-            found = {part.name for held in members if id(held.param) in inside for part in held.parts}
+            found = {part.name for held in members if id(held.param) in inside for part in held.shards}
         else:
             found = {n for n in names if fnmatchcase(n, wanted) or n.startswith(f"{wanted}.")}
         if not found:

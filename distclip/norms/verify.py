@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distclip.errors import LayoutError
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.mesh import numbers, world_group
+from distclip.sharding.mesh import rank_list as numbers, world_group
 
 if TYPE_CHECKING:
     from distclip.norms.plan import Plan
@@ -192,8 +192,8 @@ def _mesh(plan: Plan) -> str:
     if plan.reduce_mesh is None:
         return "nothing sharded"
     team, ranks = plan.reduce_mesh, numbers(plan.reduce_mesh.ranks)
-    if not team.given:  # ranks apart on a distinct axis may find meshes that differ in other axes
-        lines = {axis: team.line(axis) for axis in sorted(team.distinct)}
+    if not team.from_user:  # ranks apart on a distinct axis may find meshes that differ in other axes
+        lines = {axis: team.ranks_along(axis) for axis in sorted(team.distinct)}
         apart = {axis: (len(line), line[-1] - line[0]) for axis, line in lines.items()}
         return f"{len(ranks)} ranks from {ranks[0]} (digest {_digest(str(sorted(ranks))):x}), distinct axes {apart}"
     axes = " x ".join(f"{axis}={team.size(axis)}" for axis in team.axes)
