@@ -7,7 +7,7 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _torch = cast(Any, torch)
@@ -24,6 +25,25 @@ _torch = cast(Any, torch)
 local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 # DTensor.device_mesh and .placements have to be compared; thousands of tensors share one spec.
 dtensor_spec: Callable[[Tensor], Any] = attrgetter("_spec")
+def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Tensor | None:
+    """The local tensor of a gradient that shares one spec with its parameter, as FSDP2 makes it.
+
+    None if it does not, if it is `Partial`, or if a collective has yet to make its values. The two
+    getters above, called for 2,000 gradients, would take 10 % more time than all of this.
+
+    Args:
+        resolved: the ids of specs without `Partial`, found so far; many parameters share one.
+    """
+    if type(grad) is type(param) is DTensor and (spec := grad._spec) is param._spec:
+        if id(spec) not in resolved:
+            if any(placement.is_partial() for placement in spec.placements):
+                return None
+            resolved.add(id(spec))
+        if type(local := grad._local_tensor) is Tensor:
+            return local
+    return None
+
+
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
 # torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.
@@ -52,6 +72,16 @@ def scaler_state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
 def root_mesh(mesh: Any) -> Any:
     """The DeviceMesh that `mesh` was sliced from; a slice has no public way to it."""
     return mesh._get_root_mesh()
+
+
+def local_shape_and_offset(
+    shape: Sequence[int], mesh: Any, placements: Sequence[Any]
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Shape and offset of this rank's block of a DTensor; nothing public has the offset."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    with torch.device("cpu"):  # it computes with tensors of the default device
+        return compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
 
 
 def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import LayoutError
+from distclip.torch_private import root_mesh
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReduceMesh:
     """All ranks that share one total norm, as this rank sees them.
+
+    It keeps no DeviceMesh alive: only the ranks of one, and a process group.
 
     Attributes:
         ranks: global ranks, in the shape of the mesh.
@@ -25,8 +32,8 @@ class ReduceMesh:
         distinct: the axes whose ranks hold different parameters.
         group: the process group over all of `ranks`.
         device_type: where the group's collectives run.
-        given: by hand, so that it must be the same on all ranks; found meshes may differ between pipeline stages.
-        coordinate: where this rank stands, by axis.
+        from_user: the user passed the mesh, which must then be the same on all ranks. A mesh found
+            from parameters may differ between pipeline stages.
     """
 
     ranks: Tensor
@@ -34,147 +41,183 @@ class ReduceMesh:
     distinct: frozenset[str]
     group: dist.ProcessGroup
     device_type: str
-    given: bool = False
-    coordinate: dict[str, int] = field(init=False)
-    _places: Tensor = field(init=False)
-    # Thousands of parameters lie on a few sets of lines, and reading one takes 0.4 ms.
-    _moved: dict[tuple[tuple[int, ...], ...], set[str]] = field(
-        init=False, default_factory=dict[tuple[tuple[int, ...], ...], "set[str]"]
-    )
-
-    def __post_init__(self) -> None:
-        places = torch.full((int(self.ranks.max()) + 1,), -1, device="cpu")
-        places[self.ranks.flatten().long()] = torch.arange(self.ranks.numel(), device="cpu")
-        object.__setattr__(self, "_places", places)
-        here = [int(index) for index in self._coordinates([dist.get_rank()])]
-        object.__setattr__(self, "coordinate", dict(zip(self.axes, here, strict=True)))
+    from_user: bool = False
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], given: bool) -> ReduceMesh:
-        """The team on `mesh`, which contains this rank.
+    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], from_user: bool) -> ReduceMesh:
+        """The ranks of `mesh`, which contains this rank.
 
-        Collective: the making of a process group, once a mesh, if `mesh` has several axes and leaves out ranks.
+        Collective: if `mesh` has several axes and leaves out ranks of the world, its ranks make a
+            process group, once for each mesh.
         """
         axes = axis_names(mesh)
-        return cls(mesh.mesh, axes, frozenset(distinct) & set(axes), _group(mesh), mesh.device_type, given)
+        distinct = frozenset(distinct) & set(axes)
+        return cls(mesh.mesh, axes, distinct, _group_of(mesh), mesh.device_type, from_user)
 
     @classmethod
     def world(cls, device_type: str) -> ReduceMesh:
         """All ranks of the default process group, on one axis."""
-        return cls(
-            torch.arange(dist.get_world_size(), device="cpu"), ("world",), frozenset(), world_group(), device_type
-        )
+        ranks = torch.arange(dist.get_world_size(), device="cpu")
+        return cls(ranks, ("world",), frozenset(), world_group(), device_type)
+
+    @cached_property
+    def coordinate(self) -> dict[str, int]:
+        """The index of this rank on each axis."""
+        indices = self._indices_of([dist.get_rank()])
+        return {axis: int(index) for axis, index in zip(self.axes, indices, strict=True)}
 
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 
-    def line(self, axis: str) -> list[int]:
+    def ranks_along(self, axis: str) -> list[int]:
         """The ranks along `axis` through this one."""
-        place = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
-        return numbers(self.ranks[tuple(place)])
+        index = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
+        return rank_list(self.ranks[tuple(index)])
 
-    def axes_along(self, lines: Iterable[Sequence[int]], name: str) -> set[str]:
-        """The axes that `lines` move along, each line being the ranks on one axis of another mesh.
+    def axes_along(self, rank_lists: Iterable[Sequence[int]], name: str) -> frozenset[str]:
+        """The axes along which the ranks of some list differ.
+
+        Args:
+            rank_lists: for each axis of another mesh, the ranks along it.
+            name: the parameter that lies on that mesh, for the error.
 
         Raises:
-            LayoutError: the lines cover these axes in part.
+            LayoutError: the lists cover some ranks along these axes but not all.
         """
-        lines = tuple(tuple(line) for line in lines)
-        if (known := self._moved.get(lines)) is not None:
-            return known
-        moved: set[str] = set()
-        for line in lines:
-            found = zip(self.axes, self._coordinates(line), strict=True)
-            moved |= {axis for axis, index in found if bool((index != index[0]).any())}
-        covered, whole = prod(map(len, lines)), prod(map(self.size, moved))
+        key = tuple(tuple(ranks) for ranks in rank_lists)
+        if key not in self._axes_by_ranks:
+            self._axes_by_ranks[key] = self._find_axes_along(key, name)
+        return self._axes_by_ranks[key]
+
+    def _find_axes_along(self, rank_lists: Sequence[Sequence[int]], name: str) -> frozenset[str]:
+        found: set[str] = set()
+        for ranks in rank_lists:
+            indices = zip(self.axes, self._indices_of(ranks), strict=True)
+            found |= {axis for axis, index in indices if bool((index != index[0]).any())}
+        covered, whole = prod(map(len, rank_lists)), prod(map(self.size, found))
         if covered != whole:
             raise LayoutError(
-                f"cannot tell which ranks hold copies of {name!r}: it lies on {covered} of the {whole} ranks along the "
-                f"mesh axes {sorted(moved)}, and nothing says what the others hold. "
-                f"Pass `mesh=` with a DeviceMesh over all ranks that train together, one axis for each use of ranks."
+                f"cannot tell which ranks hold copies of {name!r}: it lies on {covered} of the "
+                f"{whole} ranks along the mesh axes {sorted(found)}, and nothing says what the "
+                f"others hold. Pass `mesh=` with a DeviceMesh over all ranks that train together, "
+                f"one axis for each use of ranks."
             )
-        self._moved[lines] = moved
-        return moved
+        return frozenset(found)
 
-    def _coordinates(self, ranks: Sequence[int]) -> tuple[Tensor, ...]:
-        asked = torch.tensor(ranks, device="cpu")
-        places = torch.where(asked < len(self._places), self._places[asked.clamp(max=len(self._places) - 1)], -1)
-        if bool((places < 0).any()):
+    @cached_property
+    def _axes_by_ranks(self) -> dict[tuple[tuple[int, ...], ...], frozenset[str]]:
+        """Results of `axes_along`: one takes 0.4 ms, and thousands of parameters need few."""
+        return {}
+
+    @cached_property
+    def _flat_index_by_rank(self) -> Tensor:
+        index = torch.full((int(self.ranks.max()) + 1,), -1, device="cpu")
+        index[self.ranks.flatten().long()] = torch.arange(self.ranks.numel(), device="cpu")
+        return index
+
+    def _indices_of(self, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+        """For each axis the indices of `ranks`."""
+        wanted, by_rank = torch.tensor(ranks, device="cpu"), self._flat_index_by_rank
+        last = len(by_rank) - 1
+        found = torch.where(wanted <= last, by_rank[wanted.clamp(max=last)], -1)
+        if bool((found < 0).any()):
             raise LayoutError(
-                f"cannot use the mesh with axes {list(self.axes)}: it holds the ranks {_listed(self.ranks)}, but a "
-                f"parameter lies on rank {int(asked[places < 0][0])} as well, whose elements would not be counted. "
+                f"cannot use the mesh with axes {list(self.axes)}: it holds the ranks "
+                f"{_listed(self.ranks)}, but a parameter lies on rank "
+                f"{int(wanted[found < 0][0])} as well, whose elements would not be counted. "
                 f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
             )
-        return torch.unravel_index(places, self.ranks.shape)
+        return torch.unravel_index(found, self.ranks.shape)
 
 
-def widest(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
-    """Of `meshes` and their roots: most ranks, then most axes, then the first."""
-    around = [root for root in map(_root, meshes) if root.get_coordinate() is not None]
-    return max((*around, *meshes), key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
+def widest_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
+    """Of `meshes` and their roots the one with most ranks, then with most axes, then the first."""
+    roots = [root for root in map(root_mesh, meshes) if root.get_coordinate() is not None]
+    return max((*roots, *meshes), key=lambda mesh: (mesh.size(), mesh.ndim), default=None)
 
 
 def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequence[str]) -> None:
-    """Raises LayoutError unless a mesh given by hand holds this rank and all those of the mesh found from parameters.
+    """Checks a user's mesh against the widest mesh found from the parameters.
 
-    A mesh over a part of the world is right only where the parameters lie on no wider one.
+    A mesh over a part of the world is right only where no parameter lies on a wider one.
+
+    Raises:
+        LayoutError: `mesh` lacks this rank, or ranks of `found`; `distinct` names no axis.
     """
     chosen = mesh if mesh is not None else found
     axes = axis_names(chosen) if chosen is not None else ()
     if unknown := sorted(set(distinct) - {"pp"} - set(axes)):
         raise LayoutError(
-            f"cannot read `distinct={tuple(distinct)}`: no mesh has an axis {unknown}, the axes are {list(axes)}, so "
-            f"that nothing would be distinct along it. Correct the name, or pass the `mesh=` that has it."
+            f"cannot read `distinct={tuple(distinct)}`: no mesh has an axis {unknown}, the axes "
+            f"are {list(axes)}, and nothing would be distinct along it. Correct the name, or pass "
+            f"the `mesh=` that has it."
         )
-    if mesh is not None and mesh.get_coordinate() is None:
-        raise LayoutError(
-            f"cannot use the mesh with axes {list(axes)}: this process is rank {dist.get_rank()}, but the mesh holds "
-            f"the ranks {_listed(mesh.mesh)}, so that this rank's gradients would not be counted. "
-            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
-        )
-    need = found.size() if found is not None else dist.get_world_size() if mesh is not None else 0
-    if mesh is not None and mesh.size() < need:
-        whose = f"the mesh of the parameters, {list(axis_names(found))}," if found is not None else "the world"
-        raise LayoutError(
-            f"cannot use the mesh with axes {list(axes)}: it holds the {mesh.size()} ranks {_listed(mesh.mesh)}, "
-            f"but {need} ranks may train together ({whose} has them), and what the others hold would not be counted. "
-            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
-        )
+    if mesh is not None:
+        _check_ranks(mesh, found)
 
 
-def numbers(ranks: Tensor) -> list[int]:
-    return cast("list[int]", ranks.flatten().tolist())
+def _check_ranks(mesh: DeviceMesh, found: DeviceMesh | None) -> None:
+    axes = list(axis_names(mesh))
+    if mesh.get_coordinate() is None:
+        raise LayoutError(
+            f"cannot use the mesh with axes {axes}: this process is rank {dist.get_rank()}, but "
+            f"the mesh holds the ranks {_listed(mesh.mesh)}, and this rank's gradients would not "
+            f"be counted. Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
+    needed = found.size() if found is not None else dist.get_world_size()
+    if mesh.size() < needed:
+        wider = "the world"
+        if found is not None:
+            wider = f"the mesh of the parameters, {list(axis_names(found))},"
+        raise LayoutError(
+            f"cannot use the mesh with axes {axes}: it holds the {mesh.size()} ranks "
+            f"{_listed(mesh.mesh)}, but {needed} ranks may train together ({wider} has them), and "
+            f"what the others hold would not be counted. "
+            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
 
 
 def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
     return tuple(mesh.mesh_dim_names or (f"axis{i}" for i in range(mesh.ndim)))
 
 
-def _root(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that `mesh` was sliced from."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return cast(Any, mesh)._get_root_mesh()
-    from torch.distributed import device_mesh
-
-    return cast(Any, device_mesh)._mesh_resources.get_root_mesh(mesh)  # can go with torch < 2.8
+def rank_list(ranks: Tensor) -> list[int]:
+    """The ranks of a tensor of any shape, in row-major order."""
+    return cast("list[int]", ranks.flatten().tolist())
 
 
 def world_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.group.WORLD)
 
 
-def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
+def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
+    """A small object of every rank, by global rank.
+
+    Collective: an all-gather of objects over `group`. For setup, and for what happens rarely.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    gathered: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(gathered, mine, group=group)
+    return dict(zip(ranks, gathered, strict=True))
+
+
+# The groups that were made for meshes without one, by the identity of a living mesh: which ranks
+# must take part in making a group may not depend on meshes that compare equal. An attribute of the
+# mesh would be pickled with it, and no DTensor on the mesh could be saved or copied.
+_groups = WeakIdKeyDictionary()
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.size() == dist.get_world_size():
         return world_group()
     if mesh.ndim == 1:
         return mesh.get_group()
-    holder = cast(Any, mesh)  # the group is kept on the mesh: made once, and gone with it
-    if not hasattr(holder, "_distclip_group"):
-        ranks = sorted(numbers(mesh.mesh))
-        holder._distclip_group = dist.new_group(ranks, use_local_synchronization=True)
-    return cast(dist.ProcessGroup, holder._distclip_group)
+    if mesh not in _groups:
+        ranks = sorted(rank_list(mesh.mesh))
+        _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
+    return cast(dist.ProcessGroup, _groups[mesh])
 
 
 def _listed(ranks: Tensor) -> str:
-    texts = [str(rank) for rank in numbers(ranks)]
+    texts = [str(rank) for rank in rank_list(ranks)]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:4], "...", texts[-1]])

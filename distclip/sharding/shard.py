@@ -1,7 +1,8 @@
-"""Where the elements that lie on this rank belong in the whole tensor, and to which units.
+"""Where the elements on this rank belong in the whole tensor, and to which units.
 
-A *unit* is what shares one limit: a whole tensor, or one index of its first or last dim. A shard boundary may cut
-units, and then their sums must be joined across ranks; which units are cut follows from what every rank knows.
+A *unit* is what shares one limit: a whole tensor, or one index of its first or last dim. A boundary
+between ranks may cut units, and then their sums must be joined across ranks. Which units are cut
+follows from the records below alone, which name the boundaries of all ranks.
 """
 
 from __future__ import annotations
@@ -9,127 +10,153 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
-View = tuple[Tensor, int | None, int]  # values; the dim that its units lie on, None if all are one; the first unit
+
+class UnitView(NamedTuple):
+    """A view of a parameter's values whose units lie along one dim.
+
+    Attributes:
+        dim: the dim of `values` whose indices are units; None if all values belong to one unit.
+        first: the index of the first unit in the whole tensor.
+    """
+
+    values: Tensor
+    dim: int | None
+    first: int
+
+
+class UnitRange(NamedTuple):
+    """The units of a whole tensor that this rank holds elements of."""
+
+    first: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockShard:
-    """A block of a tensor.
+    """A block of a tensor: a range of indices on every dim.
 
     Attributes:
-        shape: of the whole tensor.
-        start, size: the block's first index and its size on each dim.
-        cut: the dims that some boundary between ranks divides; None where it is unknown which.
+        global_shape: the shape of the whole tensor.
+        offsets: the first index of the block on each dim.
+        sizes: the size of the block on each dim.
+        sharded_dims: the dims that some boundary between ranks divides. None where nothing says
+            which, so that any unit may be cut.
     """
 
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    cut: frozenset[int] | None = frozenset()
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    sharded_dims: frozenset[int] | None = frozenset()
 
-    def span(self, dim: int | None) -> tuple[int, int]:
-        return (0, 1) if dim is None else (self.start[dim], self.size[dim])
+    @classmethod
+    def whole(
+        cls, shape: Sequence[int], sharded_dims: frozenset[int] | None = frozenset()
+    ) -> BlockShard:
+        """The block that is all of a tensor of this shape."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape), sharded_dims)
 
-    def views(self, values: Tensor, dim: int | None) -> Iterator[View]:
+    def unit_range(self, dim: int | None) -> UnitRange:
+        """The units on this rank. dim: the dim whose indices are units; None: the tensor is one."""
+        return UnitRange(0, 1) if dim is None else UnitRange(self.offsets[dim], self.sizes[dim])
+
+    def unit_views(self, values: Tensor, dim: int | None) -> Iterator[UnitView]:
+        """Views that cover the block once. values: the block, of shape `sizes`."""
         if values.numel():
-            yield values, dim, 0 if dim is None else self.start[dim]
+            yield UnitView(values, dim, self.unit_range(dim).first)
 
     def cut_units(self, dim: int | None) -> Sequence[int]:
-        divided = self.cut is None or bool(self.cut - {dim})
-        return range(1 if dim is None else self.shape[dim]) if divided else ()
+        """The units that several ranks hold elements of, ascending; the same on every rank."""
+        cut = self.sharded_dims is None or bool(self.sharded_dims - {dim})
+        return range(1 if dim is None else self.global_shape[dim]) if cut else ()
 
 
 @dataclass(frozen=True, slots=True)
 class FlatShard:
-    """A run of a tensor's elements in row-major order, inside a flat buffer.
+    """A range of a tensor's elements in row-major order, inside a flat buffer.
 
     Attributes:
-        shape: of the whole tensor.
-        first: its first element on this rank.
-        offset, size: where the run lies in the flat values of the parameter.
-        boundaries: the elements, other than 0, at which a rank's run begins.
+        global_shape: the shape of the whole tensor.
+        start: the index in the whole tensor of the first element on this rank.
+        offset: the index of that element in the flat values of the parameter.
+        numel: how many elements of the tensor lie on this rank.
+        boundaries: the indices in the whole tensor, other than 0, at which the range of a rank
+            begins. Indices beyond the tensor are allowed; a rank that holds nothing has one there.
     """
 
-    shape: tuple[int, ...]
-    first: int
+    global_shape: tuple[int, ...]
+    start: int
     offset: int
-    size: int
+    numel: int
     boundaries: tuple[int, ...]
 
-    @property
-    def _row(self) -> int:
-        return prod(self.shape[1:])
-
-    @property
-    def _column(self) -> int:
-        return self.shape[-1]
-
-    def span(self, dim: int | None) -> tuple[int, int]:
+    def unit_range(self, dim: int | None) -> UnitRange:
+        """The units on this rank. dim: 0 or the last; None: the tensor is one unit."""
         if dim is None:
-            return 0, 1
-        if dim:
-            return 0, self._column
-        first = self.first // self._row if self.size else 0
-        return first, (-(-(self.first + self.size) // self._row) - first) if self.size else 0
+            return UnitRange(0, 1)
+        if dim:  # a range of a few rows has elements in every column
+            return UnitRange(0, self.global_shape[-1])
+        if not self.numel:
+            return UnitRange(0, 0)
+        first = self.start // self._row_numel
+        last = (self.start + self.numel - 1) // self._row_numel
+        return UnitRange(first, last - first + 1)
 
-    def views(self, values: Tensor, dim: int | None) -> Iterator[View]:
-        run = values.view(-1)[self.offset : self.offset + self.size]
-        if not self.size:
+    def unit_views(self, values: Tensor, dim: int | None) -> Iterator[UnitView]:
+        """Views that cover the range once. values: those of the whole parameter."""
+        if not self.numel:
             return
+        flat = values.view(-1)[self.offset : self.offset + self.numel]
         if dim is None:
-            yield run, None, 0
+            yield UnitView(flat, None, 0)
             return
-        # The end of a line that began on another rank, whole lines, the beginning of one that ends elsewhere.
-        width = self._column if dim else self._row
-        head = min(-self.first % width, self.size)
-        lines = (self.size - head) // width
-        tail = head + lines * width
-        yield from self._rest(run[:head], self.first, dim, width)
-        if lines:
-            first = 0 if dim else (self.first + head) // width
-            yield run[head:tail].view(lines, width), (1 if dim else 0), first
-        yield from self._rest(run[tail:], self.first + tail, dim, width)
-
-    def _rest(self, part: Tensor, first: int, dim: int, width: int) -> Iterator[View]:
-        if part.numel() and dim:
-            yield part, 0, first % width
-        elif part.numel():
-            yield part.view(1, -1), 0, first // width
+        width = self.global_shape[-1] if dim else self._row_numel
+        # The end of a row that began on another rank, whole rows, the start of one that ends there.
+        head = min(-self.start % width, self.numel)
+        tail = head + (self.numel - head) // width * width
+        for begin, end in ((0, head), (head, tail), (tail, self.numel)):
+            if begin < end:
+                yield self._rows(flat[begin:end], self.start + begin, dim, width)
 
     def cut_units(self, dim: int | None) -> Sequence[int]:
-        if dim is None:  # the ranks that hold nothing of it must know its norm too, for what policies remember
+        """The units that several ranks hold elements of, ascending; the same on every rank."""
+        if dim is None:  # ranks that hold nothing need the norm too: policies remember it
             return range(1 if self.boundaries else 0)
-        inside = [b for b in self.boundaries if 0 < b < prod(self.shape)]
-        if not inside:
-            return ()
+        inside = [b for b in self.boundaries if 0 < b < prod(self.global_shape)]
         if dim:
-            return range(self._column)
-        return sorted({b // self._row for b in inside if b % self._row})
+            return range(self.global_shape[-1] if inside else 0)
+        return sorted({b // self._row_numel for b in inside if b % self._row_numel})
+
+    @property
+    def _row_numel(self) -> int:
+        return prod(self.global_shape[1:])
+
+    def _rows(self, flat: Tensor, start: int, dim: int, width: int) -> UnitView:
+        """A part of one row, or whole rows. start: the index of the first element."""
+        part = flat.numel() < width
+        if dim:
+            return (
+                UnitView(flat, 0, start % width) if part else UnitView(flat.view(-1, width), 1, 0)
+            )
+        return UnitView(flat.view(1, -1) if part else flat.view(-1, width), 0, start // width)
 
 
 @dataclass(frozen=True, slots=True)
 class ParamShard:
-    """One tensor of the model, as far as it lies in one parameter on this rank.
+    """What one parameter on this rank holds of one tensor of the model.
 
     Attributes:
-        numel: of the whole tensor.
+        name: the name of the tensor in the model without wrappers.
+        numel: how many elements the whole tensor has.
     """
 
     name: str
     numel: int
-    piece: BlockShard | FlatShard
+    shard: BlockShard | FlatShard
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.piece.shape
-
-
-def spread(part: ParamShard, ranks: int) -> ParamShard:
-    """A part that is declared to lie on `ranks` ranks, as equal shards along a dim that nobody told."""
-    piece = part.piece
-    return ParamShard(
-        part.name, part.numel * ranks, BlockShard(piece.shape, (0,) * len(piece.shape), piece.shape, cut=None)
-    )
+    def global_shape(self) -> tuple[int, ...]:
+        return self.shard.global_shape

@@ -1,0 +1,208 @@
+"""Reads how this rank holds each parameter, and which ranks share the total norm.
+
+A new kind of tensor or wrapper is one file with a `make_reader`, listed in `READERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip.errors import LayoutError
+from distclip.sharding import dtensor, fsdp1
+from distclip.sharding.layout import Layout, LayoutFunction, LocalParam
+from distclip.sharding.mesh import ReduceMesh, check_mesh, widest_mesh
+from distclip.sharding.shard import BlockShard, ParamShard
+from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout, bare_name
+
+# The first that recognises a tensor reads it. What none recognises is a plain tensor, whole here.
+READERS: tuple[MakeReader, ...] = (fsdp1.make_reader, dtensor.make_reader)
+
+
+class ShardedParams(NamedTuple):
+    """All parameters of this rank, and the ranks that their sums are reduced over.
+
+    Attributes:
+        reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
+    """
+
+    params: list[LocalParam]
+    reduce_mesh: ReduceMesh | None
+
+
+def read_layouts(
+    named: Sequence[tuple[str, Tensor]],
+    modules: Sequence[nn.Module] = (),
+    mesh: DeviceMesh | None = None,
+    distinct: tuple[str, ...] = ("pp",),
+    layouts: LayoutFunction | None = None,
+) -> ShardedParams:
+    """How this rank holds each parameter, in the order of `named`.
+
+    Args:
+        modules: those that the parameters were taken from; FSDP1 keeps its layout there.
+        mesh: all ranks that train together; by default the widest mesh of a parameter.
+        distinct: the mesh axes whose ranks hold different parameters.
+        layouts: for sharding that the tensors do not show.
+
+    Raises:
+        LayoutError: the tensors and the declarations do not say how a parameter is sharded, or they
+            contradict the mesh.
+
+    Collective: see `ReduceMesh.of`.
+    """
+    read = [make_reader(modules) for make_reader in READERS]
+    found = [_tensor_layout(name, param, read) for name, param in named]
+    reduce_mesh = _reduce_mesh(named, found, mesh, distinct)
+    params = [
+        _local_param(name, param, layout, reduce_mesh, _declared(name, param, layouts))
+        for (name, param), layout in zip(named, found, strict=True)
+    ]
+    if reduce_mesh is None or _any_rank_shards(params, reduce_mesh):
+        return ShardedParams(params, reduce_mesh)
+    return ShardedParams([replace(param, counted=True) for param in params], None)
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module, each once, by their names in the model without wrappers."""
+    while isinstance(module, DistributedDataParallel):
+        module = cast(nn.Module, module.module)
+    return ((bare_name(name), param) for name, param in module.named_parameters())
+
+
+def _tensor_layout(name: str, param: Tensor, readers: Sequence[ParamReader]) -> TensorLayout:
+    for read in readers:
+        if (layout := read(name, param)) is not None:
+            return layout
+    whole = BlockShard.whole(param.shape)
+    return TensorLayout.without_mesh(ParamShard(name, param.numel(), whole))
+
+
+def _reduce_mesh(
+    named: Sequence[tuple[str, Tensor]],
+    found: Sequence[TensorLayout],
+    mesh: DeviceMesh | None,
+    distinct: tuple[str, ...],
+) -> ReduceMesh | None:
+    """The user's mesh; else the widest of a DTensor; else the world, where there is FSDP1."""
+    by_id = {id(p.device_mesh): p.device_mesh for _, p in named if isinstance(p, DTensor)}
+    widest = widest_mesh([m for m in by_id.values() if m.get_coordinate() is not None])
+    check_mesh(mesh, widest, distinct)
+    if mesh is not None:
+        return ReduceMesh.of(mesh, distinct, from_user=True)
+    if widest is not None:
+        return ReduceMesh.of(widest, distinct, from_user=False)
+    if _one_process():
+        return None
+    if not named:
+        raise LayoutError(
+            "cannot tell which ranks train together: this rank was given no parameter, and a mesh "
+            "is found through parameters. The other ranks would wait for this one. "
+            "Pass `mesh=` with a DeviceMesh over all ranks that train together."
+        )
+    device_types = {layout.device_type for layout in found if layout.device_type is not None}
+    if not device_types:
+        return None
+    return ReduceMesh.world(max(device_types - {"cpu"}, default="cpu"))
+
+
+def _one_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def _local_param(
+    name: str,
+    param: Tensor,
+    own: TensorLayout,
+    reduce_mesh: ReduceMesh | None,
+    declared: Layout | None,
+) -> LocalParam:
+    full = own
+    distinct: frozenset[str] = frozenset()
+    if reduce_mesh is not None:
+        full, distinct = _on_all_axes(name, own, reduce_mesh), reduce_mesh.distinct
+    if declared is not None:
+        full = _as_declared(name, full, declared, own.sharded | distinct)
+    # An axis of one rank divides nothing.
+    axes = {axis for axis, ranks in full.ranks_by_axis.items() if len(ranks) > 1}
+    counted = None if declared is None else declared.counted
+    layout = Layout(full.sharded & axes, frozenset(axes - full.sharded), counted=counted)
+    coordinate = {a: ranks.index(dist.get_rank()) for a, ranks in full.ranks_by_axis.items()}
+    mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)})
+    counted = layout.counted_at(coordinate)
+    return LocalParam(name, param, layout, coordinate, mesh, counted, full.shards)
+
+
+def _on_all_axes(name: str, own: TensorLayout, reduce_mesh: ReduceMesh) -> TensorLayout:
+    """Adds the axes of the mesh that the tensor's own axes do not run along.
+
+    The ranks along these hold copies of the tensor, or other tensors where the axis is distinct.
+    """
+    along = reduce_mesh.axes_along(own.ranks_by_axis.values(), name)
+    added = set(reduce_mesh.axes) - along
+    ranks_by_axis = {**own.ranks_by_axis, **{a: reduce_mesh.ranks_along(a) for a in added}}
+    sharded = own.sharded | (added & reduce_mesh.distinct)
+    return replace(own, ranks_by_axis=ranks_by_axis, sharded=sharded)
+
+
+def _as_declared(
+    name: str, read: TensorLayout, declared: Layout, accounted: frozenset[str]
+) -> TensorLayout:
+    """What was read, overruled by the declaration where that names an axis.
+
+    Args:
+        accounted: the axes that `read.shards` take into account.
+    """
+    unknown = sorted((declared.sharded | declared.replicated) - set(read.ranks_by_axis))
+    if unknown and not _one_process():  # one process needs no mesh to hold everything itself
+        raise LayoutError(
+            f"cannot use the layout declared for {name!r}: it names the axes {unknown}, but the "
+            f"axes known are {sorted(read.ranks_by_axis)}. Correct the names, or pass the `mesh=` "
+            f"that has these axes."
+        )
+    sharded = (read.sharded - declared.replicated) | declared.sharded
+    num_ranks = prod(
+        len(ranks) for axis, ranks in read.ranks_by_axis.items() if axis in sharded - accounted
+    )
+    shards = declared.parts or tuple(_over_ranks(shard, num_ranks) for shard in read.shards)
+    return replace(read, shards=shards, sharded=sharded)
+
+
+def _over_ranks(shard: ParamShard, num_ranks: int) -> ParamShard:
+    """The shard of a tensor that is declared to lie on several ranks, along an unknown dim."""
+    if num_ranks == 1:
+        return shard
+    block = BlockShard.whole(shard.global_shape, sharded_dims=None)
+    return ParamShard(shard.name, shard.numel * num_ranks, block)
+
+
+def _declared(name: str, param: Tensor, layouts: LayoutFunction | None) -> Layout | None:
+    declared: Any = None if layouts is None else layouts(name, param)
+    if declared is None or isinstance(declared, Layout):
+        return declared
+    raise LayoutError(
+        f"cannot use the layout declared for {name!r}: `layouts=` returned {declared!r}, which "
+        f"says nothing about mesh axes. Return a `distclip.Layout(sharded=..., replicated=...)`, "
+        f"or None to read the tensor itself."
+    )
+
+
+def _mesh_text(ranks_by_axis: Mapping[str, Sequence[int]]) -> str:
+    """The size of each axis, and the distance between its ranks."""
+    sizes = (f"{a}={len(ranks)}/{ranks[1] - ranks[0]}" for a, ranks in ranks_by_axis.items())
+    return ", ".join(sizes)
+
+
+def _any_rank_shards(params: Sequence[LocalParam], reduce_mesh: ReduceMesh) -> bool:
+    """Whether some rank holds elements that another lacks; the same answer on every rank."""
+    if not params or any(reduce_mesh.size(axis) > 1 for axis in reduce_mesh.distinct):
+        return reduce_mesh.ranks.numel() > 1
+    return any(param.layout.sharded for param in params)

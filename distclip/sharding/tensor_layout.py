@@ -1,0 +1,51 @@
+"""What the reader of one kind of tensor returns: the shards on this rank, and its mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from distclip.sharding.shard import ParamShard
+
+# What wrappers insert into the names that `named_parameters` returns.
+_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """How a tensor lies on ranks, as far as the tensor itself or its wrapper says.
+
+    Attributes:
+        shards: the tensors of the model that it holds elements of: several in a flat parameter,
+            else one.
+        ranks_by_axis: for each axis of the tensor's own mesh, the ranks along it through this one.
+            Empty for a plain tensor, and on a rank that is not on the mesh.
+        sharded: the axes whose ranks hold different elements.
+        device_type: where the collectives of these ranks run; offloaded parameters lie elsewhere.
+            None without axes.
+    """
+
+    shards: tuple[ParamShard, ...]
+    ranks_by_axis: Mapping[str, list[int]]
+    sharded: frozenset[str]
+    device_type: str | None
+
+    @classmethod
+    def without_mesh(cls, shard: ParamShard) -> TensorLayout:
+        return cls((shard,), {}, frozenset(), None)
+
+
+# Returns None for a tensor that it does not recognise.
+ParamReader: TypeAlias = Callable[[str, Tensor], TensorLayout | None]
+# A wrapper that keeps its layout on modules looks for it in those that the user passed.
+MakeReader: TypeAlias = Callable[[Sequence[nn.Module]], ParamReader]
+
+
+def bare_name(name: str) -> str:
+    """The name of a parameter in the model without wrappers, under which state is kept."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
