@@ -7,9 +7,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.norms.plan import Plan
 
@@ -54,18 +55,17 @@ class PlanCache:
 
 
 _without_mesh = PlanCache()  # these plans reduce nothing: they hold no process group
+# By the identity of a living mesh. An attribute of the mesh would be pickled with every DTensor.
+_by_mesh = WeakIdKeyDictionary()
+_lock = threading.Lock()
 
 
 def plans_of(mesh: object | None) -> PlanCache:
-    """The plans that belong to a mesh, kept on the mesh itself: both go together.
-
-    A plan holds ranks and a process group, and not the mesh, so no cycle keeps the mesh alive.
-    """
+    """The plans that belong to a mesh, and go with it: a plan holds ranks and a group, no mesh."""
     if mesh is None:
         return _without_mesh
-    cache = vars(mesh).setdefault("_distclip_plans", PlanCache())
-    assert isinstance(cache, PlanCache)
-    return cache
+    with _lock:
+        return cast(PlanCache, _by_mesh.setdefault(mesh, PlanCache()))
 
 
 def world_id() -> int | None:

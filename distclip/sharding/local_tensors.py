@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from distclip.sharding.dtensor import is_sharding
@@ -28,6 +29,11 @@ class LayoutCacheKey(NamedTuple):
     key: Hashable
     specs: list[Any]
 
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh of the first DTensor."""
+        return self.specs[0].mesh if self.specs else None
+
 
 def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
     """A key for what `read_layouts` would return for `params`, in a small part of its time.
@@ -39,10 +45,8 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
         return None
     if kinds != {DTensor} and any_flattened(params):
         return None
-    dtypes, on_cpu = (
-        frozenset(map(attrgetter("dtype"), params)),
-        all(map(attrgetter("is_cpu"), params)),
-    )
+    dtypes = frozenset(map(attrgetter("dtype"), params))
+    on_cpu = all(map(attrgetter("is_cpu"), params))
     # By id: specs that compare equal may have different root meshes, and comparing them takes
     # longer than clipping.
     spec_of_each: list[Any] = []
