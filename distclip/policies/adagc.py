@@ -1,4 +1,4 @@
-"""Each tensor is clipped to its own past."""
+"""Each tensor is limited by its own past norms."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import NormContext, Scope, check_between, check_count, check_finite, check_not_negative
-from distclip.policies.minimum import PolicyBase
+from distclip.policies.base import NormContext, PolicyBase, Scope
+from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
 
 
 class AdaGCState(NamedTuple):
     """
     Attributes:
-        gamma: the norm expected of each tensor, inf where it has had no gradient yet; float64 [num_groups].
-        num_steps: how many steps there have been; int64 scalar.
+        gamma: the moving average of each tensor's clipped norm, inf where it has had no gradient
+            yet; float64 [num_groups].
+        num_steps: the number of steps so far; int64 scalar.
     """
 
     gamma: Tensor
@@ -28,22 +29,24 @@ class AdaGCState(NamedTuple):
 class AdaGC(PolicyBase):
     """Clips each tensor's norm to `ratio` times the moving average γ of its own clipped norms.
 
-        first warmup_steps:  all are scaled by min(1, max_norm / total norm);  γ ← min(γ, clipped norm)
-        afterwards:          limit = ratio γ;  γ ← beta γ + (1 - beta) clipped norm
+        warmup:      all are scaled by min(1, max_norm / total norm);  γ ← min(γ, clipped norm)
+        afterwards:  limit = ratio γ;  γ ← beta γ + (1 - beta) clipped norm
 
-    γ starts at infinity. A tensor whose norm is 0 says nothing about its scale, and its γ stays: an expert that got
-    no token, or a weight behind a zero-initialised one, would otherwise be clipped to 0 for ever. A tensor that had
-    no gradient before the warm-up ended is clipped with all the others until it has a γ.
+    γ starts at infinity. A norm of 0 leaves γ as it is, because it says nothing about a tensor's
+    scale: an expert that got no token, or a weight behind a zero-initialised one, would otherwise
+    be clipped to 0 for ever. A tensor that had no gradient before the warm-up ended is clipped
+    together with all the others until it has a γ.
 
     Args:
         max_norm: `math.inf` switches clipping off during the warm-up.
 
     Raises:
-        ValueError: `ratio` is negative, infinite or NaN, `max_norm` is negative or NaN, `beta` is outside 0..1, or
-            `warmup_steps` is no whole number above 0.
+        ValueError: `ratio` is negative, infinite or NaN, `max_norm` is negative or NaN, `beta` is
+            outside 0..1, or `warmup_steps` is not a whole number above 0.
 
-    Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", 2025
-        (arXiv:2502.11034); there ratio is λ_rel, max_norm λ_abs, warmup_steps T_start.
+    Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+        Clipping", 2025 (arXiv:2502.11034), which writes λ_rel for ratio, λ_abs for max_norm and
+        T_start for warmup_steps.
     """
 
     ratio: float = 1.05
@@ -63,11 +66,15 @@ class AdaGC(PolicyBase):
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
         return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: AdaGCState, about: NormContext) -> tuple[Tensor | None, AdaGCState]:
-        early = (state.num_steps < self.warmup_steps) | state.gamma.isinf()
-        scale = torch.where(about.total_norm <= self.max_norm, 1.0, self.max_norm / about.total_norm)
-        limit = torch.where(early, norms * scale, self.ratio * state.gamma)
+    def limit(
+        self, norms: Tensor, state: AdaGCState, context: NormContext
+    ) -> tuple[Tensor | None, AdaGCState]:
+        warming_up = (state.num_steps < self.warmup_steps) | state.gamma.isinf()
+        total = context.total_norm
+        scale = torch.where(total <= self.max_norm, 1.0, self.max_norm / total)
+        limit = torch.where(warming_up, norms * scale, self.ratio * state.gamma)
         clipped = torch.minimum(norms, limit)
         average = self.beta * state.gamma + (1 - self.beta) * clipped
-        gamma = torch.where(early, torch.minimum(state.gamma, clipped), average)
-        return limit, AdaGCState(torch.where(norms > 0, gamma, state.gamma), state.num_steps + 1)
+        gamma = torch.where(warming_up, torch.minimum(state.gamma, clipped), average)
+        gamma = torch.where(norms > 0, gamma, state.gamma)
+        return limit, AdaGCState(gamma, state.num_steps + 1)

@@ -1,4 +1,4 @@
-"""The limit is a percentile of the norms seen so far."""
+"""The limit is a percentile of the past norms."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import NormContext, Scope, check_between, check_count
-from distclip.policies.minimum import PolicyBase
+from distclip.policies.base import NormContext, PolicyBase, Scope
+from distclip.policies.checks import check_between, check_count
 
 
 class AutoClipState(NamedTuple):
     """
     Attributes:
-        history: the last norms, the oldest overwritten first, inf where none is yet; float64 [history].
-        num_steps: how many norms there have been; int64 scalar.
+        history: the latest norms; a new one overwrites the oldest. Unused entries are inf; float64
+            [history].
+        num_steps: the number of norms so far; int64 scalar.
     """
 
     history: Tensor
@@ -28,18 +29,20 @@ class AutoClipState(NamedTuple):
 class AutoClip(PolicyBase):
     """Clips to a percentile of the total norms so far, the current one included.
 
-    Between two norms the percentile is linear, as `numpy.percentile` has it. The first step is never clipped. A zero
-    norm counts as any other: once more than `percentile` per cent of the history are zero, so is the limit.
+    The percentile is interpolated linearly, as by `numpy.percentile`. The first step is never
+    clipped. A zero norm counts like any other: once more than `percentile` per cent of the history
+    are zero, the limit is zero.
 
     Args:
         percentile: 0 is the smallest norm so far, 100 the largest, which clips nothing.
         history: how many of the latest norms are kept (the paper keeps all).
 
     Raises:
-        ValueError: `percentile` is outside 0..100, or `history` is no whole number above 0.
+        ValueError: `percentile` is outside 0..100, or `history` is not a whole number above 0.
 
-    Reference: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
-        Networks", 2020 (arXiv:2007.14469): the threshold is the p-th percentile of the history of gradient norms.
+    Reference: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for
+        Source Separation Networks", 2020 (arXiv:2007.14469): the threshold is the p-th percentile
+        of the history of gradient norms.
     """
 
     percentile: float = 10.0
@@ -55,17 +58,20 @@ class AutoClip(PolicyBase):
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
         return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: AutoClipState, about: NormContext) -> tuple[Tensor | None, AutoClipState]:
+    def limit(
+        self, norms: Tensor, state: AutoClipState, context: NormContext
+    ) -> tuple[Tensor | None, AutoClipState]:
         oldest = state.num_steps % self.history
-        new = AutoClipState(state.history.scatter(0, oldest.reshape(1), norms.reshape(1)), state.num_steps + 1)
+        history = state.history.scatter(0, oldest.reshape(1), norms.reshape(1))
+        new = AutoClipState(history, state.num_steps + 1)
         last = new.num_steps.clamp(max=self.history) - 1
-        return _percentile(new.history.sort().values, last, self.percentile), new
+        return _percentile(history.sort().values, last, self.percentile), new
 
 
 def _percentile(ordered: Tensor, last: Tensor, percentile: float) -> Tensor:
     """The percentile of `ordered[: last + 1]`."""
-    place = last.double() * (percentile / 100)
-    below = place.floor().long()
-    # `ordered[below]` would wait for the device: an index is a number of the host.
+    position = last.double() * (percentile / 100)
+    below = position.floor().long()
+    # `ordered[below]` would wait for the device, because an index must be a number on the host.
     low, high = ordered.take(torch.stack([below, torch.minimum(below + 1, last)])).unbind()
-    return torch.lerp(low, high, place - below)
+    return torch.lerp(low, high, position - below)

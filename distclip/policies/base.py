@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # A NamedTuple of tensors, or of such NamedTuples.
 State = TypeVar("State", bound="tuple[Any, ...]")
@@ -17,21 +18,18 @@ class Scope(Enum):
 
     MODEL = "model"
     TENSOR = "tensor"
-    UNIT = "unit"  # one index of a dim: an output channel, a row; a tensor of at most one dim is one unit
+    UNIT = "unit"  # one index of a dim, such as an output channel; a tensor of at most one dim
     ELEMENT = "element"
 
 
-class EmptyState(NamedTuple):
-    """The state of a policy that keeps none."""
-
-
 class NormContext(NamedTuple):
-    """What a policy may know of its groups of elements beside their norms; the same on every rank.
+    """What a policy knows about its groups of elements beside their norms; equal on every rank.
 
     Attributes:
-        sizes: how many elements each group has over all ranks; float64, shaped like the norms.
-        weights: the norms of the groups' parameters; float64, shaped like the norms. None unless `needs_weights`.
-        total_norm: the norm of everything that the policy is given; a float64 scalar.
+        sizes: the number of elements of each group over all ranks; float64, shaped like the norms.
+        weights: the norm of each group's parameters; float64, shaped like the norms. None unless
+            the policy sets `needs_weights`.
+        total_norm: the norm of everything that the policy limits; a float64 scalar.
     """
 
     sizes: Tensor
@@ -40,7 +38,11 @@ class NormContext(NamedTuple):
 
 
 class Policy(Protocol[State]):
-    """A frozen dataclass that sets limits. It knows no rank, no layout and no device but its arguments'."""
+    """A frozen dataclass that sets limits. It sees no ranks, no layouts and no devices.
+
+    Derive from `PolicyBase`, or from `StatelessPolicy` if there is no state: they give `a & b`
+    and the members that few policies change.
+    """
 
     @property
     def scope(self) -> Scope: ...
@@ -49,66 +51,176 @@ class Policy(Protocol[State]):
     def norm_type(self) -> float: ...
 
     @property
+    def unit_dim(self) -> int:
+        """The dim whose indices are the units of Scope.UNIT: 0 or -1."""
+        ...
+
+    @property
+    def exclude(self) -> tuple[str | nn.Module, ...]:
+        """The parameters that are never clipped: names, patterns of names, or modules."""
+        ...
+
+    @property
     def needs_weights(self) -> bool:
-        """Whether `About.weights` must be measured."""
+        """Whether `NormContext.weights` must be measured."""
         ...
 
     def init(self, num_groups: int, device: torch.device) -> State:
-        """The state before the first step, on `device`: the same on every rank."""
+        """The state before the first step, on `device`; equal on every rank."""
         ...
 
-    def limit(self, norms: Tensor, state: State, about: NormContext) -> tuple[Tensor | None, State]:
-        """The largest norms let through, and the state after this step. No wait for the device.
+    def limit(
+        self, norms: Tensor, state: State, context: NormContext
+    ) -> tuple[Tensor | None, State]:
+        """The largest norms allowed, and the state after this step. Never waits for the device.
 
-        A limit of None says: measure only, write nothing. The caller keeps the new state where the total norm is
-        finite, and the old one elsewhere.
+        A limit of None means: measure only, write nothing. The caller keeps the new state where
+        the total norm is finite, and the old state where it is not.
 
-        Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, [num_groups] otherwise; float64.
+        Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64.
         """
         ...
 
 
-def check_norm_type(norm_type: float) -> None:
-    """Raises ValueError unless `norm_type` is above 0, infinity included."""
-    if not norm_type > 0:
-        raise ValueError(
-            f"cannot measure with norm_type={norm_type}: only p > 0 and inf give a norm that vanishes for zero "
-            f"gradients alone and can be summed over shards (p = 0 counts entries, p < 0 is 0 as soon as one "
-            f"entry is, NaN compares with nothing). Pass a number above 0, such as 2.0, or math.inf."
-        )
+class PolicyBase:
+    """The base of a policy: `a & b`, and defaults for the members that few policies change.
+
+    Example: the limit falls by half every step.
+        >>> from dataclasses import dataclass
+        >>> from typing import NamedTuple
+        >>> import torch, distclip
+        >>> class HalvingState(NamedTuple):
+        ...     limit: torch.Tensor
+        >>> @dataclass(frozen=True)
+        ... class Halving(distclip.PolicyBase):
+        ...     max_norm: float
+        ...     scope = distclip.Scope.MODEL
+        ...     norm_type = 2.0
+        ...
+        ...     def init(self, num_groups, device):
+        ...         limit = torch.full((), self.max_norm, dtype=torch.float64, device=device)
+        ...         return HalvingState(limit)
+        ...
+        ...     def limit(self, norms, state, context):
+        ...         return state.limit, HalvingState(state.limit / 2)
+        >>> weight = torch.zeros(3, requires_grad=True)
+        >>> clipper = distclip.Clipper([weight], Halving(8.0) & distclip.ClipNorm(3.0))
+        >>> weight.grad = torch.full((3,), 100.0)
+        >>> [clipper.clip_().limit.item() for step in range(3)]
+        [3.0, 3.0, 2.0]
+    """
+
+    unit_dim = 0
+    exclude = ()
+    needs_weights = False
+
+    def __and__(self: Policy[Any], other: Policy[Any]) -> Minimum:
+        return Minimum(self, other)
 
 
-def check_not_negative(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is 0 or above; NaN is refused."""
-    if not value >= 0:
-        raise ValueError(
-            f"cannot clip with {name}={value}: a norm is never negative, so that a negative limit would turn the "
-            f"gradients around and NaN would make them all NaN. Pass 0 or above; math.inf measures only."
-        )
+class EmptyState(NamedTuple):
+    """The state of a policy that keeps none."""
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises ValueError unless `value` is 0 or above, and finite."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(
-            f"cannot clip with {name}={value}: it is a factor of norms, where a negative number would turn the "
-            f"gradients around, and NaN or infinity times 0 would make them NaN. Pass a finite number, 0 or above."
-        )
+class StatelessPolicy(PolicyBase):
+    """The base of a policy whose limits do not depend on past steps."""
+
+    def init(self, num_groups: int, device: torch.device) -> EmptyState:
+        return EmptyState()
 
 
-def check_between(name: str, value: float, lowest: float, highest: float) -> None:
-    """Raises ValueError unless `lowest <= value <= highest`; NaN is refused."""
-    if not lowest <= value <= highest:
-        raise ValueError(
-            f"cannot clip with {name}={value}: it says where among past norms the limit lies, and outside "
-            f"{lowest:g}..{highest:g} that is nowhere. Pass a number from {lowest:g} to {highest:g}."
-        )
+class MinimumState(NamedTuple):
+    first: tuple[Any, ...]
+    second: tuple[Any, ...]
 
 
-def check_count(name: str, value: int) -> None:
-    """Raises ValueError unless `value` is a whole number, 1 or above."""
-    if not (isinstance(value, int) and value >= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(
-            f"cannot clip with {name}={value}: it counts the norms that the first limit is made from, and none or a "
-            f"part of one says nothing about the next. Pass a whole number, 1 or above."
-        )
+@dataclass(frozen=True)
+class Minimum(PolicyBase):
+    """The smaller of the limits that `first` and `second` set for the same norms: `first & second`.
+
+    Each keeps its own statistics, of the norms before either has clipped.
+
+    Raises:
+        TypeError: one of them is no policy.
+        ValueError: their norms are not the same ones, because the `scope`, `norm_type`, `unit_dim`
+            or `exclude` differ; or they clamp elements, which takes no limit for a norm.
+
+    Example:
+        >>> import distclip
+        >>> distclip.ClipBlockRMS(0.1) & distclip.AdaGC(warmup_steps=5)  # doctest: +ELLIPSIS
+        Minimum(first=ClipBlockRMS(threshold=0.1), second=AdaGC(ratio=1.05, ...warmup_steps=5))
+    """
+
+    first: Policy[Any]
+    second: Policy[Any]
+
+    def __post_init__(self) -> None:
+        for policy in (self.first, self.second):
+            check_policy(policy)
+        for member in ("scope", "norm_type", "unit_dim", "exclude"):
+            a, b = getattr(self.first, member), getattr(self.second, member)
+            if a != b:
+                raise ValueError(
+                    f"cannot take the smaller limit of {self.first} and {self.second}: their "
+                    f"{member} is {a} and {b}, and limits for different norms cannot be compared. "
+                    f"Combine policies with the same {member}, or give each its own parameter "
+                    f"group."
+                )
+        if self.scope is Scope.ELEMENT:
+            raise ValueError(
+                f"cannot take the smaller limit of {self.first} and {self.second}: they clamp each "
+                f"element, which needs no norm and no limit for one. Write one policy with the "
+                f"smaller clip_value."
+            )
+
+    @property
+    def scope(self) -> Scope:
+        return self.first.scope
+
+    @property
+    def norm_type(self) -> float:
+        return self.first.norm_type
+
+    @property
+    def unit_dim(self) -> int:
+        return self.first.unit_dim
+
+    @property
+    def exclude(self) -> tuple[str | nn.Module, ...]:
+        return self.first.exclude
+
+    @property
+    def needs_weights(self) -> bool:
+        return self.first.needs_weights or self.second.needs_weights
+
+    def init(self, num_groups: int, device: torch.device) -> MinimumState:
+        first = self.first.init(num_groups, device)
+        return MinimumState(first, self.second.init(num_groups, device))
+
+    def limit(
+        self, norms: Tensor, state: MinimumState, context: NormContext
+    ) -> tuple[Tensor | None, MinimumState]:
+        a, first = self.first.limit(norms, state.first, context)
+        b, second = self.second.limit(norms, state.second, context)
+        smaller = b if a is None else a if b is None else torch.minimum(a, b)
+        return smaller, MinimumState(first, second)
+
+
+_MEMBERS = ("scope", "norm_type", "unit_dim", "exclude", "needs_weights", "init", "limit")
+
+
+def check_policy(policy: Any) -> None:
+    """Raises TypeError unless `policy` is an instance with every member of `Policy`."""
+    missing = [name for name in _MEMBERS if not hasattr(policy, name)]
+    if isinstance(policy, type):
+        found = "it is a class and not an instance of one"
+    elif missing:
+        found = f"it has no `{missing[0]}`, which every policy has"
+    elif not isinstance(policy.scope, Scope):
+        found = f"its scope is {policy.scope!r}, which is no member of distclip.Scope"
+    else:
+        return
+    raise TypeError(
+        f"cannot clip with the policy {policy!r}: {found}. Pass an instance of a policy, such as "
+        f"distclip.ClipNorm(1.0); to write a policy, derive from distclip.PolicyBase."
+    )

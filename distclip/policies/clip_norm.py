@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import EmptyState, NormContext, Scope, check_norm_type, check_not_negative
-from distclip.policies.minimum import StatelessPolicy
+from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
+from distclip.policies.checks import check_norm_type, check_not_negative
 
 
 @dataclass(frozen=True)
 class ClipNorm(StatelessPolicy):
     """Scales all gradients by min(1, max_norm / total norm).
 
-    The exact quotient, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to the rounding of
-    the gradients' dtype. `max_norm=math.inf` only measures and never writes.
+    The quotient is exact, without torch's 1e-6: the norm afterwards is at most `max_norm`, up to
+    the rounding of the gradients' dtype. `max_norm=math.inf` only measures and never writes.
 
     Raises:
         ValueError: `max_norm` is negative or NaN, or `norm_type` is not above 0.
@@ -30,8 +30,8 @@ class ClipNorm(StatelessPolicy):
         >>> [round(x, 2) for x in weight.grad.tolist()]
         [4.01, 8.02, 12.03]
 
-    Reference: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013
-        (arXiv:1211.5063), algorithm 1.
+    Reference: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
+        2013 (arXiv:1211.5063), algorithm 1.
     """
 
     max_norm: float
@@ -42,5 +42,8 @@ class ClipNorm(StatelessPolicy):
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
 
-    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
-        return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state
+    def limit(
+        self, norms: Tensor, state: EmptyState, context: NormContext
+    ) -> tuple[Tensor | None, EmptyState]:
+        limit = None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm)
+        return limit, state

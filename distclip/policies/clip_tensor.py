@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import EmptyState, NormContext, Scope, check_norm_type, check_not_negative
-from distclip.policies.minimum import StatelessPolicy
+from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
+from distclip.policies.checks import check_norm_type, check_not_negative
 
 
 @dataclass(frozen=True)
 class ClipTensorNorm(StatelessPolicy):
     """Scales each gradient by min(1, max_norm / its own norm), as TensorFlow's `clip_by_norm` does.
 
-    A zero gradient stays as it is; a NaN or an infinity spoils its own tensor alone. `max_norm=math.inf` only
-    measures.
+    A zero gradient stays as it is; a NaN or an infinity affects its own tensor alone.
+    `max_norm=math.inf` only measures.
 
     Raises:
         ValueError: `max_norm` is negative or NaN, or `norm_type` is not above 0.
@@ -33,16 +33,19 @@ class ClipTensorNorm(StatelessPolicy):
         check_not_negative("max_norm", self.max_norm)
         check_norm_type(self.norm_type)
 
-    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
-        return None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm), state
+    def limit(
+        self, norms: Tensor, state: EmptyState, context: NormContext
+    ) -> tuple[Tensor | None, EmptyState]:
+        limit = None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm)
+        return limit, state
 
 
 @dataclass(frozen=True)
 class ClipBlockRMS(StatelessPolicy):
-    """Scales each gradient so that the root of its mean square is at most `threshold`.
+    """Scales each gradient to a root mean square of at most `threshold`.
 
-    The limit of a tensor's norm is threshold * sqrt(number of elements), those on other ranks included. A zero or
-    an empty gradient stays as it is. `threshold=math.inf` only measures.
+    The limit of a tensor's norm is threshold * sqrt(number of elements), where elements on other
+    ranks count too. A zero or an empty gradient stays as it is. `threshold=math.inf` only measures.
 
     Raises:
         ValueError: `threshold` is negative or NaN.
@@ -57,5 +60,8 @@ class ClipBlockRMS(StatelessPolicy):
     def __post_init__(self) -> None:
         check_not_negative("threshold", self.threshold)
 
-    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
-        return None if math.isinf(self.threshold) else self.threshold * about.sizes.sqrt(), state
+    def limit(
+        self, norms: Tensor, state: EmptyState, context: NormContext
+    ) -> tuple[Tensor | None, EmptyState]:
+        limit = None if math.isinf(self.threshold) else self.threshold * context.sizes.sqrt()
+        return limit, state

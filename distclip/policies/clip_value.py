@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.policies.base import EmptyState, NormContext, Scope, check_not_negative
-from distclip.policies.minimum import StatelessPolicy
+from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
+from distclip.policies.checks import check_not_negative
 
 
 @dataclass(frozen=True)
 class ClipValue(StatelessPolicy):
     """Clamps every element to [-clip_value, clip_value].
 
-    An infinity becomes the bound; NaN stays NaN. The norm that is reported is the largest magnitude (p = inf).
-    `clip_value=math.inf` only measures.
+    An infinity becomes the bound; NaN stays NaN. The reported norm is the largest magnitude
+    (p = inf). `clip_value=math.inf` only measures.
 
     Raises:
         ValueError: `clip_value` is negative or NaN.
@@ -32,5 +32,8 @@ class ClipValue(StatelessPolicy):
     def __post_init__(self) -> None:
         check_not_negative("clip_value", self.clip_value)
 
-    def limit(self, norms: Tensor, state: EmptyState, about: NormContext) -> tuple[Tensor | None, EmptyState]:
-        return None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value), state
+    def limit(
+        self, norms: Tensor, state: EmptyState, context: NormContext
+    ) -> tuple[Tensor | None, EmptyState]:
+        limit = None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value)
+        return limit, state

@@ -1,97 +1,101 @@
-"""What policies remember, as a dictionary that does not depend on the ranks: tensors and numbers under names."""
+"""The states of policies as a dictionary that does not depend on the ranks: tensors by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.norms.plan import Group, Plan
-from distclip.policies import Scope
-
 VERSION = 1
 
 
-def start(plan: Plan) -> list[Any]:
-    """The states of all groups before the first step."""
-    return [group.policy.init(_num(group), plan.device) for group in plan.groups]
+class GroupState(NamedTuple):
+    """The state of one parameter group's policy.
+
+    Attributes:
+        name: of the parameter group.
+        policy_name: the name of the policy's class.
+        tensor_names: with Scope.TENSOR, the tensors that the entries of vectors in the state belong
+            to, in order; else None.
+        state: a NamedTuple of tensors, or of such NamedTuples.
+    """
+
+    name: str
+    policy_name: str
+    tensor_names: list[str] | None
+    state: Any
 
 
-def to_dict(plan: Plan, states: Sequence[Any]) -> dict[str, Any]:
-    groups = {
-        group.name: {type(group.policy).__name__: _leaves(state, _names(group))}
-        for group, state in zip(plan.groups, states, strict=True)
-    }
-    return {"version": VERSION, "groups": groups}
+def to_dict(groups: Sequence[GroupState]) -> dict[str, Any]:
+    """`{"version", "groups": {group: {policy: {field: tensor, or {tensor name: tensor}}}}}`."""
+    saved = {g.name: {g.policy_name: _save(g.state, g.tensor_names)} for g in groups}
+    return {"version": VERSION, "groups": saved}
 
 
-def from_dict(plan: Plan, states: Sequence[Any], saved: dict[str, Any]) -> list[Any]:
-    """The states that `saved` holds, in the form of `states`.
+def from_dict(groups: Sequence[GroupState], saved: dict[str, Any]) -> list[Any]:
+    """The states in `saved`, one for each of `groups`, on the devices of the present states.
 
     Raises:
-        ValueError: it is of another version, other groups, another policy or other parameters.
+        ValueError: the version, the groups, the policies or the parameters of `saved` are others.
     """
     if saved.get("version") != VERSION:
-        raise _unfit("its version", saved.get("version"), VERSION)
-    groups = saved.get("groups", {})
+        raise _mismatch("its version", saved.get("version"), VERSION)
+    saved_groups = saved.get("groups", {})
     loaded: list[Any] = []
-    for group, state in zip(plan.groups, states, strict=True):
-        mine = _leaves(state, _names(group))
-        theirs = groups.get(group.name, {})
-        policy = type(group.policy).__name__
-        # A checkpoint may leave out what is empty: a policy without memory fits where there is no other.
-        if set(theirs) - {policy} or (mine and policy not in theirs):
-            raise _unfit(f"the policy of group {group.name!r}", sorted(theirs), policy)
-        loaded.append(_filled(state, _names(group), theirs.get(policy, {}), f"{group.name}.{policy}"))
-    if unknown := sorted(set(groups) - {group.name for group in plan.groups}):
-        raise _unfit("its parameter groups", unknown, [group.name for group in plan.groups])
+    for name, policy, tensor_names, state in groups:
+        found = saved_groups.get(name, {})
+        # Some checkpoints leave out empty dictionaries, such as that of a stateless policy.
+        if set(found) - {policy} or (_save(state, tensor_names) and policy not in found):
+            raise _mismatch(f"the policy of group {name!r}", sorted(found), policy)
+        loaded.append(_load(state, tensor_names, found.get(policy, {}), f"{name}.{policy}"))
+    names = [group.name for group in groups]
+    if unknown := sorted(set(saved_groups) - set(names)):
+        raise _mismatch("its parameter groups", unknown, names)
     return loaded
 
 
-def _num(group: Group) -> int:
-    return 1 if group.units is None else group.units.num
-
-
-def _names(group: Group) -> list[str] | None:
-    """The keys under which numbers of single tensors are kept."""
-    return group.units.row_names if group.units is not None and group.policy.scope is Scope.TENSOR else None
-
-
-def _leaves(state: Any, names: list[str] | None) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+def _save(state: Any, tensor_names: list[str] | None) -> dict[str, Any]:
+    saved: dict[str, Any] = {}
     for key, leaf in zip(state._fields, state, strict=True):
         if not isinstance(leaf, Tensor):
-            kept[key] = _leaves(leaf, names)
-        elif names is not None and leaf.ndim:
-            kept[key] = {name: number.clone() for name, number in zip(names, leaf, strict=True)}
+            saved[key] = _save(leaf, tensor_names)
+        elif tensor_names is not None and leaf.ndim:
+            saved[key] = {n: value.clone() for n, value in zip(tensor_names, leaf, strict=True)}
         else:
-            kept[key] = leaf.clone()
-    return kept
+            saved[key] = leaf.clone()
+    return saved
 
 
-def _filled(state: Any, names: list[str] | None, saved: dict[str, Any], where: str) -> Any:
+def _load(state: Any, tensor_names: list[str] | None, saved: dict[str, Any], path: str) -> Any:
     new: list[Any] = []
     for key, leaf in zip(state._fields, state, strict=True):
         if key not in saved:
-            raise _unfit(f"what it holds of {where}", sorted(saved), sorted(state._fields))
+            raise _mismatch(f"what it holds of {path}", sorted(saved), sorted(state._fields))
         if not isinstance(leaf, Tensor):
-            new.append(_filled(leaf, names, saved[key], f"{where}.{key}"))
-        elif names is not None and leaf.ndim:
-            if lacking := sorted(set(names) - set(saved[key])):
-                raise _unfit(f"the parameters of {where}.{key}", f"no {lacking[0]!r}", f"{len(names)} parameters")
-            new.append(torch.stack([saved[key][name].to(leaf) for name in names]) if names else leaf)
+            new.append(_load(leaf, tensor_names, saved[key], f"{path}.{key}"))
+        elif tensor_names is not None and leaf.ndim:
+            new.append(_load_vector(leaf, tensor_names, saved[key], f"{path}.{key}"))
         elif saved[key].shape != leaf.shape:
-            raise _unfit(f"the shape of {where}.{key}", tuple(saved[key].shape), tuple(leaf.shape))
+            shapes = tuple(saved[key].shape), tuple(leaf.shape)
+            raise _mismatch(f"the shape of {path}.{key}", *shapes)
         else:
             new.append(saved[key].to(leaf, copy=True))
     return type(state)(*new)
 
 
-def _unfit(what: str, found: object, wanted: object) -> ValueError:
+def _load_vector(leaf: Tensor, names: list[str], saved: dict[str, Tensor], path: str) -> Tensor:
+    if missing := sorted(set(names) - set(saved)):
+        raise _mismatch(
+            f"the parameters of {path}", f"no {missing[0]!r}", f"{len(names)} parameters"
+        )
+    return torch.stack([saved[name].to(leaf) for name in names]) if names else leaf
+
+
+def _mismatch(what: str, found: object, wanted: object) -> ValueError:
     return ValueError(
-        f"cannot load the state of a Clipper: {what} is {found!r} in the saved state, but {wanted!r} here, so that its "
-        f"numbers would be taken for others. Nothing was loaded. Make the Clipper as it was when the state was saved, "
-        f"or start without it."
+        f"cannot load the state of a Clipper: {what} is {found!r} in the saved state, but "
+        f"{wanted!r} here, and its numbers would be taken for others. Nothing was loaded. Make the "
+        f"Clipper as it was when the state was saved, or start without the state."
     )

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.policies.base import NormContext, Scope, check_between, check_count, check_finite, check_not_negative
-from distclip.policies.minimum import PolicyBase
+from distclip.policies.base import NormContext, PolicyBase, Scope
+from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
 
 
 class ZClipState(NamedTuple):
     """
     Attributes:
-        mean, var: of the norms accepted so far; float64 scalars.
-        num_steps: how many norms there have been; int64 scalar.
+        mean, var: of the norms so far, spikes pulled back; float64 scalars.
+        num_steps: the number of norms so far; int64 scalar.
     """
 
     mean: Tensor
@@ -31,21 +31,24 @@ class ZClip(PolicyBase):
     With the mean μ and the deviation σ of the norms before this step, and z = (norm - μ) / σ:
 
         limit = μ + z_thresh² σ / z      if z > z_thresh  (reciprocal clipping)
-        μ ← alpha μ + (1 - alpha) n,  σ² ← alpha σ² + (1 - alpha) (n - μ)²      with n = min(norm, limit)
+        μ ← alpha μ + (1 - alpha) n             with n = min(norm, limit)
+        σ² ← alpha σ² + (1 - alpha) (n - μ)²
 
-    and never above `max_norm`, which the statistics do not see. The first `warmup_steps` norms, clipped to `max_norm`
-    alone, give the first μ and σ². Where σ is 0, whatever lies above μ is pulled back to μ. The authors' code adds
-    1e-6 to σ in z; here nothing is added, so that the scale of the loss does not matter.
+    The limit is never above `max_norm`, which does not enter the statistics. The first
+    `warmup_steps` norms are clipped to `max_norm` alone; their mean and variance are the first μ
+    and σ². Where σ is 0, any norm above μ is pulled back to μ. The authors' code adds 1e-6 to σ in
+    z; nothing is added here, because the limit would then depend on the scale of the loss.
 
     Args:
         max_norm: `math.inf` switches this bound off.
 
     Raises:
-        ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps` is no whole
-            number above 0, or `max_norm` is negative or NaN.
+        ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps`
+            is not a whole number above 0, or `max_norm` is negative or NaN.
 
-    Reference: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025
-        (arXiv:2504.02507), with z-scores and reciprocal clipping; the order of the updates is that of its code.
+    Reference: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM
+        Pre-Training", 2025 (arXiv:2504.02507), with z-scores and reciprocal clipping; the order of
+        the updates is that of the authors' code.
     """
 
     z_thresh: float = 2.5
@@ -65,12 +68,15 @@ class ZClip(PolicyBase):
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
 
-    def limit(self, norms: Tensor, state: ZClipState, about: NormContext) -> tuple[Tensor | None, ZClipState]:
-        early = state.num_steps < self.warmup_steps
+    def limit(
+        self, norms: Tensor, state: ZClipState, context: NormContext
+    ) -> tuple[Tensor | None, ZClipState]:
+        warming_up = state.num_steps < self.warmup_steps
         highest = _highest(norms, state, self.z_thresh)
-        first, later = _collect(norms, state), _follow(torch.minimum(norms, highest), state, self.alpha)
-        mean, var = (torch.where(early, a, b) for a, b in zip(first, later, strict=True))
-        limit = torch.where(early, self.max_norm, highest.clamp(max=self.max_norm))
+        first = _sample_statistics(norms, state)
+        later = _moving_statistics(torch.minimum(norms, highest), state, self.alpha)
+        mean, var = (torch.where(warming_up, a, b) for a, b in zip(first, later, strict=True))
+        limit = torch.where(warming_up, self.max_norm, highest.clamp(max=self.max_norm))
         return limit, ZClipState(mean, var, state.num_steps + 1)
 
 
@@ -81,13 +87,13 @@ def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:
     return torch.where(norm <= threshold, threshold, past.mean + z_thresh**2 * std / z)
 
 
-def _collect(norm: Tensor, past: ZClipState) -> tuple[Tensor, Tensor]:
-    """Mean and population variance with one norm more: Welford's update, which needs no buffer of norms."""
+def _sample_statistics(norm: Tensor, past: ZClipState) -> tuple[Tensor, Tensor]:
+    """Mean and population variance with one norm more: Welford's update, which keeps no norms."""
     num = past.num_steps + 1
     mean = past.mean + (norm - past.mean) / num
     return mean, past.var + ((norm - past.mean) * (norm - mean) - past.var) / num
 
 
-def _follow(norm: Tensor, past: ZClipState, alpha: float) -> tuple[Tensor, Tensor]:
+def _moving_statistics(norm: Tensor, past: ZClipState, alpha: float) -> tuple[Tensor, Tensor]:
     mean = alpha * past.mean + (1 - alpha) * norm
     return mean, alpha * past.var + (1 - alpha) * (norm - mean).square()

@@ -1,4 +1,4 @@
-"""Each adaptive policy does what it is for: a few corrupted batches do not undo the training of a small LSTM."""
+"""What adaptive policies are for: corrupted batches do not undo the training of a small LSTM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Bytes(nn.Module):
 
 
 def last_loss(policy: distclip.Policy, corrupted: tuple[int, ...] = CORRUPTED) -> float:
-    """The mean loss of the last ten steps on the source of a module; a corrupted batch weighs 300 times as much."""
+    """The mean loss of the last ten steps on the source of a module of the standard library.
+
+    The loss of a corrupted batch is multiplied by 300.
+    """
     text = torch.tensor(list(Path(json.__file__).read_bytes())).clamp(max=127)
     torch.manual_seed(0)
     model = Bytes()
@@ -41,7 +44,9 @@ def last_loss(policy: distclip.Policy, corrupted: tuple[int, ...] = CORRUPTED) -
         batch = torch.stack([text[s : s + 33] for s in starts])
         if step in corrupted:
             batch = torch.randint(128, batch.shape, generator=torch.Generator().manual_seed(step))
-        loss = nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+        )
         (loss * (300 if step in corrupted else 1)).backward()
         clipper.clip_()
         optimizer.step()
