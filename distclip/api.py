@@ -34,7 +34,7 @@ from distclip.policies import (
     Scope,
     StatelessPolicy,
 )
-from distclip.policies.base import check_norm_type, check_not_negative
+from distclip.policies.checks import check_norm_type, check_not_negative
 from distclip.sharding.local_tensors import layout_cache_key, local_gradients, local_values
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision

@@ -79,7 +79,6 @@ class Clipper:
         overlap: bool = False,
     ) -> None:
         nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
-        check_policy(policy)
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -90,6 +89,8 @@ class Clipper:
         self._skips = nonfinite.SkipCounter(max_consecutive_skips)
         self._checked = optimizers.CheckedOptimizers()
         given = parameters.read_parameters(model_or_parameters, policy)
+        for group in given.groups:
+            check_policy(group.policy)
         self._modules = given.modules
         sharded = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
         self.plan = make_plan(sharded, given.groups)

@@ -53,7 +53,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     wide = local.to(torch.promote_types(local.dtype, torch.float64))
     squares = wide.abs().square()
     sums = squares.sum(dims, keepdim=True) if dims else squares  # torch takes no dims for all dims
-    reduce.sum_(sums, gradients.groups_cutting(t, dims))
+    reduce.sum_(sums, gradients.groups_sharding(t, dims))
     local.copy_(wide * _coefficient(sums.sqrt(), clip_norm))
     return clipped
 
@@ -102,8 +102,8 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
     """
     if not clip_value_min <= clip_value_max:
         raise ValueError(
-            f"cannot clamp to [{clip_value_min}, {clip_value_max}]: no number lies between "
-            f"the two. Pass clip_value_min <= clip_value_max."
+            f"cannot clamp to [{clip_value_min}, {clip_value_max}]: the lower bound is not at "
+            f"most the upper one, and no number lies between them. Pass clip_value_min <= clip_value_max."
         )
     if t.is_complex():
         raise ValueError(

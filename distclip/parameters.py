@@ -6,7 +6,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, SupportsFloat, TypeAlias, cast
 
@@ -29,9 +29,9 @@ GradientFunction: TypeAlias = Callable[[Tensor], "Tensor | None"]
 class NamedParameters:
     """Everything that a user passes: parameters in the order of groups, and their modules."""
 
-    named: list[tuple[str, Tensor]] = field(default_factory=list)
-    groups: list[GroupSpec] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
+    named: list[tuple[str, Tensor]]
+    groups: list[GroupSpec]
+    modules: list[nn.Module]
 
 
 def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> NamedParameters:
@@ -53,7 +53,7 @@ def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> Nam
 
 
 def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> NamedParameters:
-    read = NamedParameters()
+    read = NamedParameters([], [], [])
     seen: set[int] = set()
     for index, group in enumerate(groups):
         name = str(group.get("name", f"group{index}"))

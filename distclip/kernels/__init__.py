@@ -23,7 +23,7 @@ from distclip.kernels.naive import unit_norms as unit_norms
 from distclip.kernels.naive import unit_power_sums as unit_power_sums
 
 
-def pieces(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """The memory of dense tensors in lists that one call takes: of one device, on a CPU of one dtype and in long runs.
 
     An accelerator's kernels take any list in one launch and tell its tensors apart, so that nothing is joined there.
@@ -31,7 +31,7 @@ def pieces(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     if all(map(attrgetter("is_cpu"), tensors)):
         return [joined for there in _by(attrgetter("dtype"), tensors) if (joined := runs(there))]
     by_device = _by(attrgetter("device"), tensors)
-    return [piece for there in by_device for piece in (pieces(there) if there[0].is_cpu else [there])]
+    return [piece for there in by_device for piece in (tensor_lists(there) if there[0].is_cpu else [there])]
 
 
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -101,3 +101,7 @@ def _by(key: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> list[list
     """The tensors in lists for which `key` is the same."""
     kinds = set(map(key, tensors))
     return [list(tensors) if len(kinds) == 1 else [t for t in tensors if key(t) == kind] for kind in kinds]
+
+
+def backend(device):
+    return _on(device)

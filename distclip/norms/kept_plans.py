@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
@@ -29,12 +28,12 @@ class _Entry(NamedTuple):
         return all(ref() is not None for ref in self.layouts)
 
 
-@dataclass
 class PlanCache:
     """The plans made last. No plan or key keeps a mesh, a layout or a parameter alive."""
 
-    _entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Plan | None:
         with self._lock:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distclip.clipper import Clipper
-from distclip.step import Decision, report_of, write_
+from distclip.step import Decision
 
 if TYPE_CHECKING:
     from distclip import Policy, Report
@@ -75,8 +75,10 @@ class Handle:
             _by_name(policy, engine.module),
             mesh=_mesh(engine.device.type),
             layouts=None if alike else lambda name, _: layouts[name],
+            gradient=self._gradient,
             on_nonfinite=on_nonfinite,
         )
+        self._place_of = {id(p.param): place for p, place in zip(self._clipper.plan.params, self._places, strict=True)}
         self._decision: Decision | None = None
         self._scale = 1.0
         self._report: Report | None = None
@@ -155,13 +157,18 @@ class Handle:
         optimizer.clip_grad = 0.0  # load_checkpoint brings back what it was
         self._where.settle(optimizer)
         self._scale = self._where.loss_scale(optimizer)
-        inverse = None if self._scale == 1.0 else torch.tensor(1 / self._scale, dtype=torch.float64, device="cpu")
-        found = [partition.gradients() for partition in self._partitions]
-        values = [None if place.at is None else found[place.at[0]][place.at[1]] for place in self._places]
-        for held, place in zip(self._clipper.plan.params, self._places, strict=True):
-            held.param.data = self._weights(place)  # offloading states moves them
-        self._decision = self._clipper.decide([], None, inverse, values)
-        self._report = report_of(self._decision)
+        self._found = [partition.gradients() for partition in self._partitions]
+        for param, place in zip(self._clipper.plan.params, self._places, strict=True):
+            param.param.data = self._weights(place)  # offloading states moves them
+        try:
+            self._decision = self._clipper.decide(scale=None if self._scale == 1.0 else 1 / self._scale)
+        finally:
+            self._found = []
+        self._report = self._decision.report
+
+    def _gradient(self, weights: Tensor) -> Tensor | None:
+        place = self._place_of[id(weights)]
+        return None if place.at is None else self._found[place.at[0]][place.at[1]]
 
     def _weights(self, place: Place) -> Tensor:
         """The float32 weights that a gradient belongs to; no elements where this rank holds none."""
@@ -178,11 +185,10 @@ class Handle:
         if self._decision is None:
             return
         stepping = {id(p): p for group in inner.param_groups for p in group["params"] if p.grad is not None}
-        values = [self._applied(place, stepping) for place in self._places]
         grown = self._where.loss_scale(self._optimizer) / self._scale
         correction = None if grown == 1.0 else torch.tensor(grown, dtype=torch.float64, device="cpu")
-        write_(self._decision.applied_to(values, correction))
-        skipped = self._clipper.found_inf(self._decision, False)
+        self._decision.apply_(lambda w: self._applied(self._place_of[id(w)], stepping), correction)
+        skipped = self._decision.skip(False)
         if skipped is not None and bool(skipped):
             self._hidden = [(p, p.grad) for p in stepping.values() if p.grad is not None]
             for hidden in self._hidden:

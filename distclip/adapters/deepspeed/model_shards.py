@@ -125,7 +125,7 @@ def _tensor_parallel(fragment: Fragment, ranks: Ranks) -> ParamShard:
     size, numel = len(ranks.tensor), prod(fragment.shape)
     if getattr(fragment.param, "partition_dim", None) != 0 or getattr(fragment.param, "partition_stride", 1) != 1:
         none = (0,) * len(fragment.shape)
-        return ParamShard("", numel * size, BlockShard(fragment.shape, none, fragment.shape, cut=None))
+        return ParamShard("", numel * size, BlockShard(fragment.shape, none, fragment.shape, sharded_dims=None))
     before = numel * list(ranks.tensor).index(dist.get_rank())
     inside = {b for b in fragment.boundaries if 0 < b < numel}
     begins = {numel * index + b for index in range(size + 1) for b in {0, *inside}}
@@ -135,10 +135,10 @@ def _tensor_parallel(fragment: Fragment, ranks: Ranks) -> ParamShard:
 
 
 def _emptied(part: ParamShard) -> ParamShard:
-    piece = part.piece
+    piece = part.shard
     if isinstance(piece, BlockShard):
-        return replace(part, piece=replace(piece, size=(0,) * len(piece.shape)))
-    return replace(part, piece=replace(piece, first=0, size=0))
+        return replace(part, shard=replace(piece, sizes=(0,) * len(piece.global_shape)))
+    return replace(part, shard=replace(piece, start=0, numel=0))
 
 
 def _expert_counts(names: Any) -> dict[str, int]:
@@ -164,19 +164,19 @@ def _with_other_stages(own: dict[str, Place], pipe: Any) -> list[Place]:
     whole: dict[str, ParamShard] = {}
     for part in (part for stage in everyone for part in stage):
         known = whole.setdefault(part.name, part)
-        if isinstance(known.piece, FlatShard) and isinstance(part.piece, FlatShard):
+        if isinstance(known.shard, FlatShard) and isinstance(part.shard, FlatShard):
             # A weight tied between stages is cut at other places in each.
-            both = tuple(sorted({*known.piece.boundaries, *part.piece.boundaries}))
-            whole[part.name] = replace(known, piece=replace(known.piece, boundaries=both))
+            both = tuple(sorted({*known.shard.boundaries, *part.shard.boundaries}))
+            whole[part.name] = replace(known, shard=replace(known.shard, boundaries=both))
     return [_joined(part, own.get(name)) for name, part in whole.items()]
 
 
 def _joined(part: ParamShard, own: Place | None) -> Place:
     if own is None:
         return Place(part, None, False)
-    if isinstance(part.piece, FlatShard) and isinstance(own.part.piece, FlatShard):
-        piece = replace(own.part.piece, boundaries=part.piece.boundaries)
-        return replace(own, part=replace(own.part, piece=piece))
+    if isinstance(part.shard, FlatShard) and isinstance(own.part.shard, FlatShard):
+        piece = replace(own.part.shard, boundaries=part.shard.boundaries)
+        return replace(own, part=replace(own.part, shard=piece))
     return own
 
 
