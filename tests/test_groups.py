@@ -101,13 +101,13 @@ def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
         if grad is None:
             continue
         local(grad).zero_()  # the padding too: a NaN of an earlier step
-        for part in held.parts:
-            values, piece = local(grad), part.piece
-            if hasattr(piece, "first"):
-                run = grads[part.name].reshape(-1)[piece.first : piece.first + piece.size]
-                values.view(-1)[piece.offset : piece.offset + piece.size] = run
+        for part in held.shards:
+            values, piece = local(grad), part.shard
+            if hasattr(piece, "start"):
+                run = grads[part.name].reshape(-1)[piece.start : piece.start + piece.numel]
+                values.view(-1)[piece.offset : piece.offset + piece.numel] = run
             elif values.numel():
-                box = tuple(slice(s, s + n) for s, n in zip(piece.start, piece.size, strict=True))
+                box = tuple(slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True))
                 values.copy_(grads[part.name][box])
 
 
@@ -248,4 +248,4 @@ def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
 
 def names_in(kind: str) -> list[str]:
     plan = Clipper(with_gradients(kind, "cpu"), ClipTensorNorm(1.0)).plan
-    return [part.name for held in plan.params for part in held.parts]
+    return [part.name for held in plan.params for part in held.shards]

@@ -99,10 +99,10 @@ def gathered(model: nn.Module, whole_model: Model) -> list[Tensor]:
         if isinstance(grad, DTensor):
             mine[name] = ("whole", grad.full_tensor())
         elif grad is not None:
-            piece = span.part.piece
-            run = hasattr(piece, "first")
-            values = grad.reshape(-1)[piece.offset : piece.offset + piece.size] if run else grad
-            mine[name] = (f"at {piece.first}", values) if run else ("whole", values)
+            piece = span.part.shard
+            run = hasattr(piece, "start")
+            values = grad.reshape(-1)[piece.offset : piece.offset + piece.numel] if run else grad
+            mine[name] = (f"at {piece.start}", values) if run else ("whole", values)
     everyone: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     wholes = {name: torch.zeros(shape).reshape(-1) for name, shape in shapes.items()}
