@@ -80,7 +80,10 @@ class Clipper:
         held, team = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
         self.plan = make_plan(held, team, given.groups)
         self._params = [h.param for h in held]
-        self._states = state.start(self.plan)
+        self._states: list[Any] = []
+        for group in self.plan.groups:
+            num = 1 if group.units is None else group.units.num
+            self._states.append(group.policy.init(num, self.plan.device))
         self._early = BackwardNorms(self.plan, self._modules) if overlap else None
 
     @property
@@ -226,7 +229,7 @@ class Clipper:
 
         The same on every rank (of a pipeline stage), however many ranks there are and however they share the model.
         """
-        return state.to_dict(self.plan, self._states)
+        return state.to_dict(self._group_states())
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, on any number of ranks.
@@ -234,4 +237,15 @@ class Clipper:
         Raises:
             ValueError: a state of another version, another policy or other parameters; nothing is loaded.
         """
-        self._states = state.from_dict(self.plan, self._states, saved)
+        self._states = state.from_dict(self._group_states(), saved)
+
+    def _group_states(self) -> list[state.GroupState]:
+        return [
+            state.GroupState(
+                g.name,
+                type(g.policy).__name__,
+                g.units.row_names if g.units is not None and g.policy.scope is Scope.TENSOR else None,
+                s,
+            )
+            for g, s in zip(self.plan.groups, self._states, strict=True)
+        ]

@@ -18,7 +18,6 @@ from distclip.norms import measure
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import Parameters, named_tensors
 from distclip.policies import EmptyState, NormContext, Policy, check_not_negative
-from distclip.policies import state_dict as state
 from distclip.sharding.layout import read_layouts
 from distclip.sharding.local_tensors import layout_cache_key, local_gradient, local_gradients, local_values
 from distclip.step import decide, norms, write_
@@ -41,7 +40,7 @@ def clip_(
     values = local_gradients(params)
     if isinstance(parameters, nn.Module) and all(v is None for v in values):
         inputs.check_fresh(parameters, params)
-    decision = decide(values, measure.local(values, plan), plan, state.start(plan), None, "propagate")
+    decision = decide(values, measure.local(values, plan), plan, [g.policy.init(1, plan.device) for g in plan.groups], None, "propagate")
     if error_if_nonfinite and not bool(decision.finite):
         raise nonfinite.error(decision.norm, values, _plan(parameters, policy, mesh, distinct))
     write_(decision)
