@@ -1,224 +1,182 @@
 """A check at setup: do the ranks agree on what they train, and are their copies alike?
 
-Every rank makes statements: a name, a digest, and the kin, by which ranks find those that must say the same. The
-sums of the digests are gathered, a fixed number of integers a rank whatever the size of the model. Only where sums
-differ do the ranks look for the name, by halving the range of hashed names.
+The ranks that must hold the same are a replica group. Each rank sends one digest for each of its
+replica groups. Where the digests of a group differ, the ranks exchange what went into them, and
+every rank finds the same first difference.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from enum import IntEnum
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distclip import torch_private
 from distclip.errors import LayoutError
+from distclip.norms.reduce import all_gather_objects
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.mesh import numbers, world_group
-
-if TYPE_CHECKING:
-    from distclip.norms.plan import Plan
-
-_BITS = 62  # of a digest: sums of them are taken modulo 2**62 and fit int64
-_SLOTS = 16  # sums a rank sends; copies over different axes share one only where there are more kinds of them
-_CHUNK = 1 << 20
-_calls: defaultdict[str, int] = defaultdict(int)  # of verify, by process group: all its ranks call equally often
+from distclip.sharding.mesh import ReduceMesh, world_group
 
 
-@dataclass(frozen=True, slots=True)
-class _Statement:
-    name: str
-    slot: int
-    kin: int
-    text: str
+class Subject(IntEnum):
+    """What is compared, in the order in which differences are reported."""
 
-    @property
-    def place(self) -> int:
-        return _digest(self.name)
-
-    @property
-    def digest(self) -> int:
-        return _digest(self.name, self.text)
+    SETUP = 0
+    LAYOUT = 1
+    VALUES = 2
 
 
-@dataclass(frozen=True)
-class _Circle:
-    """The ranks that verify together."""
+class ReplicaGroup(NamedTuple):
+    """The ranks that must agree on a subject: those with the same coordinate."""
 
-    group: dist.ProcessGroup
-    device: torch.device
-
-    @property
-    def ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.group)
-
-    def numbers(self, mine: Sequence[int]) -> dict[int, list[int]]:
-        """The integers of every rank, by global rank."""
-        sent = torch.tensor(mine, dtype=torch.int64, device=self.device)
-        everyone = sent.new_empty(len(self.ranks), len(mine))
-        dist.all_gather(list(everyone.unbind()), sent, group=self.group)
-        rows = everyone.cpu()
-        return {rank: [int(n) for n in row] for rank, row in zip(self.ranks, rows, strict=True)}
-
-    def objects(self, mine: Any) -> dict[int, Any]:
-        return gathered(mine, self.group)
+    subject: Subject
+    coordinate: str
 
 
-def gathered(mine: Any, group: dist.ProcessGroup) -> dict[int, Any]:
-    """A small object of every rank, by global rank."""
-    ranks = dist.get_process_group_ranks(group)
-    everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, mine, group=group)
-    return dict(zip(ranks, everyone, strict=True))
+Fingerprints = dict[str, list[str]]  # by name; two modules may have a "weight" each
 
 
-def verify(plan: Plan) -> None:
-    """See `Plan.verify`."""
+def verify(
+    params: Sequence[LocalParam],
+    reduce_mesh: ReduceMesh | None,
+    policies: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Raises the same LayoutError on all ranks where they differ; see `Plan.verify`.
+
+    Args:
+        policies: each parameter group's name and policy.
+        device: where the collectives run.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    circle = _Circle(plan.reduce_mesh.group if plan.reduce_mesh is not None else world_group(), plan.device)
-    _meet(circle)
-    common = [_policies(plan), _mesh(plan)]
-    slots = _statements(plan)
-    kins = [_digest(*sorted({str(said.kin) for said in slot})) if slot else 0 for slot in slots]
-    rows = circle.numbers([*map(_digest, common), *kins, *map(_sum, slots)])
-    for column, text in enumerate(common):
-        if len({row[column] for row in rows.values()}) > 1:
-            raise _different_setups(circle.objects(text[:300]))
-    for slot, mine in enumerate(slots):
-        kin, total = len(common) + slot, len(common) + _SLOTS + slot
-        families: defaultdict[int, list[int]] = defaultdict(list)
-        for rank, row in rows.items():
-            families[row[kin]].append(rank)
-        for family, ranks in sorted(families.items()):
-            if family and len({rows[rank][total] for rank in ranks}) > 1:
-                raise _different_statements(circle, slot, mine if kins[slot] == family else [], ranks)
+    group = reduce_mesh.group if reduce_mesh is not None else world_group()
+    _wait_for_all_ranks(group, torch_private.timeout(group, device))
+    mine = _fingerprints(params, reduce_mesh, policies)
+    digests = {replicas: _digest(sorted(found.items())) for replicas, found in mine.items()}
+    first = _first_difference(all_gather_objects(digests, group).values())
+    if first is not None:
+        raise _error(first.subject, all_gather_objects(mine.get(first), group))
 
 
-def _statements(plan: Plan) -> list[list[_Statement]]:
-    """What this rank says, by slot: which parameters it holds (slot 0), and the values of those with copies."""
-    team = plan.reduce_mesh
-    place = [f"{axis}={team.coordinate[axis]}" for axis in sorted(team.distinct)] if team is not None else []
-    slots: list[list[_Statement]] = [[] for _ in range(_SLOTS)]
-    for held in plan.params:
-        text = f"{held.layout} ({held.param.dtype})"
-        slots[0].append(_Statement(held.name, 0, _digest("place", *place), text))
+def _fingerprints(
+    params: Sequence[LocalParam], mesh: ReduceMesh | None, policies: Sequence[str]
+) -> dict[ReplicaGroup, Fingerprints]:
+    found: defaultdict[ReplicaGroup, Fingerprints] = defaultdict(dict)
+    setup = {"policies": [", ".join(policies)], "mesh": [_mesh_text(mesh)]}
+    found[ReplicaGroup(Subject.SETUP, "")] = setup
+    stage = "" if mesh is None else str([(a, mesh.coordinate[a]) for a in sorted(mesh.distinct)])
+    for held in params:
+        layouts = found[ReplicaGroup(Subject.LAYOUT, stage)]
+        layouts.setdefault(held.name, []).append(f"{held.layout} ({held.param.dtype})")
         values = held.weights
         if values.numel() and not values.is_meta:
-            slot = 1 + _digest(str(held.layout)) % (_SLOTS - 1)
-            text = f"values with the fingerprint {_fingerprint(values):x}"
-            slots[slot].append(_Statement(held.name, slot, _kin(held), text))
-    return slots
+            shard = [(axis, held.coordinate[axis]) for axis in sorted(held.layout.sharded)]
+            copies = found[ReplicaGroup(Subject.VALUES, f"{shard} on {held.mesh}")]
+            text = f"values with the fingerprint {_checksum(values):x}"
+            copies.setdefault(held.name, []).append(text)
+    return found
 
 
-def _kin(held: LocalParam) -> int:
-    """The same on all ranks that hold copies, and on no other."""
-    shard = (f"{axis}={held.coordinate[axis]}" for axis in sorted(held.layout.sharded))
-    return _digest(held.mesh, *shard)
+def _first_difference(digests: Iterable[dict[ReplicaGroup, str]]) -> ReplicaGroup | None:
+    distinct = {pair for of_rank in digests for pair in of_rank.items()}
+    num_digests = Counter(replicas for replicas, _ in distinct)
+    return min((replicas for replicas, num in num_digests.items() if num > 1), default=None)
 
 
-def _different_setups(told: dict[int, str]) -> LayoutError:
-    return LayoutError(
-        f"cannot clip together: the ranks were given different things: {_listed(told)}. Each would scale by its own "
-        f"rule, or wait in a collective of its own. Make the Clipper alike on every rank: the same policies, the same "
-        f"order of groups, the same mesh."
-    )
+def _mesh_text(mesh: ReduceMesh | None) -> str:
+    if mesh is None:
+        return "nothing sharded"
+    ranks = cast("list[int]", mesh.ranks.flatten().tolist())
+    if mesh.from_user:
+        axes = " x ".join(f"{axis}={mesh.size(axis)}" for axis in mesh.axes)
+        return f"mesh {axes} (ranks in order {_digest(ranks)}), distinct {sorted(mesh.distinct)}"
+    # Ranks with another coordinate on a distinct axis may find meshes that differ in other axes.
+    along = {axis: mesh.ranks_along(axis) for axis in sorted(mesh.distinct)}
+    strides = {axis: (len(line), line[-1] - line[0]) for axis, line in along.items()}
+    digest = _digest(sorted(ranks))
+    return f"{len(ranks)} ranks from {ranks[0]} (digest {digest}), distinct axes {strides}"
 
 
-def _different_statements(circle: _Circle, slot: int, mine: Sequence[_Statement], family: Sequence[int]) -> LayoutError:
-    low, high = 0, 2**_BITS
-    while high - low > 1:
-        middle = (low + high) // 2
-        rows = circle.numbers([_sum([said for said in mine if low <= said.place < middle])])
-        differ = len({rows[rank][0] for rank in family}) > 1
-        low, high = (low, middle) if differ else (middle, high)
-    here = next(((said.name[:200], said.text) for said in mine if said.place == low), None)
-    found = {rank: said for rank, said in circle.objects(here).items() if rank in family}
-    name = next(said[0] for said in found.values() if said is not None)
-    told = {rank: "it is missing" if said is None else said[1] for rank, said in found.items()}
-    if slot == 0:
-        return LayoutError(
-            f"cannot clip {name!r} together: the ranks hold it differently: {_listed(told)}. Sums that do not belong "
-            f"together would be added. Build and wrap the model alike on these ranks, or say by `mesh=`, `distinct=` "
-            f"or `layouts=` that they hold different parameters."
-        )
-    return LayoutError(
-        f"cannot clip {name!r} together: it is laid out as copies, but they differ: {_listed(told)}. One rank counts "
-        f"for all copies, so that the elements of the others would be missed. Broadcast the parameter, or say by "
-        f"`distinct=` or `layouts=` that these ranks hold different elements."
-    )
+_ERRORS = {
+    Subject.SETUP: (
+        "cannot clip together: the ranks were given different things: {found}. Each would scale by "
+        "its own rule, or wait in a collective of its own. Make the Clipper alike on every rank: "
+        "the same policies, the same order of groups, the same mesh."
+    ),
+    Subject.LAYOUT: (
+        "cannot clip {name!r} together: the ranks hold it differently: {found}. Sums that do not "
+        "belong together would be added. Build and wrap the model alike on these ranks, or say by "
+        "`mesh=`, `distinct=` or `layouts=` that they hold different parameters."
+    ),
+    Subject.VALUES: (
+        "cannot clip {name!r} together: it is laid out as copies, but they differ: {found}. One "
+        "rank counts for all copies, and the elements of the others would be missed. Broadcast the "
+        "parameter, or say by `distinct=` or `layouts=` that these ranks hold different elements."
+    ),
+}
 
 
-def _listed(told: dict[int, str]) -> str:
+def _error(subject: Subject, gathered: dict[int, Fingerprints | None]) -> LayoutError:
+    reports = {rank: report for rank, report in gathered.items() if report is not None}
+    names = dict.fromkeys(name for report in reports.values() for name in report)
+    name = next(name for name in names if len(set(_texts(name, reports))) > 1)
     ranks: defaultdict[str, list[int]] = defaultdict(list)
-    for rank, text in told.items():
+    for rank, text in zip(reports, _texts(name, reports), strict=True):
         ranks[text].append(rank)
-    return "; ".join(f"ranks {who}: {text}" for text, who in ranks.items())
+    found = "; ".join(f"ranks {who}: {text[:300]}" for text, who in ranks.items())
+    return LayoutError(_ERRORS[subject].format(name=name, found=found))
 
 
-def _meet(circle: _Circle) -> None:
-    """Waits until every rank has called, or names those that have not within the group's timeout."""
-    store = circle.group.get_group_store()
-    _calls[circle.group.group_name] += 1
-    meeting = f"distclip/verify/{_calls[circle.group.group_name]}"
-    store.set(f"{meeting}/{dist.get_rank()}", "here")
-    if store.add(f"{meeting}/count", 1) == len(circle.ranks):
-        store.set(f"{meeting}/all", "here")
+def _texts(name: str, reports: dict[int, Fingerprints]) -> list[str]:
+    return [", ".join(report.get(name, ["it is missing"])) for report in reports.values()]
+
+
+def _wait_for_all_ranks(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Raises LayoutError, naming the missing ranks, unless all ranks arrive within `timeout`.
+
+    A collective of NCCL that lacks a rank ends the process, and `monitored_barrier` needs gloo and
+    names the missing ranks on one rank only.
+    """
+    store, ranks = group.get_group_store(), dist.get_process_group_ranks(group)
+    num_arrived = store.add("distclip/verify", 1)
+    key = f"distclip/verify/{(num_arrived - 1) // len(ranks)}"  # equal on the ranks of one call
+    store.set(f"{key}/{dist.get_rank()}", "arrived")
+    if num_arrived % len(ranks) == 0:
+        store.set(f"{key}/all", "arrived")
     try:
-        store.wait([f"{meeting}/all"], _timeout(circle))
+        store.wait([f"{key}/all"], timeout)
     except RuntimeError:
-        missing = [rank for rank in circle.ranks if not store.check([f"{meeting}/{rank}"])]
+        missing = [rank for rank in ranks if not store.check([f"{key}/{rank}"])]
         raise LayoutError(
-            f"cannot verify the plan: the ranks {missing} have not called `verify()` within {_timeout(circle)}, the "
-            f"timeout of the process group, and the check needs every rank. Call it on all ranks, after the same steps."
+            f"cannot verify the plan: the ranks {missing} have not called `verify()` within "
+            f"{timeout}, the timeout of the process group, and the check needs every rank. Call it "
+            f"on all ranks, after the same steps."
         ) from None
 
 
-def _timeout(circle: _Circle) -> timedelta:
-    return cast(Any, circle.group)._get_backend(circle.device).options._timeout
+def _digest(content: object) -> str:
+    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
-def _policies(plan: Plan) -> str:
-    return ", ".join(f"{group.name}: {group.policy}" for group in plan.groups)
+# No words of 64 bits: of two flipped signs, the differences would cancel modulo 2**64.
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_CHUNK = 1 << 20  # words, of which the products take 8 MB
 
 
-def _mesh(plan: Plan) -> str:
-    if plan.reduce_mesh is None:
-        return "nothing sharded"
-    team, ranks = plan.reduce_mesh, numbers(plan.reduce_mesh.ranks)
-    if not team.given:  # ranks apart on a distinct axis may find meshes that differ in other axes
-        lines = {axis: team.line(axis) for axis in sorted(team.distinct)}
-        apart = {axis: (len(line), line[-1] - line[0]) for axis, line in lines.items()}
-        return f"{len(ranks)} ranks from {ranks[0]} (digest {_digest(str(sorted(ranks))):x}), distinct axes {apart}"
-    axes = " x ".join(f"{axis}={team.size(axis)}" for axis in team.axes)
-    return f"mesh {axes} (ranks in order {_digest(str(ranks)):x}), distinct {sorted(team.distinct)}"
-
-
-def _sum(statements: Sequence[_Statement]) -> int:
-    return sum(said.digest for said in statements) % 2**_BITS
-
-
-def _digest(*texts: str) -> int:
-    joined = "\0".join(texts).encode()
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big") % (2**_BITS - 1) + 1
-
-
-def _fingerprint(values: Tensor) -> int:
-    """A digest of the bits: each word times an odd number of its place, summed modulo 2**64."""
-    words = values.contiguous().reshape(-1).view(_WORDS[min(values.element_size(), 8)])
+def _checksum(values: Tensor) -> int:
+    """Changes with any bit of `values`: an odd multiple of each word, summed modulo 2**64."""
+    words = values.contiguous().reshape(-1).view(_WORDS[min(values.element_size(), 4)])
+    index = torch.arange(min(len(words), _CHUNK), device=words.device)
+    factors = index * 0x1E3779B97F4A7C14 + 1
     total = 0
-    for start in range(0, len(words), _CHUNK):
-        chunk = words[start : start + _CHUNK].long()
-        places = torch.arange(start, start + len(chunk), device=chunk.device)
-        total += int((chunk * (places * _ODD + 1)).sum())
-    return total % 2**64
-
-
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ODD = 0x1E3779B97F4A7C14  # even, so that places * _ODD + 1 is odd, and its bits are well mixed
+    for chunk in torch.split(words, _CHUNK):
+        total = (total * 31 + int((chunk * factors[: len(chunk)]).sum())) % 2**64
+    return total

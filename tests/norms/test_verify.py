@@ -1,4 +1,4 @@
-"""`plan.verify()` finds what ranks disagree on, and every rank raises the same; `print(plan)` says who counts what."""
+"""`plan.verify()` finds what ranks disagree on; `print(plan)` says who counts what."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
+from distclip.norms import verify
 from tests.conftest import pool
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.wrapped import WRAPPERS, with_gradients
 
-WORLD = ("world",)
+GATHERS_PER_OBJECT = 2  # all_gather_object: of the sizes, of the contents
 
 
 class Small(nn.Module):
@@ -33,9 +35,22 @@ class Small(nn.Module):
 
 def agreeing(device: str) -> None:
     for kind in WRAPPERS:
-        distclip.Clipper(with_gradients(kind, device)).plan.verify()
+        _verified(with_gradients(kind, device))
     for placed in LAYOUTS.values():
-        distclip.Clipper(lay_out(random_wholes(placed, seed=2), placed, device)).plan.verify()
+        _verified(lay_out(random_wholes(placed, seed=2), placed, device))
+    _verified(_same_names_in_two_groups())
+
+
+def _verified(parameters: Any) -> None:
+    plan = distclip.Clipper(parameters).plan
+    with CommDebugMode() as comms:
+        plan.verify()
+    assert comms.get_total_counts() == GATHERS_PER_OBJECT
+
+
+def _same_names_in_two_groups() -> list[dict[str, Any]]:
+    model = Small()
+    return [{"name": str(i), "params": layer} for i, layer in enumerate(model.layers)]
 
 
 def test_plans_that_agree_pass(four_ranks: Ranks) -> None:
@@ -47,6 +62,21 @@ def _perturbed() -> distclip.Clipper:
     if dist.get_rank() == 2:
         model.layers[3].weight.data[1, 4] += 1e-6
     return distclip.Clipper(model)
+
+
+def _perturbed_twice() -> distclip.Clipper:
+    model = Small()
+    if dist.get_rank() == 2:
+        model.layers[5].bias.data += 1
+        model.layers[1].bias.data += 1
+    return distclip.Clipper(model)
+
+
+def _perturbed_under_a_name_of_two() -> distclip.Clipper:
+    groups = _same_names_in_two_groups()
+    if dist.get_rank() == 3:
+        groups[4]["params"].bias.data += 1
+    return distclip.Clipper(groups)
 
 
 def _lacking() -> distclip.Clipper:
@@ -65,6 +95,16 @@ def _renamed() -> distclip.Clipper:
 
 def _other_limit() -> distclip.Clipper:
     return distclip.Clipper(Small(), distclip.ClipNorm(1.0 if dist.get_rank() else 2.0))
+
+
+def _other_limit_and_values() -> distclip.Clipper:
+    model = Small()
+    model.head.bias.data += dist.get_rank()
+    return distclip.Clipper(model, distclip.ClipNorm(1.0 if dist.get_rank() else 2.0))
+
+
+def _other_dtype() -> distclip.Clipper:
+    return distclip.Clipper(Small().to(torch.float64 if dist.get_rank() == 1 else torch.float32))
 
 
 def _other_order() -> distclip.Clipper:
@@ -101,14 +141,45 @@ def _local_experts() -> distclip.Clipper:
 
 
 DISAGREEING: dict[str, tuple[Callable[[], distclip.Clipper], str]] = {
-    "a copy differs by one bit": (_perturbed, r"'layers\.3\.weight'.*ranks \[0, 1, 3\]: .*; ranks \[2\]: .*Broadcast"),
-    "a rank lacks a parameter": (_lacking, r"'layers\.4\.bias'.*ranks \[3\]: it is missing.*Build and wrap"),
+    "a copy differs by one bit": (
+        _perturbed,
+        r"'layers\.3\.weight'.*ranks \[0, 1, 3\]: .*; ranks \[2\]: .*Broadcast",
+    ),
+    "two copies differ": (_perturbed_twice, r"'layers\.1\.bias'.*ranks \[0, 1, 3\]: "),
+    "a copy differs, two have its name": (
+        _perturbed_under_a_name_of_two,
+        r"'bias'.*ranks \[0, 1, 2\]: .*; ranks \[3\]: .*Broadcast",
+    ),
+    "a rank lacks a parameter": (
+        _lacking,
+        r"'layers\.4\.bias'.*ranks \[3\]: it is missing.*Build and wrap",
+    ),
     "another name": (_renamed, r"'(other|layers\.1\.weight)'.*it is missing"),
-    "another max_norm": (_other_limit, r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0"),
-    "another order of groups": (_other_order, r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: "),
-    "another mesh": (_other_mesh, r"ranks \[0, 1\]: mesh a=2 x b=2.*; ranks \[2, 3\]: mesh a=4 x b=1"),
-    "replicas of a shard differ": (_broken_shard, r"'#0'.*copies.*differ: ranks \[[01], [23]\]|'#0'.*copies"),
-    "undeclared experts": (_local_experts, r"'#1'.*copies, but they differ: ranks \[0\].*`layouts=`"),
+    "another dtype": (
+        _other_dtype,
+        r"ranks \[0, 2, 3\]: .*\(torch\.float32\); ranks \[1\]: .*\(torch\.float64\)",
+    ),
+    "another max_norm": (
+        _other_limit,
+        r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0",
+    ),
+    "another max_norm and other values": (_other_limit_and_values, r"ranks \[0\]: .*max_norm=2\.0"),
+    "another order of groups": (
+        _other_order,
+        r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: ",
+    ),
+    "another mesh": (
+        _other_mesh,
+        r"ranks \[0, 1\]: mesh a=2 x b=2.*; ranks \[2, 3\]: mesh a=4 x b=1",
+    ),
+    "replicas of a shard differ": (
+        _broken_shard,
+        r"'#0'.*copies, but they differ: ranks \[[01]\]: .*; ranks \[[23]\]: ",
+    ),
+    "undeclared experts": (
+        _local_experts,
+        r"'#1'.*copies, but they differ: ranks \[0\].*`layouts=`",
+    ),
 }
 
 
@@ -118,7 +189,7 @@ def disagreeing(name: str) -> str:
     with CommDebugMode() as comms, pytest.raises(distclip.LayoutError) as caught:
         clipper.plan.verify()
     assert re.search(message, str(caught.value)), str(caught.value)
-    assert comms.get_total_counts() < 70  # whatever the number of parameters
+    assert comms.get_total_counts() == 2 * GATHERS_PER_OBJECT  # digests, then names
     return str(caught.value)
 
 
@@ -127,23 +198,49 @@ def test_plans_that_disagree_raise_the_same_on_every_rank(name: str) -> None:
     assert len(set(pool(4).run(disagreeing, name))) == 1
 
 
-def one_rank_stays_away() -> float:
+def ranks_stay_away(missing: list[int], earlier_calls: int) -> float:
     group = dist.new_group(list(range(4)), timeout=timedelta(seconds=2))
     clipper = distclip.Clipper(Small(), mesh=mesh((4,), ("pp",)))
-    object.__setattr__(clipper.plan.reduce_mesh, "group", group)  # as the world, but with a short timeout
+    # as the world, but with a short timeout
+    object.__setattr__(clipper.plan.reduce_mesh, "group", group)
+    for _ in range(earlier_calls):
+        clipper.plan.verify()
     started = time.monotonic()
-    if dist.get_rank() != 1:
-        with pytest.raises(distclip.LayoutError, match=r"the ranks \[1\] have not called `verify\(\)`"):
+    if dist.get_rank() not in missing:
+        names = re.escape(f"the ranks {missing} have not called `verify()`")
+        with pytest.raises(distclip.LayoutError, match=names):
             clipper.plan.verify()
     return time.monotonic() - started
 
 
-def test_a_rank_that_does_not_verify_is_named() -> None:
-    assert max(pool(4).run(one_rank_stays_away)) < 10
+@pytest.mark.parametrize(("missing", "earlier_calls"), [([1], 0), ([0, 2], 3)])
+def test_ranks_that_do_not_verify_are_named(missing: list[int], earlier_calls: int) -> None:
+    assert max(pool(4).run(ranks_stay_away, missing, earlier_calls)) < 10
 
 
 def test_one_process_has_nothing_to_compare() -> None:
     distclip.Clipper(Small()).plan.verify()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e4m3fn", "complex128"])
+def test_a_checksum_changes_with_any_bit_and_place(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_CHUNK", 5)  # words
+    values = torch.arange(12.0).to(getattr(torch, dtype))
+    found = {verify._checksum(values)}
+    for index in range(values.numel() * values.element_size()):
+        for bit in range(8):
+            other = values.clone()
+            other.view(torch.uint8)[index] ^= 1 << bit
+            found.add(verify._checksum(other))
+    assert len(found) == 1 + 12 * values.element_size() * 8
+    found |= {verify._checksum(values.roll(shift)) for shift in range(1, 12)}
+    assert len(found) == 12 + 12 * values.element_size() * 8
+    transposed = values.view(3, 4).t()
+    assert verify._checksum(transposed) == verify._checksum(transposed.contiguous())
+    negative = torch.arange(12.0).neg().to(values.dtype)  # an even number of signs
+    assert verify._checksum(negative) != verify._checksum(values)
 
 
 def printed(layout: str) -> str:
@@ -160,7 +257,13 @@ def test_the_plan_prints_who_counts_what() -> None:
         "sharded over dp, tp",
         *["2", "12", "12", "48"],
     ]
-    assert re.split(r"  +", first[2])[2:] == ["sharded over dp; copies over tp", "1", "3", "3", "12"]
+    assert re.split(r"  +", first[2])[2:] == [
+        "sharded over dp; copies over tp",
+        "1",
+        "3",
+        "3",
+        "12",
+    ]
     assert re.split(r"  +", last[2])[2:] == ["sharded over dp; copies over tp", "1", "2", "0", "8"]
     assert first[-1] == "one all-reduce of 1 float64 (8 bytes) over dp=2 x tp=2, on cpu"
     assert "no collective" in str(distclip.Clipper(Small()).plan)
