@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from distclip.norms import power_sums as powers
+from distclip.norms.reduce import all_gather_objects
 from distclip.norms.units import Units, make_units
-from distclip.norms.verify import gathered, verify
+from distclip.norms.verify import verify
 from distclip.policies import Policy, Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
@@ -71,7 +72,8 @@ class Plan:
         Collective: all ranks of the team (without one: of the world) must call. One all-gather of about 40 integers
             a rank; if something differs, 62 of one integer each to find the parameter, and one of its name.
         """
-        verify(self)
+        policies = [f"{group.name}: {group.policy}" for group in self.groups]
+        verify(self.params, self.reduce_mesh, policies, self.device)
 
     def __str__(self) -> str:
         rows = [["group", "policy", "layout", "tensors", "elements", "counted here", "bytes measured"]]
@@ -120,7 +122,7 @@ def _group(name: str, members: slice, policy: Policy[Any], held: Sequence[LocalP
 def _after_other_places(groups: Sequence[Group], team: ReduceMesh) -> list[Group]:
     """Places on the distinct axes hold different units: each gets slots of its own, in the order of places."""
     place = tuple(team.coordinate[axis] for axis in sorted(team.distinct))
-    places = dict(gathered((place, [group.num_slots for group in groups]), team.group).values())
+    places = dict(all_gather_objects((place, [group.num_slots for group in groups]), team.group).values())
     before = [sum(slots[i] for p, slots in places.items() if p < place) for i in range(len(groups))]
     total = [sum(slots[i] for slots in places.values()) for i in range(len(groups))]
     return [replace(g, num_slots=n, first_slot=b) for g, n, b in zip(groups, total, before, strict=True)]

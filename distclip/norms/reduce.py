@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distclip.norms import power_sums as powers
-from distclip.norms import verify
-from distclip.norms.plan import Group, Plan
+
+if TYPE_CHECKING:
+    from distclip.norms.plan import Group, Plan
+
+T = TypeVar("T")
 
 
 def all_reduce_(numbers: Tensor, plan: Plan) -> None:
@@ -94,4 +97,12 @@ def gathered(mine: Any, plan: Plan) -> dict[int, Any]:
     """
     if plan.reduce_mesh is None:
         return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return verify.gathered(mine, plan.reduce_mesh.group)
+    return all_gather_objects(mine, plan.reduce_mesh.group)
+
+
+def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
+    """`mine` of every rank, by global rank."""
+    ranks = dist.get_process_group_ranks(group)
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, mine, group=group)
+    return dict(zip(ranks, everyone, strict=True))

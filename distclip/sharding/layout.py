@@ -159,7 +159,7 @@ def _held(name: str, param: Tensor, own: TensorLayout, team: ReduceMesh | None, 
     lines = dict(own.lines)
     sharded, parts = own.sharded, own.parts
     if team is not None:
-        lines |= {axis: team.line(axis) for axis in outside}
+        lines |= {axis: team.ranks_along(axis) for axis in outside}
         sharded |= outside & team.distinct
     coordinate = {axis: line.index(dist.get_rank()) for axis, line in lines.items()}
     declared = None if layouts is None else _declared(name, layouts(name, param))

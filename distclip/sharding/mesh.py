@@ -34,7 +34,7 @@ class ReduceMesh:
     distinct: frozenset[str]
     group: dist.ProcessGroup
     device_type: str
-    given: bool = False
+    from_user: bool = False
     coordinate: dict[str, int] = field(init=False)
     _places: Tensor = field(init=False)
     # Thousands of parameters lie on a few sets of lines, and reading one takes 0.4 ms.
@@ -68,7 +68,7 @@ class ReduceMesh:
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 
-    def line(self, axis: str) -> list[int]:
+    def ranks_along(self, axis: str) -> list[int]:
         """The ranks along `axis` through this one."""
         place = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
         return numbers(self.ranks[tuple(place)])
