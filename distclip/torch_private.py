@@ -71,7 +71,11 @@ def scaler_state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
 
 def root_mesh(mesh: Any) -> Any:
     """The DeviceMesh that `mesh` was sliced from; a slice has no public way to it."""
-    return mesh._get_root_mesh()
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed import device_mesh
+
+    return cast(Any, device_mesh)._mesh_resources.get_root_mesh(mesh)  # goes with torch < 2.11
 
 
 def local_shape_and_offset(
