@@ -1,107 +1,139 @@
-"""What touches every element of a gradient: the only room that knows kinds of devices.
+"""Loops over the elements of gradients, with one module for each kind of device.
 
-A kernel takes dense tensors of one device and knows no policy, no layout and no rank. `loops` is the definition of
-correct; the others do the same faster.
+Kernels take dense tensors. They know no policy, no layout and no rank. `naive` defines what is
+correct, and the other modules compute the same faster. Here are the functions of `Backend`, each
+of which uses the backend of its tensors' device.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from operator import attrgetter
-from types import ModuleType
+from threading import RLock
 
 import torch
 from torch import Tensor
 
-from distclip.kernels import cpu, foreach
-from distclip.kernels.contiguous import runs
-from distclip.kernels.naive import scale_units_ as scale_units_
-from distclip.kernels.naive import unit_norms as unit_norms
-from distclip.kernels.naive import unit_power_sums as unit_power_sums
+from distclip.kernels import cpu, foreach, naive
+from distclip.kernels.backend import Backend as Backend
+from distclip.kernels.contiguous import grouped
+
+DEFINITION: Backend = naive  # the other backends are tested against it
+
+_choosing = RLock()  # two threads must not both try Triton
+
+
+def backend(device: torch.device) -> Backend:
+    """The fastest backend that runs on `device`.
+
+    The first call for a CUDA device tries Triton there and may compile for some seconds. A backend
+    is chosen once per device and process, by whichever thread comes first.
+
+    Warns:
+        UserWarning: Triton is installed but fails on this device.
+    """
+    with _choosing:
+        return _choose(device)
+
+
+def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
+    """`Backend.prepare` for tensors of any devices."""
+    for on_device in _by_device(tensors):
+        backend(on_device[0].device).prepare(on_device, norm_type)
 
 
 def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The memory of dense tensors in lists that one call takes: of one device, on a CPU of one dtype and in long runs.
-
-    An accelerator's kernels take any list in one launch and tell its tensors apart, so that nothing is joined there.
-    """
-    if all(map(attrgetter("is_cpu"), tensors)):
-        return [joined for there in _by(attrgetter("dtype"), tensors) if (joined := runs(there))]
-    by_device = _by(attrgetter("device"), tensors)
-    return [piece for there in by_device for piece in (tensor_lists(there) if there[0].is_cpu else [there])]
+    """`Backend.tensor_lists` for tensors of any devices; the tensors of a list lie on one."""
+    lists: list[list[Tensor]] = []
+    for on_device in _by_device(tensors):
+        lists += _backend_of(on_device).tensor_lists(on_device)
+    return lists
 
 
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """sum(|x|**p) over all tensors of a piece together, or max(|x|) for p = inf: a float64 scalar."""
-    if _best(tensors) is cpu:
-        return cpu.power_sum(tensors, norm_type)
-    each = power_sums(tensors, norm_type)
-    return each.amax() if math.isinf(norm_type) else each.sum()
+    """See `Backend.power_sum`."""
+    return _backend_of(tensors).power_sum(tensors, norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """See `loops.power_sums`."""
-    return _best(tensors).power_sums(tensors, norm_type)
+    """See `Backend.power_sums`."""
+    return _backend_of(tensors).power_sums(tensors, norm_type)
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """See `loops.norms`."""
-    return _best(tensors).norms(tensors, norm_type)
+    """See `Backend.norms`."""
+    return _backend_of(tensors).norms(tensors, norm_type)
+
+
+def unit_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """See `Backend.unit_power_sums`."""
+    return _backend_of([tensor]).unit_power_sums(tensor, dim, norm_type)
+
+
+def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """See `Backend.unit_norms`."""
+    return _backend_of([tensor]).unit_norms(tensor, dim, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """See `loops.scale_`."""
-    _best(tensors).scale_(tensors, coefficient)
+    """See `Backend.scale_`."""
+    _backend_of(tensors).scale_(tensors, coefficient)
 
 
 def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
-    """See `loops.scale_each_`."""
-    _best(tensors).scale_each_(tensors, coefficients)
+    """See `Backend.scale_each_`."""
+    _backend_of(tensors).scale_each_(tensors, coefficients)
+
+
+def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+    """See `Backend.scale_units_`."""
+    _backend_of([tensor]).scale_units_(tensor, dim, coefficients)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
-    """See `loops.clamp_`."""
-    _best(tensors).clamp_(tensors, bound)
+    """See `Backend.clamp_`."""
+    _backend_of(tensors).clamp_(tensors, bound)
 
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """See `loops.zero_`."""
-    _best(tensors).zero_(tensors, where)
+    """See `Backend.zero_`."""
+    _backend_of(tensors).zero_(tensors, where)
 
 
-def _best(tensors: Sequence[Tensor]) -> ModuleType:
-    return _on(tensors[0].device) if tensors else cpu
+def _backend_of(tensors: Sequence[Tensor]) -> Backend:
+    return backend(tensors[0].device) if tensors else cpu
 
 
 @cache
-def _on(device: torch.device) -> ModuleType:
+def _choose(device: torch.device) -> Backend:
     if device.type == "cpu":
         return cpu
-    return (device.type == "cuda" and _triton(device)) or foreach
+    return (_triton(device) if device.type == "cuda" else None) or foreach
 
 
-def _triton(device: torch.device) -> ModuleType | None:
-    """None where Triton is missing, or fails: it may know neither the chip nor a C compiler."""
+def _triton(device: torch.device) -> Backend | None:
+    """None where Triton is missing or fails; it may know neither the chip nor a C compiler."""
     try:
-        from distclip.kernels import cuda as triton
+        from distclip.kernels import cuda
 
-        triton.power_sums([torch.ones(1, device=device)], 2.0)
+        cuda.prepare([torch.ones(1, device=device)], 2.0)
     except ImportError:
         return None
-    except Exception as error:  # Triton raises anything, and training should go on
-        warnings.warn(f"Triton does not run on {device}, so that clipping is slower there: {error!r}", stacklevel=2)
+    except Exception as error:  # Triton raises errors of any kind, and training should go on
+        warnings.warn(
+            f"Triton does not run on {device}. Clipping works but is slower there: {error!r}",
+            stacklevel=4,
+        )
         return None
-    return triton
+    return cuda
 
 
-def _by(key: Callable[[Tensor], object], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in lists for which `key` is the same."""
-    kinds = set(map(key, tensors))
-    return [list(tensors) if len(kinds) == 1 else [t for t in tensors if key(t) == kind] for kind in kinds]
+def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    if all(map(attrgetter("is_cpu"), tensors)):  # three times as fast as to compare devices
+        return [list(tensors)] if tensors else []
+    return grouped(tensors, attrgetter("device"))
 
 
-def backend(device):
-    return _on(device)
+pieces = tensor_lists  # the name that norms, step and functional still call it by

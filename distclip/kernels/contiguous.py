@@ -1,8 +1,8 @@
-"""Dense tensors as few long runs of memory."""
+"""Dense tensors as few long spans of contiguous memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import add, attrgetter
 from typing import cast
@@ -10,42 +10,53 @@ from typing import cast
 from torch import Tensor
 
 
-def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The elements of tensors of one dtype, neighbours in one storage as one tensor.
+def contiguous_spans(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The elements of tensors of one dtype. Neighbours in one storage become one flat view.
 
-    Gradients lie side by side in what FSDP reduces and scatters, in DDP's buckets and in the flat buffers of
-    Megatron and DeepSpeed. A run never reaches across a gap, whose padding may hold anything. What has no neighbour
-    comes as it is.
+    Gradients are neighbours in the buffers of FSDP's reduce-scatter, in the buckets of DDP and in
+    the flat buffers of Megatron and DeepSpeed. A span never contains a gap, because the padding in
+    it may hold any value. A tensor without a neighbour is returned as it is.
     """
     offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
-    if not any(offsets):  # each begins its storage, as with thousands of tensors of their own
+    if not any(offsets):  # each begins its storage, which is usual for thousands of small tensors
         return list(tensors)
     begins = list(map(Tensor.data_ptr, tensors))
     ends = list(map(add, begins, map(attrgetter("nbytes"), tensors)))
     order = sorted(range(len(tensors)), key=begins.__getitem__)
-    # Two allocations may touch by chance: neighbours are of one storage, which begins at one address.
+    # Two allocations may touch by chance. Neighbours share a storage, and its first address.
     itemsize = tensors[0].itemsize
-    storages: list[int | None] = [begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)]
+    storages: list[int | None] = [
+        begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)
+    ]
     for i, contiguous in enumerate(map(Tensor.is_contiguous, tensors)):
         if not contiguous:
             storages[i] = None  # has no neighbour
-    touching = enumerate(pairwise(order), 1)
-    cuts = [
-        place for place, (i, j) in touching if ends[i] != begins[j] or storages[i] is None or storages[i] != storages[j]
+    first_of_span = [
+        position
+        for position, (i, j) in enumerate(pairwise(order), 1)
+        if ends[i] != begins[j] or storages[i] is None or storages[i] != storages[j]
     ]
-    found = [order[first:end] for first, end in pairwise([0, *cuts, len(order)])]
-    return [_joined(tensors[run[0]], tensors[run[-1]]) for run in found]
+    bounds = pairwise([0, *first_of_span, len(order)])
+    return [_span(tensors[order[first]], tensors[order[end - 1]]) for first, end in bounds]
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One dim over all elements in the order of memory: a view wherever the elements lie dense."""
+    """The elements in one contiguous dim; a view if they are dense in memory, in any order."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.permute(order).reshape(-1)
+    return tensor.permute(order).reshape(-1).contiguous()
 
 
-def _joined(first: Tensor, last: Tensor) -> Tensor:
+def grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], object]) -> list[list[Tensor]]:
+    """The tensors in lists for which `key` is the same, in the order of their first tensors."""
+    keys = dict.fromkeys(map(key, tensors))
+    if len(keys) == 1:
+        return [list(tensors)]
+    return [[t for t in tensors if key(t) == value] for value in keys]
+
+
+def _span(first: Tensor, last: Tensor) -> Tensor:
     if first is last:
         return first
     numel = last.storage_offset() - first.storage_offset() + last.numel()

@@ -1,174 +1,217 @@
-"""The CPU, at the speed of its memory where Numba is installed, and not far from it with torch's operators.
+"""CPUs: the speed of memory where Numba is installed, and near to it with torch's operators.
 
-torch's sums of squares are float32 along short rows, one call for a run of any length. A row is so short that its norm
-errs by 3e-7 at most, where all elements are equal, so that every rounding errs to the same side, and by 5e-8 over many
-rows of unequal ones; what the rows give is added up in float64. Where squares leave the range of float32, `loops` does
-the work again in float64.
+torch's sums of squares are float32 along rows of 256 elements, one call for a tensor of any length.
+A norm of a row errs by 3e-7 at most, if all its elements are equal and each rounding errs to the
+same side, and by 5e-8 over many rows of unequal elements. The sums over rows are float64. 16 bits
+are widened first, in blocks that stay in the cache. `naive` does the work again, in float64, where
+squares leave the range of float32.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from types import ModuleType
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from distclip.kernels import naive as loops
-from distclip.kernels.contiguous import flat
+from distclip.kernels import naive
+from distclip.kernels.contiguous import contiguous_spans, flat, grouped
+from distclip.kernels.naive import (
+    clamp_,
+    scale_each_,
+    scale_units_,
+    unit_norms,
+    unit_power_sums,
+    zero_,
+)
+from distclip.torch_private import foreach_mul_
 
-clamp_, scale_each_, zero_ = loops.clamp_, loops.scale_each_, loops.zero_
+__all__ = [
+    "clamp_",
+    "norms",
+    "power_sum",
+    "power_sums",
+    "prepare",
+    "scale_",
+    "scale_each_",
+    "scale_units_",
+    "tensor_lists",
+    "unit_norms",
+    "unit_power_sums",
+    "zero_",
+]
 
-# The overload for Python numbers rounds them to 16 bits where tensors have so few; that for tensors does not.
-_foreach_mul_: Any = vars(torch)["_foreach_mul_"]
 _flatten: Any = torch.ops.aten.flatten_dense_tensors
-_group_norm_backward: Any = torch.ops.aten.native_group_norm_backward.default
+_norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)
 
-# The elements of a row, for each dtype: shorter rows take longer than memory does. A square of bf16 has 16 bits, so
-# that float32 adds up many of them without rounding.
-_ROW = {torch.float32: 256, torch.float16: 256, torch.bfloat16: 512}
-_ROWS = 4  # of 16 bits, give one number: fewer to make a float64 of
-_MEAN, _RSTD = torch.zeros(_ROWS, 1, device="cpu"), torch.ones(_ROWS, 1, device="cpu")
-_SHORT = 1 << 12  # elements: in shorter runs the calls cost more than the elements, so that they are copied together
-_PACK = 1 << 15  # elements of such a copy: it stays in the cache of a core, and one core does the work
-_EXACT = 1 << 16  # elements: so few are all added up in float64
-_MANY = 1 << 22  # elements: with fewer, Numba gains little beside the price of a call, and takes long to import
-# Squares below float32's range are lost or rounded: by less than 2**-26 of the sum where the mean square is above this.
+# Elements from which Numba saves time at each call; to load it takes 1.5 s. The keys are the dtypes
+# whose squares are summed in float32.
+_NUMBA_FROM = {torch.float32: 1 << 22, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
+_ROW = 256  # elements: more in a float32 sum err more, and calls for shorter rows take longer
+_BLOCK = 1 << 17  # elements of 16 bits that are widened at a time: 512 KiB of float32
+_SHORT = 1 << 12  # elements: a call for a shorter tensor costs more than its elements
+_PACK = 1 << 15  # elements of a copy of short tensors: it stays in the cache of a core
+_EXACT = 1 << 16  # elements: so few are all summed in float64
+# Squares below the range of float32 are lost or rounded. They are less than 2**-26 of the sum
+# where the mean square is above this.
 _LEAST_MEAN = 2.0**-100
 
 
+class _Compiled(Protocol):
+    """The functions of `cpu_numba`."""
+
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor: ...
+    def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None: ...
+
+
+def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
+    """Compiles with Numba for each dtype that has elements enough."""
+    for alike in grouped(tensors, attrgetter("dtype")):
+        if compiled := _numba_for(alike):
+            one = torch.ones(1, dtype=alike[0].dtype, device="cpu")
+            compiled.scale_([one], compiled.squares([one]))
+
+
+def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The contiguous spans of each dtype."""
+    return [contiguous_spans(alike) for alike in grouped(tensors, attrgetter("dtype"))]
+
+
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """sum(|x|**p) over all tensors, of one dtype, together, or max(|x|) for p = inf: a float64 scalar."""
+    """Fast for p = 2 and inf; other powers are those of `naive`."""
     dtype = tensors[0].dtype
-    if norm_type == 2 and dtype in _ROW:
+    if norm_type == 2 and dtype in _NUMBA_FROM:
         return _squares(tensors)
-    if not math.isinf(norm_type):
-        return loops.power_sums(tensors, norm_type).sum()
-    return loops.power_sums(tensors, norm_type).amax() if dtype.is_complex else _largest(tensors)
+    if math.isinf(norm_type) and not dtype.is_complex:
+        return _maximum(tensors)
+    return naive.power_sum(tensors, norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """See `loops.power_sums`."""
+    """As `power_sum` of each tensor, where one is long."""
     if all(tensor.numel() <= _EXACT for tensor in tensors):
-        return loops.power_sums(tensors, norm_type)
+        return naive.power_sums(tensors, norm_type)
     return torch.stack([power_sum([tensor], norm_type) for tensor in tensors])
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """See `loops.norms`."""
-    return power_sums(tensors, norm_type) if math.isinf(norm_type) else loops.norms(tensors, norm_type)
+    """Those of `naive`, for any finite p."""
+    if math.isinf(norm_type):
+        return power_sums(tensors, norm_type)
+    return naive.norms(tensors, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """See `loops.scale_`."""
+    """Long tensors by Numba if they are worth it, and all others in one call of torch."""
     if coefficient.item() == 1:
         return
-    many = tensors[0].dtype in _ROW and sum(map(Tensor.numel, tensors)) >= _MANY
-    if many and (compiled := _numba()) and (whole := list(filter(Tensor.is_contiguous, tensors))):
-        compiled.scale_(whole, coefficient)
-        tensors = [tensor for tensor in tensors if not tensor.is_contiguous()]
+    if compiled := _numba_for(tensors):
+        long = [t for t in tensors if t.numel() > _SHORT and t.is_contiguous()]
+        if long:
+            compiled.scale_(long, coefficient)
+            tensors = [t for t in tensors if t.numel() <= _SHORT or not t.is_contiguous()]
     if tensors:
+        # The overload for a number would round it to 16 bits; the one for a tensor does not.
         wide = torch.promote_types(tensors[0].dtype, torch.float32).to_real()
-        _foreach_mul_(list(tensors), coefficient.to(wide))
+        foreach_mul_(list(tensors), coefficient.to(wide))
 
 
-def _largest(joined: Sequence[Tensor]) -> Tensor:
-    long, packs = _blocks(joined, list(map(Tensor.numel, joined)), _SHORT)
-    full = [block for block in (*long, *packs) if block.numel()]
-    ends = [end.abs().double() for block in full for end in torch.aminmax(block)]
+def _maximum(tensors: Sequence[Tensor]) -> Tensor:
+    long, packs = _long_and_packed(tensors, list(map(Tensor.numel, tensors)), _SHORT)
+    full = [values for values in (*long, *packs) if values.numel()]
+    ends = [end.abs().double() for values in full for end in torch.aminmax(values)]
     return torch.stack(ends).amax() if ends else torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def _squares(joined: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of 16- or 32-bit numbers."""
-    numels = list(map(Tensor.numel, joined))
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of tensors of float32 or 16 bits."""
+    numels = list(map(Tensor.numel, tensors))
     numel = sum(numels)
-    if numel >= _MANY and (compiled := _numba()):
-        long, packs = [flat(run).contiguous() for run in joined], []
-        squares = compiled.squares
-    else:
-        row = _ROW[joined[0].dtype]
-        long, packs = _blocks(joined, numels, _SHORT if numel > _EXACT else numel, _ROWS * row)
-        squares = _rows
-    # A dot would wake the other cores for these few.
-    sums = [cast(Tensor, torch.linalg.vector_norm(pack.double())).square() for pack in packs]
+    long, packs = _long_and_packed(tensors, numels, _SHORT if numel > _EXACT else numel, _ROW)
+    # `dot` would wake the other cores for so few elements.
+    sums = [_norm(pack.double()).square() for pack in packs]
     if long:
-        found = squares(long)
-        fits = _LEAST_MEAN * numel <= found.item() < math.inf
-        sums.append(found if fits else loops.power_sums(long, 2.0).sum())
+        compiled = _numba_for(long)
+        found = compiled.squares(long) if compiled else _squares_by_rows(long)
+        in_range = _LEAST_MEAN * numel <= found.item() < math.inf
+        sums.append(found if in_range else naive.power_sum(long, 2.0))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-@cache
-def _numba() -> ModuleType | None:
-    """None where Numba is missing, or fails: it may know neither this Python nor this NumPy."""
-    try:
-        from distclip.kernels import cpu_numba as numba
+def _squares_by_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of flat tensors of whole rows."""
+    if tensors[0].dtype is not torch.float32:
+        tensors = [block for tensor in tensors for block in torch.split(tensor, _BLOCK)]
+    of_rows = [_norm(t.float().view(-1, _ROW), dim=1) for t in tensors]
+    norms = torch.cat(of_rows).double()
+    return torch.dot(norms, norms)
 
-        numba.scale_([torch.ones(1, device="cpu")], numba.squares([torch.ones(1, device="cpu")]))
+
+def _numba_for(tensors: Sequence[Tensor]) -> _Compiled | None:
+    """What Numba compiles, if the long ones of these tensors are worth it and Numba runs here."""
+    least = _NUMBA_FROM.get(tensors[0].dtype, math.inf)
+    long = sum(numel for numel in map(Tensor.numel, tensors) if numel > _SHORT)
+    return _numba() if long >= least else None
+
+
+@cache
+def _numba() -> _Compiled | None:
+    """None where Numba is missing or fails; it may know neither this Python nor this NumPy."""
+    try:
+        from distclip.kernels import cpu_numba
+
+        one = torch.ones(1, device="cpu")
+        cpu_numba.scale_([one], cpu_numba.squares([one]))
     except ModuleNotFoundError:
         return None
-    except Exception as error:  # Numba raises anything, and training should go on
-        warnings.warn(f"Numba does not run here, so that clipping on the CPU is slower: {error!r}", stacklevel=2)
+    except Exception as error:  # Numba raises errors of any kind, and training should go on
+        warnings.warn(
+            f"Numba does not run here. Clipping works but is slower on the CPU: {error!r}",
+            stacklevel=2,
+        )
         return None
-    return numba
+    return cpu_numba
 
 
-def _rows(runs: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of runs of whole rows, `_ROWS` at a time: float32 along a row, float64 over the rows."""
-    row = _ROW[runs[0].dtype]
-    if runs[0].dtype is torch.float32:
-        norms = torch.cat([torch.linalg.vector_norm(run.view(-1, row), dim=1) for run in runs]).double()
-        return torch.dot(norms, norms)
-    return torch.cat([_squares_of_16_bits(run, row) for run in runs]).double().sum()
-
-
-def _squares_of_16_bits(run: Tensor, row: int) -> Tensor:
-    """Sums of squares, float32, of `_ROWS` rows each.
-
-    torch's norms of 16 bits have 16 bits. The backward of a group norm reads 16 bits, gives 32, and writes less than it
-    reads, faster than any other operator that was tried (benchmarks/NOTES.md): the gradient of the weight of channel c
-    is the sum of (x - mean) * y / std over the channel in all samples. Here x and y are both the run: `_ROWS` samples,
-    whose channels are rows; mean is 0 and std is 1. Infinities give NaN.
-    """
-    channels = run.numel() // (_ROWS * row)
-    weight = torch.empty(channels, device="cpu")
-    return _group_norm_backward(run, run, _MEAN, _RSTD, weight, _ROWS, channels, row, 1, [False, True, False])[1]
-
-
-def _blocks(
-    joined: Sequence[Tensor], numels: Sequence[int], short: int, row: int = 1
+def _long_and_packed(
+    tensors: Sequence[Tensor], numels: Sequence[int], short: int, multiple: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Flat views of runs longer than `short`, as far as `row` goes; and copies, packs, that hold all the rest."""
-    if numels and max(numels) <= short:
-        return [], _packed(joined, numels)
+    """Flat views of the tensors longer than `short`, and copies that hold all other elements.
+
+    Args:
+        multiple: each view has a multiple of so many elements.
+    """
+    if max(numels) <= short:
+        return [], _packed(tensors, numels)
     long: list[Tensor] = []
     rest: list[Tensor] = []
-    for run, numel in zip(joined, numels, strict=True):
+    for tensor, numel in zip(tensors, numels, strict=True):
         if numel <= short:
-            rest.append(run)
-        elif tail := numel % row:
-            values = flat(run)
+            rest.append(tensor)
+        elif tail := numel % multiple:
+            values = flat(tensor)
             long.append(values[: numel - tail])
             rest.append(values[numel - tail :])
         else:
-            long.append(flat(run))
+            long.append(flat(tensor))
     return long, _packed(rest, list(map(Tensor.numel, rest)))
 
 
-def _packed(several: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
-    """Flat copies of as many tensors each, of about a pack."""
-    if not several:
+def _packed(tensors: Sequence[Tensor], numels: Sequence[int]) -> list[Tensor]:
+    """Flat copies of about `_PACK` elements, each of equally many tensors."""
+    if not tensors:
         return []
-    num = min(len(several), -(-sum(numels) // _PACK)) or 1
-    step = -(-len(several) // num)
-    return [_copied(several[i : i + step]) for i in range(0, len(several), step)]
+    num_packs = min(len(tensors), -(-sum(numels) // _PACK)) or 1
+    step = -(-len(tensors) // num_packs)
+    return [_copied(tensors[i : i + step]) for i in range(0, len(tensors), step)]
 
 
-def _copied(several: Sequence[Tensor]) -> Tensor:
-    # cat takes tensors of one number of dims; a view of each would take longer than all the rest.
-    return torch.cat(list(several)) if set(map(Tensor.dim, several)) == {1} else _flatten(several)
+def _copied(tensors: Sequence[Tensor]) -> Tensor:
+    # `cat` takes tensors of one number of dims. A view of each would take longer than the rest.
+    all_flat = set(map(Tensor.dim, tensors)) == {1}
+    return torch.cat(list(tensors)) if all_flat else _flatten(tensors)

@@ -1,6 +1,7 @@
-"""What Numba compiles for `numba.py`: the loops over a chunk, and the functions that threads run.
+"""What Numba compiles for `cpu_numba`: the loops over a chunk, and the functions that threads run.
 
-A core asks memory for several places at once only where the program does: each chunk is read in four lanes.
+A core keeps several reads of memory under way only if the program reads several addresses. Each
+chunk is therefore read in four lanes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-_LANE = 256  # elements of each lane in a block: its float32 sums err by less than those of `cpu`'s rows
+_LANE = 256  # elements of each lane in a block; its float32 sums err by less than rows in `cpu`
 _STRIP = 64  # elements of a lane that are scaled in a row
 
 
 @cache
-def worker(kernel, dtype):
-    """A C function of task: the number of the next chunk and of all, the addresses of the chunks and of the values."""
+def worker(loop, dtype):
+    """A C function of a task of four int64.
+
+    They are: the index of the next chunk, the number of chunks, and the addresses of the chunks and
+    of the values.
+    """
 
     @numba.cfunc(numba.void(numba.types.CPointer(numba.int64)))
     def work(task):
@@ -26,15 +31,15 @@ def worker(kernel, dtype):
         values = numba.carray(_pointer(task[3]), task[1], np.float64)
         i = _take(task)
         while i < task[1]:
-            kernel(numba.carray(_pointer(chunks[i, 0]), chunks[i, 1], dtype), values, i)
+            loop(numba.carray(_pointer(chunks[i, 0]), chunks[i, 1], dtype), values, i)
             i = _take(task)
 
     return work
 
 
-# Sums may be taken in any order, which a vector needs; NaN and infinity stay what they are.
+# Sums may be taken in any order, because vectors need that. NaN and infinity stay what they are.
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
-def squares(x, sums, place):
+def squares(x, sums, chunk):
     lane = x.size // 4 // _LANE * _LANE
     total = 0.0
     for begin in range(0, lane, _LANE):
@@ -51,11 +56,11 @@ def squares(x, sums, place):
         total += np.float64((a + b) + (c + d))
     for i in range(4 * lane, x.size):
         total += np.float64(_wide(x[i])) ** 2
-    sums[place] = total
+    sums[chunk] = total
 
 
 @numba.njit(cache=True)
-def scale(x, coefficient, _place):
+def scale(x, coefficient, _chunk):
     factor = np.float32(coefficient[0])
     lane = x.size // 4 // _STRIP * _STRIP
     for begin in range(0, lane, _STRIP):
@@ -72,7 +77,7 @@ _word, _half, _float = ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 @intrinsic
 def _wide(_context, bits):
-    """The float32 whose bits these are: of float32 itself, of bf16 as int16, of fp16 as uint16."""
+    """A float32 from float32 itself, from the bits of bf16 as int16, or of fp16 as uint16."""
 
     def generate(_context, builder, _signature, arguments):
         (value,) = arguments
@@ -87,7 +92,7 @@ def _wide(_context, bits):
 
 @intrinsic
 def _narrow(_context, value, like):
-    """The bits of a float32 rounded to the nearest of the kind that `like` is, to even ones where two are as near."""
+    """A float32 rounded to the type of `like`: to the nearest number, ties to even."""
 
     def generate(_context, builder, _signature, arguments):
         number = arguments[0]
@@ -98,9 +103,11 @@ def _narrow(_context, value, like):
         word = builder.bitcast(number, _word)
         odd = builder.and_(builder.lshr(word, _word(16)), _word(1))
         rounded = builder.add(builder.add(word, odd), _word(0x7FFF))
-        quiet = builder.or_(word, _word(1 << 22))  # a NaN, whose bits might otherwise round to infinity or zero
+        # The bits of a NaN might otherwise round to infinity or zero.
+        quiet = builder.or_(word, _word(1 << 22))
         isnan = builder.fcmp_unordered("uno", number, number)
-        return builder.trunc(builder.lshr(builder.select(isnan, quiet, rounded), _word(16)), ir.IntType(16))
+        upper = builder.lshr(builder.select(isnan, quiet, rounded), _word(16))
+        return builder.trunc(upper, ir.IntType(16))
 
     return like(value, like), generate
 
@@ -115,7 +122,7 @@ def _pointer(_context, address):
 
 @intrinsic
 def _take(_context, task):
-    """task[0], which is one more for whoever asks next: atomic."""
+    """task[0]++, atomic."""
 
     def generate(_context, builder, _signature, arguments):
         return builder.atomic_rmw("add", arguments[0], ir.IntType(64)(1), "monotonic")

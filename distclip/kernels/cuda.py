@@ -1,7 +1,7 @@
-"""For CUDA: every list of tensors in one launch, found by a table on the device; nothing waits for the host.
+"""CUDA with Triton: one launch for all the tensors of a list, which it finds by a table.
 
-The numbers are those of `loops.py`. Sums are deterministic: every program writes a partial sum of its own, and a
-second launch adds them up in one order.
+The numbers are those of `naive`, and nothing waits for the device. Sums are deterministic: every
+program writes a partial sum, and a second launch adds the partial sums up in one order.
 """
 
 from __future__ import annotations
@@ -13,75 +13,116 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import cuda_triton as triton_device
-from distclip.kernels import foreach
-from distclip.kernels import naive as loops
-from distclip.kernels import tensor_table as tables
+from distclip.kernels import cuda_triton, foreach, naive, tensor_table
+from distclip.kernels.naive import scale_units_, tensor_lists, unit_norms, unit_power_sums
 
-_device = cast(Any, triton_device)  # what `@triton.jit` makes has no types
+__all__ = [
+    "clamp_",
+    "norms",
+    "power_sum",
+    "power_sums",
+    "prepare",
+    "scale_",
+    "scale_each_",
+    "scale_units_",
+    "tensor_lists",
+    "unit_norms",
+    "unit_power_sums",
+    "zero_",
+]
+
+_triton = cast(Any, cuda_triton)  # what `@triton.jit` makes has no types
+
+
+def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
+    """Compiles each kernel for `norm_type`; one variant serves all dtypes and sizes."""
+    if not tensors:
+        return
+    one = torch.ones(1, device=tensors[0].device)
+    coefficient = power_sums([one], norm_type)[0]  # 1
+    if norm_type not in (1, 2, math.inf):
+        norms([one], norm_type)
+    scale_([one], coefficient)
+    scale_each_([one], coefficient.unsqueeze(0))
+    clamp_([one], coefficient)
+    zero_([one], coefficient.isnan())
+
+
+def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """All of `power_sums` combined."""
+    return naive.combine(power_sums(tensors, norm_type), norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """As `loops.power_sums`, in two launches."""
+    """In two launches."""
     if not tensors:
-        return loops.power_sums(tensors, norm_type)
-    table = tables.table(tensors)
+        return naive.power_sums(tensors, norm_type)
+    table = tensor_table.table(tensors)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
     partials = sums.new_empty(len(table.owners))
-    quick = norm_type in (1, 2, math.inf)
+    fast = norm_type in (1, 2, math.inf)
     with torch.cuda.device_of(sums):
         if len(partials):
-            _device.partial_sums[(len(partials),)](table.rows, table.owners, partials, float(norm_type), quick)
-        _device.finish[(len(sums),)](table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0)
+            _triton.partial_sums[(len(partials),)](
+                table.rows, table.owners, partials, float(norm_type), fast
+            )
+        _triton.finish[(len(sums),)](
+            table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0
+        )
     for i in table.others:
         sums[i] = foreach.power_sums([tensors[i]], norm_type)[0]
     return sums
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """As `loops.norms`, in two launches."""
+    """In two launches."""
     if not tensors or math.isinf(norm_type):
         return power_sums(tensors, norm_type)
-    table = tables.table(tensors)
+    table = tensor_table.table(tensors)
     found = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
     maxima, sums = found.new_empty(2, len(table.owners)).unbind()
     with torch.cuda.device_of(found):
         if len(sums):
-            _device.partial_norms[(len(sums),)](table.rows, table.owners, maxima, sums, float(norm_type))
-        _device.finish_norms[(len(found),)](table.rows, maxima, sums, found, float(norm_type))
+            _triton.partial_norms[(len(sums),)](
+                table.rows, table.owners, maxima, sums, float(norm_type)
+            )
+        _triton.finish_norms[(len(found),)](table.rows, maxima, sums, found, float(norm_type))
     for i in table.others:
         found[i] = foreach.norms([tensors[i]], norm_type)[0]
     return found
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """As `loops.scale_`, in one launch, which writes nothing where the coefficient is 1."""
-    foreach.scale_([tensors[i] for i in _launch(tensors, coefficient, _device.SCALE)], coefficient)
+    """In one launch, which writes nothing where the coefficient is 1."""
+    others = _rewrite(tensors, coefficient, _triton.SCALE)
+    foreach.scale_([tensors[i] for i in others], coefficient)
 
 
 def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
-    """As `loops.scale_each_`, in one launch, which writes nothing where a coefficient is 1."""
-    for i in _launch(tensors, coefficients, _device.SCALE_EACH):
+    """In one launch, which writes nothing where a coefficient is 1."""
+    for i in _rewrite(tensors, coefficients, _triton.SCALE_EACH):
         foreach.scale_([tensors[i]], coefficients[i])
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
-    """As `loops.clamp_`, in one launch, which writes nothing but elements beyond the bound."""
-    loops.clamp_([tensors[i] for i in _launch(tensors, bound, _device.CLAMP)], bound)
+    """In one launch, which writes only elements beyond the bound."""
+    others = _rewrite(tensors, bound, _triton.CLAMP)
+    naive.clamp_([tensors[i] for i in others], bound)
 
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """As `loops.zero_`, in one launch, which writes nothing unless `where` is true."""
-    loops.zero_([tensors[i] for i in _launch(tensors, where, _device.ZERO)], where)
+    """In one launch, which writes nothing unless `where` is true."""
+    others = _rewrite(tensors, where, _triton.ZERO)
+    naive.zero_([tensors[i] for i in others], where)
 
 
-def _launch(tensors: Sequence[Tensor], number: Tensor, how: Any) -> Sequence[int]:
-    """Rewrites what fits a table, and returns the places of the rest."""
+def _rewrite(tensors: Sequence[Tensor], operand: Tensor, operation: Any) -> Sequence[int]:
+    """Rewrites the tensors that a table holds, and returns the indices of the others."""
     if not tensors:
         return []
-    table = tables.table(tensors)
+    table = tensor_table.table(tensors)
     if len(table.owners):
-        with torch.cuda.device_of(number):
-            _device.rewrite[(len(table.owners),)](table.rows, table.owners, number, how)
-        torch.autograd.graph.increment_version(tensors)  # autograd cannot know what a table leads to
+        with torch.cuda.device_of(operand):
+            _triton.rewrite[(len(table.owners),)](table.rows, table.owners, operand, operation)
+        torch.autograd.graph.increment_version(tensors)  # autograd cannot see the addresses
     return table.others

@@ -1,41 +1,43 @@
-"""The Triton kernels: what runs on the device. `cuda.py` launches them, one program a chunk of `tables.Table`."""
+"""The Triton kernels that `cuda` launches, with one program for each chunk of a `Table`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from distclip.kernels import tensor_table as tables
+from distclip.kernels import tensor_table
 
 INF = tl.constexpr(float("inf"))
 SCALE, SCALE_EACH, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
-_COLUMNS, _CHUNK = tl.constexpr(tables.COLUMNS), tl.constexpr(tables.CHUNK)
-_FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as in tables.DTYPES
-# Elements read at a time. A sum takes several such blocks before it adds them up, and so has many loads under way;
-# a rewrite cannot, since no load may pass a store.
-_READ, _READS, _REWRITTEN, _FINISHED = tl.constexpr(1024), tl.constexpr(8), tl.constexpr(2048), tl.constexpr(4096)
-# Between these, what float32 loses of the squares in one chunk is less than 2**-50 of their sum.
+_ROW_SIZE, _CHUNK = tl.constexpr(tensor_table.ROW_SIZE), tl.constexpr(tensor_table.CHUNK)
+# The indices in tensor_table.DTYPES.
+_FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Elements read at a time. A sum loads _READS such blocks before it adds them up, which keeps many
+# loads under way. A rewrite cannot, because no load may pass a store.
+_READ, _READS = tl.constexpr(1024), tl.constexpr(8)
+_REWRITTEN, _FINISHED = tl.constexpr(2048), tl.constexpr(4096)
+# For a sum between these, float32 loses less than 2**-50 of the squares in one chunk.
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
 @triton.jit
-def partial_sums(rows, owners, partials, P: tl.constexpr, QUICK: tl.constexpr):
+def partial_sums(rows, owners, partials, P: tl.constexpr, FAST: tl.constexpr):
     """partials[chunk] = sum(|x|**P), or max(|x|) for P = inf, in float64.
 
-    QUICK: float32 may do a part. It holds the squares of 16-bit numbers exactly, and _READS of them are added before
-    float64 takes over. A float32 is made a float64 first, unless a maximum is sought.
+    FAST: float32 may do a part. It holds the squares of 16-bit numbers exactly, and adds _READS of
+    them before float64 takes over. float32 elements are widened first, except for a maximum.
     """
     chunk = tl.program_id(0)
-    row = rows + tl.load(owners + chunk) * _COLUMNS
+    row = rows + tl.load(owners + chunk) * _ROW_SIZE
     code = tl.load(row + 3)
     if code == _FLOAT32:
-        total = _chunk_sum(row, chunk, None, tl.float32, QUICK and P == INF, P)
+        total = _chunk_sum(row, chunk, None, tl.float32, FAST and P == INF, P)
     elif code == _FLOAT16:
-        total = _chunk_sum(row, chunk, None, tl.float16, QUICK, P)
+        total = _chunk_sum(row, chunk, None, tl.float16, FAST, P)
     elif code == _BFLOAT16:
-        total = _chunk_sum(row, chunk, None, tl.uint16, QUICK, P)
-        if QUICK and P != INF:
+        total = _chunk_sum(row, chunk, None, tl.uint16, FAST, P)
+        if FAST and P != INF:
             if ~((total >= _LOWEST) & (total <= _HIGHEST)):
                 total = _chunk_sum(row, chunk, None, tl.uint16, False, P)
     else:
@@ -45,15 +47,19 @@ def partial_sums(rows, owners, partials, P: tl.constexpr, QUICK: tl.constexpr):
 
 @triton.jit
 def finish(rows, partials, sums, P: tl.constexpr):
-    """sums[tensor] from the partials of its chunks, always in one order: their sum (P = 1) or maximum (inf)."""
-    tl.store(sums + tl.program_id(0), _of_chunks(rows + tl.program_id(0) * _COLUMNS, partials, None, None, P))
+    """sums[tensor] = the sum (P = 1) or maximum (P = inf) of its chunks, always in one order."""
+    row = rows + tl.program_id(0) * _ROW_SIZE
+    tl.store(sums + tl.program_id(0), _combine_chunks(row, partials, None, None, P))
 
 
 @triton.jit
 def partial_norms(rows, owners, maxima, sums, P: tl.constexpr):
-    """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64, by two reads of the chunk."""
+    """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64.
+
+    Reads the chunk twice.
+    """
     chunk = tl.program_id(0)
-    row = rows + tl.load(owners + chunk) * _COLUMNS
+    row = rows + tl.load(owners + chunk) * _ROW_SIZE
     code = tl.load(row + 3)
     if code == _FLOAT32:
         _chunk_norm(row, chunk, maxima, sums, tl.float32, P)
@@ -68,68 +74,70 @@ def partial_norms(rows, owners, maxima, sums, P: tl.constexpr):
 @triton.jit
 def finish_norms(rows, maxima, sums, norms, P: tl.constexpr):
     """norms[tensor] from the maxima and sums of its chunks, always in one order."""
-    row = rows + tl.program_id(0) * _COLUMNS
-    maximum = _of_chunks(row, maxima, None, None, INF)
-    total = _of_chunks(row, maxima, tl.where(maximum == 0, 1.0, maximum), sums, P)
+    row = rows + tl.program_id(0) * _ROW_SIZE
+    maximum = _combine_chunks(row, maxima, None, None, INF)
+    total = _combine_chunks(row, maxima, tl.where(maximum == 0, 1.0, maximum), sums, P)
     norm = maximum * tl.exp2(tl.log2(total) / P)
     tl.store(norms + tl.program_id(0), tl.where(maximum == INF, maximum, norm))
 
 
 @triton.jit
-def rewrite(rows, owners, number, HOW: tl.constexpr):
-    """SCALE: multiplies by `number`, unless it is 1. SCALE_EACH: every tensor has one of its own.
+def rewrite(rows, owners, operands, OPERATION: tl.constexpr):
+    """SCALE: multiplies by the operand, unless it is 1. SCALE_EACH: by one operand per tensor.
 
-    CLAMP: to [-number, number]. ZERO: if `number` is true.
+    CLAMP: to [-operand, operand]. ZERO: if the operand is true.
     """
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
-    if HOW == SCALE_EACH:
-        number += owner
-    given = tl.load(number)
-    if HOW == SCALE or HOW == SCALE_EACH:
-        if given == 1:
+    if OPERATION == SCALE_EACH:
+        operands += owner
+    operand = tl.load(operands)
+    if OPERATION == SCALE or OPERATION == SCALE_EACH:
+        if operand == 1:
             return
-    if HOW == ZERO:
-        if given == 0:
+    if OPERATION == ZERO:
+        if operand == 0:
             return
-    row = rows + owner * _COLUMNS
+    row = rows + owner * _ROW_SIZE
     code = tl.load(row + 3)
     if code == _FLOAT32:
-        _rewrite_chunk(row, chunk, given, tl.float32, HOW)
+        _rewrite_chunk(row, chunk, operand, tl.float32, OPERATION)
     elif code == _FLOAT16:
-        _rewrite_chunk(row, chunk, given, tl.float16, HOW)
+        _rewrite_chunk(row, chunk, operand, tl.float16, OPERATION)
     elif code == _BFLOAT16:
-        _rewrite_chunk(row, chunk, given, tl.uint16, HOW)
+        _rewrite_chunk(row, chunk, operand, tl.uint16, OPERATION)
     else:
-        _rewrite_chunk(row, chunk, given, tl.float64, HOW)
+        _rewrite_chunk(row, chunk, operand, tl.float64, OPERATION)
 
 
 @triton.jit
-def _place(row, chunk, STORED: tl.constexpr):
-    """The tensor's pointer, rounded down to 16 bytes; from there this chunk's start and end, and the tensor's start."""
+def _span(row, chunk, STORED: tl.constexpr):
+    """The tensor's address rounded down to 16 bytes. From there, in elements: the chunk's start and
+    stop, and the tensor's start."""
     base = tl.multiple_of(tl.load(row).to(tl.pointer_type(STORED)), 16)
     start = (chunk - tl.load(row + 4)) * _CHUNK
     return base, start, tl.minimum(start + _CHUNK, tl.load(row + 2)), tl.load(row + 1)
 
 
 @triton.jit
-def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr):
-    base, start, stop, head = _place(row, chunk, STORED)
-    total = _zeros(_READ, QUICK, P)
+def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, FAST: tl.constexpr, P: tl.constexpr):
+    base, start, stop, head = _span(row, chunk, STORED)
+    total = _zeros(_READ, FAST, P)
     while start < stop:
         offsets = tl.multiple_of(start, _READ) + tl.arange(0, _READ)
-        if (start >= head) & (start + _READS * _READ <= stop):  # without a mask the loads are 16 bytes wide
-            short = _term(tl.load(base + offsets), scale, QUICK, P)
+        # Loads are 16 bytes wide only without a mask.
+        if (start >= head) & (start + _READS * _READ <= stop):
+            short = _term(tl.load(base + offsets), scale, FAST, P)
             for i in tl.static_range(1, _READS):
                 more = tl.load(base + offsets + i * _READ)
-                short = _plus(short, _term(more, scale, QUICK, P), P)
+                short = _plus(short, _term(more, scale, FAST, P), P)
             start += _READS * _READ
         else:
             values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < stop), other=0)
-            short = _term(values, scale, QUICK, P)
+            short = _term(values, scale, FAST, P)
             start += _READ
         total = _plus(total, short.to(total.dtype), P)
-    return _joined(total, P)
+    return _combined(total, P)
 
 
 @triton.jit
@@ -141,36 +149,37 @@ def _chunk_norm(row, chunk, maxima, sums, STORED: tl.constexpr, P: tl.constexpr)
 
 
 @triton.jit
-def _of_chunks(row, partials, scale, weights, P: tl.constexpr):
-    """The sum, or maximum, of `_term` of the tensor's partials; times their weights, if any."""
-    first, last = tl.load(row + 4), tl.load(row + _COLUMNS + 4)
+def _combine_chunks(row, partials, scale, weights, P: tl.constexpr):
+    """The sum or maximum of `_term` of a tensor's partials, each times its weight if any."""
+    first, last = tl.load(row + 4), tl.load(row + _ROW_SIZE + 4)
     total = _zeros(_FINISHED, False, P)
     while first < last:
         offsets = first + tl.arange(0, _FINISHED)
-        part = _term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
+        term = _term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
         if weights is not None:
-            part *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
-        total = _plus(total, part, P)
+            term *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
+        total = _plus(total, term, P)
         first += _FINISHED
-    return _joined(total, P)
+    return _combined(total, P)
 
 
-# An untaken branch is compiled unless it is an `else`: hence those after a return.
+# Triton compiles a branch that is not taken, unless it is an `else`. Hence `else` after a return.
 @triton.jit
-def _zeros(BLOCK: tl.constexpr, QUICK: tl.constexpr, P: tl.constexpr):
+def _zeros(BLOCK: tl.constexpr, FAST: tl.constexpr, P: tl.constexpr):
     if P != INF:
         return tl.zeros([BLOCK], tl.float64)
     else:
-        return tl.zeros([BLOCK], tl.int32 if QUICK else tl.int64)
+        return tl.zeros([BLOCK], tl.int32 if FAST else tl.int64)
 
 
 @triton.jit
-def _term(stored, scale, QUICK: tl.constexpr, P: tl.constexpr):
-    """|x|**P, or (|x| / scale)**P. For P = inf |x| as an integer, which orders as floats do, with NaN above infinity.
+def _term(stored, scale, FAST: tl.constexpr, P: tl.constexpr):
+    """|x|**P, or (|x| / scale)**P. For P = inf the bits of |x| as an integer.
 
-    A maximum of floats drops NaN on the device, and keeps it in the interpreter.
+    Such integers have the order of the floats, and NaN is above infinity. A maximum of floats would
+    drop NaN on the device, though not in the interpreter.
     """
-    x = _wide(stored).to(tl.float32 if QUICK else tl.float64)
+    x = _wide(stored).to(tl.float32 if FAST else tl.float64)
     if scale is not None:
         x = x / scale
     if P == 2:
@@ -179,7 +188,7 @@ def _term(stored, scale, QUICK: tl.constexpr, P: tl.constexpr):
         return tl.abs(x)
     elif P != INF:
         return tl.exp2(P * tl.log2(tl.abs(x)))
-    elif QUICK:
+    elif FAST:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
@@ -194,7 +203,7 @@ def _plus(total, more, P: tl.constexpr):
 
 
 @triton.jit
-def _joined(total, P: tl.constexpr):
+def _combined(total, P: tl.constexpr):
     if P != INF:
         return tl.sum(total)
     elif total.dtype == tl.int64:
@@ -204,36 +213,37 @@ def _joined(total, P: tl.constexpr):
 
 
 @triton.jit
-def _rewrite_chunk(row, chunk, given, STORED: tl.constexpr, HOW: tl.constexpr):
-    base, start, stop, head = _place(row, chunk, STORED)
-    number = given.to(tl.float64 if STORED == tl.float64 else tl.float32)
+def _rewrite_chunk(row, chunk, operand, STORED: tl.constexpr, OPERATION: tl.constexpr):
+    base, start, stop, head = _span(row, chunk, STORED)
+    number = operand.to(tl.float64 if STORED == tl.float64 else tl.float32)
     while start < stop:
         offsets = tl.multiple_of(start, _REWRITTEN) + tl.arange(0, _REWRITTEN)
         if (start >= head) & (start + _REWRITTEN <= stop):
-            _rewrite_block(base + offsets, None, number, STORED, HOW)
+            _rewrite_block(base + offsets, None, number, STORED, OPERATION)
         else:
-            _rewrite_block(base + offsets, (offsets >= head) & (offsets < stop), number, STORED, HOW)
+            mask = (offsets >= head) & (offsets < stop)
+            _rewrite_block(base + offsets, mask, number, STORED, OPERATION)
         start += _REWRITTEN
 
 
 @triton.jit
-def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, HOW: tl.constexpr):
-    if HOW == ZERO:
+def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, OPERATION: tl.constexpr):
+    if OPERATION == ZERO:
         tl.store(pointers, tl.zeros([_REWRITTEN], STORED), mask=mask)
     else:
         x = _wide(tl.load(pointers, mask=mask))
-        if HOW != CLAMP:
+        if OPERATION != CLAMP:
             tl.store(pointers, _narrow(x * number, STORED), mask=mask)
         else:
             high = _wide(_narrow(number, STORED))
-            outside = (x > high) | (x < -high)  # not where NaN; elements inside are not written
+            outside = (x > high) | (x < -high)  # false for NaN; only these are written
             clamped = _narrow(tl.where(x > high, high, -high), STORED)
             tl.store(pointers, clamped, mask=outside if mask is None else outside & mask)
 
 
 @triton.jit
 def _wide(stored):
-    """bfloat16 goes by its bits: so it needs no hardware for it, and the interpreter rounds it right."""
+    """bfloat16 is read by its bits, which old hardware and the interpreter know too."""
     if stored.dtype == tl.uint16:
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif stored.dtype == tl.float16:

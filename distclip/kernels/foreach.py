@@ -1,39 +1,67 @@
-"""For any device: torch's own multi-tensor kernels where their numbers are right, else the loops."""
+"""Any device: torch's multi-tensor functions where their numbers are right, `naive` elsewhere."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from distclip.kernels import naive as loops
-from distclip.kernels.naive import clamp_, norms, scale_each_, zero_
+from distclip.kernels import naive
+from distclip.kernels.contiguous import grouped
+from distclip.kernels.naive import (
+    clamp_,
+    norms,
+    prepare,
+    scale_each_,
+    scale_units_,
+    tensor_lists,
+    unit_norms,
+    unit_power_sums,
+    zero_,
+)
+from distclip.torch_private import foreach_mul_, foreach_norm
 
-__all__ = ["clamp_", "norms", "power_sums", "scale_", "scale_each_", "zero_"]
+__all__ = [
+    "clamp_",
+    "norms",
+    "power_sum",
+    "power_sums",
+    "prepare",
+    "scale_",
+    "scale_each_",
+    "scale_units_",
+    "tensor_lists",
+    "unit_norms",
+    "unit_power_sums",
+    "zero_",
+]
 
-_torch = cast(Any, torch)  # its optimizers are made of its multi-tensor functions, but it calls them private
+
+def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """All of `power_sums` combined."""
+    return naive.combine(power_sums(tensors, norm_type), norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """As `loops.power_sums`. The norms are float64, in which neither 1e-30 nor 1e30 has a square out of range."""
+    """The norms are float64, in which the squares of 1e-30 and 1e30 are in range."""
     full = [t for t in tensors if t.numel()]
-    plain = norm_type in (1, 2, math.inf) and not any(t.is_complex() for t in full)
-    if not full or not plain:
-        return loops.power_sums(tensors, norm_type)
-    each = iter(_torch._foreach_norm(full, norm_type, dtype=torch.float64))
+    supported = norm_type in (1, 2, math.inf) and not any(t.is_complex() for t in full)
+    if not full or not supported:
+        return naive.power_sums(tensors, norm_type)
+    norms_of_full = iter(foreach_norm(full, norm_type, dtype=torch.float64))
     zero = torch.zeros((), dtype=torch.float64, device=full[0].device)
-    found = torch.stack([next(each) if t.numel() else zero for t in tensors])
+    found = torch.stack([next(norms_of_full) if t.numel() else zero for t in tensors])
     return found if math.isinf(norm_type) else found**norm_type
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """As `loops.scale_`, without a look at the coefficient."""
-    for dtype in {t.dtype for t in tensors}:
-        alike = [t for t in tensors if t.dtype == dtype]
+    """Writes even if the coefficient is 1, because a look at it would wait for the device."""
+    for alike in grouped(tensors, attrgetter("dtype")):
+        dtype = alike[0].dtype
         if dtype in (torch.float32, torch.float64):
-            _torch._foreach_mul_(alike, coefficient.to(dtype))
-        else:  # they would round the coefficient to 16 bits before they multiply
-            loops.scale_(alike, coefficient)
+            foreach_mul_(alike, coefficient.to(dtype))
+        else:  # foreach_mul_ would round the coefficient to 16 bits before it multiplies
+            naive.scale_(alike, coefficient)

@@ -1,4 +1,4 @@
-"""What Numba compiles for the CPU; `test_cpu.py` runs every test of the CPU's kernels with it too."""
+"""What Numba compiles for CPUs. `test_cpu.py` also runs each of its tests with Numba."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.passes import Traffic
-from distclip.kernels import cpu
-from distclip.kernels import naive as loops
+from distclip.kernels import cpu, naive
+from tests.kernels.test_cpu import ALL_NUMBA
 from tests.norms.test_total_norm import clips_as_the_reference
 from tests.support.layouts import LAYOUTS
 from tests.support.ranks import Ranks
@@ -40,7 +41,7 @@ def random(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
-    """All numbers of 16 bits; of float32 as many, over all exponents."""
+    """All 16-bit numbers, and as many float32 numbers with all exponents."""
     if dtype is torch.float32:
         words = torch.arange(0, 1 << 32, 65_521, dtype=torch.int64)
         return (words - (1 << 31)).to(torch.int32).view(dtype)
@@ -48,7 +49,7 @@ def patterns(dtype: torch.dtype) -> Tensor:
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    """Bit by bit, but for the payload of NaN."""
+    """Equal in all bits but the payload of NaN."""
     assert torch.equal(found.isnan(), expected.isnan())
     bits = torch.int32 if found.dtype is torch.float32 else torch.int16
     number = ~expected.isnan()
@@ -57,42 +58,47 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "coefficient", [0.0, 1e-30, 2.0**-8, 0.1, 1 / 3, 0.5, 0.9999999, 1.0, 3.0, math.inf, math.nan, NAN_OF_ONES]
+    "coefficient",
+    [0.0, 1e-30, 2.0**-8, 0.1, 1 / 3, 0.5, 0.9999999, 1.0, 3.0, math.inf, math.nan, NAN_OF_ONES],
 )
 def test_every_number_is_scaled_as_torch_scales_it(dtype: torch.dtype, coefficient: float) -> None:
     factor = torch.tensor(coefficient, dtype=torch.float64)
     found, expected = patterns(dtype), patterns(dtype)
     numba.scale_([found], factor)
-    loops.scale_([expected], factor)
+    naive.scale_([expected], factor)
     same(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
-    """Alone, so that float64 tells each from its neighbours; and in a block, which float32 adds up."""
+    """Alone, where sums are float64, and in a block, where they are float32."""
     every = patterns(dtype)
     chosen = every[:: max(1, len(every) // 4096)]
-    each = torch.stack([numba.squares([x]) for x in chosen.split(1)])
+    squares = torch.stack([numba.squares([x]) for x in chosen.split(1)])
     expected = chosen.double().square()
-    torch.testing.assert_close(each, expected, rtol=1e-15, atol=0, equal_nan=True)
+    torch.testing.assert_close(squares, expected, rtol=1e-15, atol=0, equal_nan=True)
     usual = every[(every.double().abs() > 1e-15) & (every.double().abs() < 1e15)]
-    torch.testing.assert_close(numba.squares([usual]), usual.double().square().sum(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        numba.squares([usual]), usual.double().square().sum(), rtol=2e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", [0, 255, 256, 1023, 1024, CHUNK - 1, CHUNK, CHUNK + 300, 2 * CHUNK + 4])
-def test_every_place_counts_once(dtype: torch.dtype, place: int) -> None:
-    """Of each lane, of what is left over after the lanes, and of each chunk."""
+@pytest.mark.parametrize(
+    "index", [0, 255, 256, 1023, 1024, CHUNK - 1, CHUNK, CHUNK + 300, 2 * CHUNK + 4]
+)
+def test_every_element_counts_once(dtype: torch.dtype, index: int) -> None:
+    """In each lane, after the lanes, and in each chunk."""
     values = torch.zeros(2 * CHUNK + 5, dtype=dtype)
-    values[place] = 3.0
+    values[index] = 3.0
     assert numba.squares([values]) == 9
     values.fill_(1)
     assert numba.squares([values]) == len(values)
     numba.scale_([values], torch.tensor(0.5, dtype=torch.float64))
     assert (values == 0.5).all()
-    values[place] = math.nan
+    values[index] = math.nan
     assert numba.squares([values]).isnan()
-    values[place] = -math.inf
+    values[index] = -math.inf
     assert numba.squares([values]) == math.inf
 
 
@@ -101,31 +107,33 @@ def test_every_place_counts_once(dtype: torch.dtype, place: int) -> None:
     cuts=st.lists(st.integers(0, 5000), min_size=2, max_size=8).map(sorted),
     dtype=st.sampled_from(DTYPES),
 )
-def test_nothing_beside_a_run_is_read_or_written(cuts: list[int], dtype: torch.dtype) -> None:
+def test_nothing_beside_a_tensor_is_read_or_written(cuts: list[int], dtype: torch.dtype) -> None:
     buffer = torch.full((5000,), math.nan, dtype=dtype)
-    runs = [buffer[begin:end].fill_(2) for begin, end in zip(cuts[::2], cuts[1::2], strict=False)]
-    numel = sum(map(len, runs))
-    assert numba.squares(runs) == 4 * numel
-    numba.scale_(runs, torch.tensor(0.25, dtype=torch.float64))
-    assert all((run == 0.5).all() for run in runs)
+    tensors = [
+        buffer[begin:end].fill_(2) for begin, end in zip(cuts[::2], cuts[1::2], strict=False)
+    ]
+    numel = sum(map(len, tensors))
+    assert numba.squares(tensors) == 4 * numel
+    numba.scale_(tensors, torch.tensor(0.25, dtype=torch.float64))
+    assert all((tensor == 0.5).all() for tensor in tensors)
     assert buffer.isnan().sum() == len(buffer) - numel
 
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sum_is_the_same_with_any_number_of_threads(dtype: torch.dtype) -> None:
-    runs = [random(5 * CHUNK + 3, dtype), random(1000, dtype, 1), random(CHUNK, dtype, 2)]
+    tensors = [random(5 * CHUNK + 3, dtype), random(1000, dtype, 1), random(CHUNK, dtype, 2)]
     sums = set()
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        sums |= {numba.squares(runs).item() for _ in range(5)}
+        sums |= {numba.squares(tensors).item() for _ in range(5)}
     (found,) = sums
-    assert found == pytest.approx(sum(run.double().square().sum().item() for run in runs), rel=2e-7)
+    assert found == pytest.approx(sum(t.double().square().sum().item() for t in tensors), rel=2e-7)
 
 
 @pytest.mark.usefixtures("_threads")
 def test_the_threads_are_those_of_torch() -> None:
-    """Another OpenMP would not know how many torch was told to use."""
+    """Another OpenMP would not use the number of threads that torch was set to."""
     for num in (3, 5):
         torch.set_num_threads(num)
         assert numba._openmp().omp_get_max_threads() == num
@@ -135,53 +143,93 @@ def test_the_threads_are_those_of_torch() -> None:
 def test_no_two_threads_take_the_same_chunk() -> None:
     torch.set_num_threads(4)
     values = torch.ones(100_000)
-    runs = values.split(1)
+    tensors = values.split(1)
     for _ in range(5):
         values.fill_(1)
-        numba.scale_(runs, torch.tensor(0.5, dtype=torch.float64))
+        numba.scale_(tensors, torch.tensor(0.5, dtype=torch.float64))
         assert (values == 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_it_works_for_the_cpu_where_there_is_much_to_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu._numba()  # tries it, once
-    taken: list[tuple[str, int]] = []
-    for name in ("squares", "scale_"):
-        whole = getattr(numba, name)
-        monkeypatch.setattr(
-            numba, name, lambda runs, *rest, f=whole, n=name: taken.append((n, sum(map(len, runs)))) or f(runs, *rest)
-        )
+def test_used_from_a_number_of_elements(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu._numba()  # calls it once
+    calls: list[tuple[str, int]] = []
+
+    def spy(name: str) -> None:
+        function = getattr(numba, name)
+
+        def call(tensors: list[Tensor], *rest: Tensor) -> Tensor | None:
+            calls.append((name, sum(map(len, tensors))))
+            return function(tensors, *rest)
+
+        monkeypatch.setattr(numba, name, call)
+
+    spy("squares")
+    spy("scale_")
     half = torch.tensor(0.5, dtype=torch.float64)
-    for numel in (cpu._MANY - 1, cpu._MANY):
-        values = [torch.ones(numel - 1, dtype=dtype), torch.ones(1, dtype=dtype)]
+    least = cpu._NUMBA_FROM.get(dtype, 1 << 20)
+    for numel in (least - 256, least):
+        values = [torch.ones(numel, dtype=dtype), torch.ones(100, dtype=dtype)]
         before = values[0]._version
-        assert cpu.power_sum(values, 2.0) == numel
+        assert cpu.power_sum(values, 2.0) == numel + 100
         cpu.scale_(values, torch.ones((), dtype=torch.float64))
         assert values[0]._version == before
         cpu.scale_(values, half)
-        assert values[0]._version == before + 1
-        assert cpu.power_sum(values, 2.0) == numel / 4
-        assert cpu.power_sum(values, 1.0) == numel / 2
-    many = cpu._MANY
-    assert taken == ([] if dtype is torch.float64 else [("squares", many), ("scale_", many), ("squares", many)])
+        assert [t._version for t in values] == [before + 1] * 2
+        assert cpu.power_sum(values, 2.0) == (numel + 100) / 4
+        assert cpu.power_sum(values, 1.0) == (numel + 100) / 2
+    expected = [("squares", least), ("scale_", least), ("squares", least)]
+    assert calls == ([] if dtype is torch.float64 else expected)
 
 
-def clips_as_the_reference_by_numba(layout: str, dtype: torch.dtype) -> None:
-    before, cpu._MANY = cpu._MANY, 0
-    try:
+def test_many_short_tensors_do_not_count() -> None:
+    """A call for each of them costs more than its elements."""
+    assert cpu._numba_for([torch.ones(cpu._SHORT)] * (1 << 11)) is None
+    assert cpu._numba_for([torch.ones(cpu._SHORT + 1)] * (1 << 10)) is numba
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_what_torch_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba takes rows of long tensors, torch the ends of rows, short tensors and gaps."""
+    monkeypatch.setattr(cpu, "_NUMBA_FROM", dict.fromkeys(cpu._NUMBA_FROM, 0))
+    tensors = [random(n, dtype, n) for n in (0, 7, 100_001, 4096, 4097)]
+    tensors += [random(70_000, dtype).view(70, 1000).t(), random(30_000, dtype)[::3]]
+    expected = [tensor.clone() for tensor in tensors]
+    found = cpu.power_sum(tensors, 2.0)
+    torch.testing.assert_close(found, naive.power_sum(expected, 2.0), rtol=1e-7, atol=0)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    cpu.scale_(tensors, half)
+    naive.scale_(expected, half)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_prepare_compiles_for_each_dtype() -> None:
+    loops = numba._loops
+    for dtype in DTYPES:
+        cpu.prepare([torch.empty(cpu._NUMBA_FROM[dtype], dtype=dtype)], 2.0)
+    compiled = loops.worker.cache_info().misses
+    for dtype in DTYPES:
+        numba.scale_([torch.ones(1, dtype=dtype)], numba.squares([torch.ones(1, dtype=dtype)]))
+    assert loops.worker.cache_info().misses == compiled == 2 * len(DTYPES)
+
+
+def clips_as_the_reference_with_numba(layout: str, dtype: torch.dtype) -> None:
+    with mock.patch.multiple(cpu, **ALL_NUMBA):
         clips_as_the_reference(layout, 2.0, dtype, "cpu")
-    finally:
-        cpu._MANY = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_clips_as_the_reference(four_on_cpus: Ranks, layout: str, dtype: torch.dtype) -> None:
-    four_on_cpus.run(clips_as_the_reference_by_numba, layout, dtype)
+def test_every_layout_clips_as_the_reference(
+    four_on_cpus: Ranks, layout: str, dtype: torch.dtype
+) -> None:
+    four_on_cpus.run(clips_as_the_reference_with_numba, layout, dtype)
 
 
 def test_profilers_and_dispatch_modes_see_it() -> None:
-    values = torch.ones(cpu._MANY)
+    values = torch.ones(cpu._NUMBA_FROM[torch.float32])
     with Traffic([values]) as traffic:
         cpu.power_sum([values], 2.0)
         assert (traffic.read, traffic.written) == (values.nbytes, 0)
@@ -199,7 +247,7 @@ class Finder:
             raise {error}
 sys.meta_path.insert(0, Finder())
 from distclip.kernels import cpu
-values = [torch.full((cpu._MANY + 5,), 2.0)]
+values = [torch.full((cpu._NUMBA_FROM[torch.float32] + 5,), 2.0)]
 assert cpu.power_sum(values, 2.0) == 4 * len(values[0])
 cpu.scale_(values, torch.tensor(0.5, dtype=torch.float64))
 assert (values[0] == 1).all()

@@ -1,0 +1,114 @@
+"""What a kind of device must do with the elements of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """The operations of one kind of device. A module that has these functions is a backend.
+
+    `naive` defines the results. A new chip is one more module and a line in `kernels._choose`.
+
+    Tensors are real or complex floating point and dense (their layout is `torch.strided`). All the
+    tensors of one call lie on one device. `tensors` is never empty, unless a function says so, but
+    the tensors in it may be. Norms, sums, coefficients and bounds are float64 on that device,
+    whatever the dtype of the tensors and the default dtype and device.
+
+    NaN stays NaN in every result. On an accelerator no function waits for the device.
+    """
+
+    def prepare(self, tensors: Sequence[Tensor], norm_type: float) -> None:
+        """Compiles what lists of such dtypes and sizes will call. Reads and writes no element.
+
+        Without it the first step compiles. Backends of torch's operators compile nothing.
+        """
+        ...
+
+    def tensor_lists(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The memory of `tensors` in lists for the other functions; no tensors give no lists.
+
+        Each element is in one list once. On a CPU the tensors of a list have one dtype, and one of
+        them may be a flat view of several neighbours.
+        """
+        ...
+
+    def power_sum(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """sum(|x|**p) over a list of `tensor_lists`, or max(|x|) for p = inf.
+
+        Shapes: the result: [].
+        """
+        ...
+
+    def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """sum(|x|**p) of each tensor, or max(|x|) for p = inf; 0 for an empty tensor.
+
+        The sum may overflow for p > 6; `norms` does not. `tensors` may be empty.
+
+        Shapes: the result: [len(tensors)].
+        """
+        ...
+
+    def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+        """The p-norm of each tensor, right for any p > 0. `tensors` may be empty.
+
+        Shapes: the result: [len(tensors)].
+        """
+        ...
+
+    def unit_power_sums(self, tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+        """`power_sums` of every index of `dim`.
+
+        Shapes: the result: [tensor.shape[dim]].
+        """
+        ...
+
+    def unit_norms(self, tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+        """`norms` of every index of `dim`.
+
+        Shapes: the result: [tensor.shape[dim]].
+        """
+        ...
+
+    def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+        """Multiplies a list of `tensor_lists`.
+
+        The product is rounded to the dtype of the tensor once. The coefficient is not rounded to
+        16 bits first. A coefficient of 1 changes nothing, and on a CPU it writes nothing.
+
+        Shapes: coefficient: [].
+        """
+        ...
+
+    def scale_each_(self, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+        """`scale_` of each tensor with its own coefficient.
+
+        Shapes: coefficients: [len(tensors)].
+        """
+        ...
+
+    def scale_units_(self, tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+        """Multiplies every index of `dim` by its own coefficient. On a CPU ones write nothing.
+
+        Shapes: coefficients: [tensor.shape[dim]].
+        """
+        ...
+
+    def clamp_(self, tensors: Sequence[Tensor], bound: Tensor) -> None:
+        """Clamps every element to [-bound, bound]. Tensors are real.
+
+        Shapes: bound: [].
+        """
+        ...
+
+    def zero_(self, tensors: Sequence[Tensor], where: Tensor) -> None:
+        """Sets every element to 0, NaN and infinity too, if `where`, a bool, is true.
+
+        On a CPU nothing is written otherwise.
+
+        Shapes: where: [].
+        """
+        ...
