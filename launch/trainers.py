@@ -1,84 +1,159 @@
-"""DeepSpeed's ZeRO as a layout: its engine does backward and step, and distclip clips inside them."""
+"""One update of the weights from a loss: by a torch optimizer, or by DeepSpeed's engine.
+
+All ranks must call each method of a trainer together.
+"""
 
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import UserError
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
+from launch.options import Options
+from launch.ranks import UserError
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-TAG = "zero"  # the folder of the engine's own files inside a checkpoint
+ENGINE_FOLDER = "zero"  # for the engine's own files inside a checkpoint
 
 
-@dataclass(frozen=True)
-class Zero:
-    """An engine and its policy: what `train.py` steps in the place of an optimizer and a scaler."""
+class TorchTrainer(Stateful):
+    """Backward, clip and step, for every layout that torch has."""
 
-    engine: Any
-    clipper: Any
+    def __init__(self, model: nn.Module, options: Options[Any], device: torch.device) -> None:
+        self.model, self.optimizer = model, _make_optimizer(model, options)
+        self.scaler = GradScaler(device.type, enabled=options.precision == "fp16")
+        self.clipper = distclip.Clipper(model, options.policy)
 
-    @property
-    def optimizer(self) -> Any:
-        return self.engine.optimizer
+    def update(self, loss: Tensor) -> distclip.Report:
+        self.scaler.scale(loss).backward()
+        report = self.clipper.step(self.optimizer, self.scaler)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return report
 
-    def update(self, loss: torch.Tensor) -> distclip.Report:
-        self.engine.backward(loss)
-        self.engine.step()
+    def save(self, folder: Path) -> None:
+        dcp.save(self._states(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        _load(self._states(), folder)
+
+    def _states(self) -> dict[str, Any]:
+        return {"training": self, "clipper": self.clipper, "scaler": self.scaler}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer, by names that are the same in every layout."""
+        with warnings.catch_warnings():
+            # FSDP1 asks for a device in a way that torch has deprecated; its answer is right.
+            for message in (".*_get_pg_default_device.*", "Multiple backends are registered.*"):
+                warnings.filterwarnings("ignore", message=message)
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        model, optimizer = state["model"], state["optimizer"]
+        states = {"model_state_dict": model, "optim_state_dict": optimizer}
+        set_state_dict(self.model, self.optimizer, **states)
+
+    def close(self) -> None: ...
+
+
+class ZeroTrainer:
+    """DeepSpeed's ZeRO: its engine does backward and step, and distclip clips inside the step."""
+
+    def __init__(self, model: nn.Module, options: Options[Any], device: torch.device) -> None:
+        deepspeed = _import_deepspeed(options.layout, device)
+        precision = {} if options.precision == "fp32" else {options.precision: {"enabled": True}}
+        config = {
+            "train_batch_size": options.batch,
+            "zero_optimization": {"stage": STAGES[options.layout]},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+            **precision,
+        }
+        optimizer = _make_optimizer(model, options)
+        self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.optimizer = self.model.optimizer
+        self.clipper = distclip.adapters.deepspeed.attach(self.model, options.policy)
+
+    def update(self, loss: Tensor) -> distclip.Report:
+        self.model.backward(loss)
+        self.model.step()
+        assert self.clipper.report is not None
         return self.clipper.report
 
     def save(self, folder: Path) -> None:
-        """Collective: every rank must call it."""
-        self.engine.save_checkpoint(str(folder), tag=TAG)
+        dcp.save({"clipper": self.clipper}, checkpoint_id=folder)
+        self.model.save_checkpoint(str(folder), tag=ENGINE_FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Collective: every rank must call it."""
-        if not (folder / TAG).is_dir():
-            raise UserError(f"checkpoint {folder} is of a run without ZeRO: use its --layout, or another --out")
-        self.engine.load_checkpoint(str(folder), tag=TAG)
+        if not (folder / ENGINE_FOLDER).is_dir():
+            raise UserError(
+                f"checkpoint {folder} is of a run without ZeRO: use its --layout, or another --out"
+            )
+        self.model.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
+        _load({"clipper": self.clipper}, folder)
+
+    def close(self) -> None:
+        self.model.destroy()
 
 
-def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, options: Any, device: torch.device) -> Zero:
-    """The engine of `--layout zero1|zero2|zero3`, with the policy attached.
+Trainer = TorchTrainer | ZeroTrainer
 
-    Collective: every rank must call it.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, alone)  # DeepSpeed reads them; without a launcher there is one rank
+
+def make_trainer(model: nn.Module, options: Options[Any], device: torch.device) -> Trainer:
+    """The trainer of a model that is wrapped for `options.layout`."""
+    try:
+        return (ZeroTrainer if options.layout in STAGES else TorchTrainer)(model, options, device)
+    except ValueError as error:  # as where --policy.exclude matches nothing
+        raise UserError(str(error)) from None
+
+
+def _make_optimizer(model: nn.Module, options: Options[Any]) -> Optimizer:
+    params = list(model.parameters())
+    # A foreach kernel refuses DTensors beside plain tensors, which an LSTM under tp has.
+    mixed = len({isinstance(param, DTensor) for param in params}) > 1
+    foreach = False if mixed else None
+    if options.optimizer == "adamw":
+        return AdamW(params, lr=options.lr, betas=(0.9, 0.95), foreach=foreach)
+    return SGD(params, lr=options.lr, foreach=foreach)
+
+
+def _load(states: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(states, checkpoint_id=folder)
+    except CheckpointException as error:
+        reasons = (str(failure[0]) for failure in error.failures.values())
+        reason = next(reasons, "no reason given").strip().splitlines()[0]
+        raise UserError(f"checkpoint {folder} does not fit this run: {reason}") from None
+
+
+def _import_deepspeed(layout: str, device: torch.device) -> Any:
+    # DeepSpeed reads these; without a launcher there is one rank.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {"DS_ACCELERATOR": device.type, **alone}.items():
+        os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import deepspeed
     except ImportError:
         raise UserError(
-            f"--layout {options.layout} needs DeepSpeed: pip install --no-build-isolation deepspeed"
+            f"--layout {layout} needs DeepSpeed: pip install --no-build-isolation deepspeed"
         ) from None
     if device.type == "cpu":
-        # Compiled as soon as ranks join, for inference alone; without it no compiler is needed.
+        # DeepSpeed would compile it, for inference alone; without it no compiler is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings(
-        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor. is deprecated", category=FutureWarning
-    )
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(options))
-        return Zero(engine, distclip.adapters.deepspeed.attach(engine, options.policy))
-    except ValueError as error:  # fp16 on a CPU that lacks it, an --policy.exclude that matches nothing
-        raise UserError(str(error)) from None
-
-
-def _config(options: Any) -> dict[str, Any]:
-    precision = {} if options.precision == "fp32" else {options.precision: {"enabled": True}}
-    return {
-        "train_batch_size": options.batch,
-        "zero_optimization": {"stage": STAGES[options.layout]},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        **precision,
-    }
+    deprecated = ".*(all_gather_into|reduce_scatter)_tensor. is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    return deepspeed
