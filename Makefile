@@ -26,10 +26,10 @@ $(STAMP): pyproject.toml constraints.txt tests/peers.txt
 	touch $@
 
 run: $(STAMP)
-	$(PY) launch/run.py --standalone --nproc-per-node=$(NPROC) launch/train.py --out runs/main $(ARGS)
+	$(PY) -m launch.run --standalone --nproc-per-node=$(NPROC) -m launch.train --out runs/main $(ARGS)
 
 compare: $(STAMP)
-	$(PY) launch/compare.py --out runs/compare $(ARGS)
+	$(PY) -m launch.compare --out runs/compare $(ARGS)
 
 test: lint types wheel
 	$(PY) -m pytest $(PYTEST_ARGS) --ignore=tests/slurm

@@ -1,9 +1,8 @@
-"""Wraps a whole model for one of the layouts; nothing after this knows which."""
+"""Spreads a whole model over the ranks; only this module and `trainers` know the layouts."""
 
-import contextlib
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,41 +34,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Wrapped:
     """A model spread over the ranks, and which share of every batch this rank takes.
 
-    `autocast` opens the context that the forward pass runs in; FSDP casts by itself, so there it does nothing.
+    The forward pass runs under `autocast`, which does nothing where FSDP or DeepSpeed casts.
     """
 
     model: nn.Module
     data_rank: int
     num_data_ranks: int
-    autocast: Callable[[], AbstractContextManager[object]]
+    autocast: AbstractContextManager[object]
 
 
 def wrap(model: nn.Module, layout: str, precision: str, device: torch.device) -> Wrapped:
-    """The model on `device` under `layout`.
+    """The model on `device` under `layout`; still whole for zero1 to zero3, whose engine shards it.
 
     Collective: every rank must call it, with the same model.
     """
-    # torch warns of in-place writes to what a sharded module returns (a view, for an LSTM): there are none here.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = _mesh(layout, device)
     model, dtype = model.to(device), DTYPES[precision]
-    wrappers = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2, "hsdp": _fsdp2, "tp": _tp, "fsdp2+tp": _fsdp2_tp}
-    if layout not in wrappers:  # zero1 to zero3: an engine takes the whole model
-        return Wrapped(model, dist.get_rank(), dist.get_world_size(), contextlib.nullcontext)
-    wrapped = wrappers[layout](model, mesh, dtype)
+    if layout not in WRAPPERS:
+        return Wrapped(model, dist.get_rank(), dist.get_world_size(), nullcontext())
+    mesh = _mesh(layout, device)
+    wrapped = WRAPPERS[layout](model, mesh, dtype)
     cast = layout in ("ddp", "tp") and dtype != torch.float32
-    # Ranks along the tp axis work on one batch together; along every other axis each has its own share.
-    num_copies = mesh["tp"].size() if "tp" in (mesh.mesh_dim_names or ()) else 1
+    # The ranks of a tp axis work on one batch together; along other axes each has its own share.
+    num_together = mesh["tp"].size() if "tp" in (mesh.mesh_dim_names or ()) else 1
     return Wrapped(
         wrapped,
-        data_rank=dist.get_rank() // num_copies,
-        num_data_ranks=dist.get_world_size() // num_copies,
-        autocast=lambda: torch.autocast(device.type, dtype) if cast else contextlib.nullcontext(),
+        data_rank=dist.get_rank() // num_together,
+        num_data_ranks=dist.get_world_size() // num_together,
+        autocast=torch.autocast(device.type, dtype) if cast else nullcontext(),
     )
 
 
 def _mesh(layout: str, device: torch.device) -> DeviceMesh:
-    """All ranks, by named axes; tp is the last axis, so that its ranks are neighbours on one machine."""
+    """All ranks; tp is the last axis, because its ranks should be on one machine."""
     size = dist.get_world_size()
     shape, names = {
         "hsdp": ((2, size // 2), ("replicate", "shard")),
@@ -80,39 +76,37 @@ def _mesh(layout: str, device: torch.device) -> DeviceMesh:
 
 
 def _ddp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
+    """DDP, after one backward pass whose gradients are thrown away.
+
+    After its first backward pass DDP regroups its buckets, and with more than two ranks the offset
+    in a bucket decides the order in which gloo and NCCL add. Otherwise the first step after a
+    resume would add in another order than the same step of an undisturbed run, and the losses would
+    differ in their last bits.
+    """
     wrapped = DistributedDataParallel(model, device_mesh=mesh)
-    _settle_buckets(wrapped)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    wrapped(tokens).sum().backward()
+    wrapped.zero_grad(set_to_none=True)
     return wrapped
 
 
-def _settle_buckets(model: DistributedDataParallel) -> None:
-    """Runs one backward pass whose gradients are thrown away.
-
-    DDP regroups its buckets after the first backward pass, and with more than two ranks the place in a bucket
-    decides the order in which gloo and NCCL add. Without this, the first step after a resume would add in another
-    order than the same step of an undisturbed run, and the losses would differ in the last bits.
-    """
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    model(tokens).sum().backward()
-    model.zero_grad(set_to_none=True)
-
-
 def _fsdp1(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
-    units = {type(block) for block in model.blocks}  # type: ignore[union-attr]
-    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
     with warnings.catch_warnings():
-        # One rank has nothing to shard: FSDP1 says so, and that is what --nproc-per-node=1 asked for.
+        # With one rank there is nothing to shard, as --nproc-per-node=1 asks for.
         warnings.filterwarnings("ignore", message=".*switching to use `NO_SHARD`.*")
         return FullyShardedDataParallel(
             model,
             device_mesh=mesh,
-            auto_wrap_policy=ModuleWrapPolicy(units),
-            mixed_precision=mixed,
+            auto_wrap_policy=ModuleWrapPolicy({type(block) for block in model.blocks}),  # type: ignore
+            mixed_precision=mixed if dtype != torch.float32 else None,
             device_id=next(model.parameters()).device,
         )
 
 
 def _fsdp2(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
+    # torch warns of in-place writes to what a sharded module returns; nothing writes to it here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     policy = mixed if dtype != torch.float32 else MixedPrecisionPolicy()
     for block in model.blocks:  # type: ignore[union-attr]
@@ -125,11 +119,15 @@ def _fsdp2_tp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Modu
 
 
 def _tp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
-    """Column- and row-sharded layers with the sequence split between them; an LSTM's own weights stay whole,
-    since cuDNN and oneDNN take them as one: only its embedding and its head are sharded."""
+    """Layers sharded by columns and rows, with the sequence split between them.
+
+    Only the embedding and the head of an LSTM are sharded, because cuDNN and oneDNN take the LSTM's
+    own weights as one.
+    """
     if isinstance(model.blocks[0], nn.LSTM):  # type: ignore[index]
-        whole = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        return parallelize_module(model, mesh, {"embed": whole, "head": ColwiseParallel(output_layouts=Replicate())})
+        embed = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        head = ColwiseParallel(output_layouts=Replicate())
+        return parallelize_module(model, mesh, {"embed": embed, "head": head})
     for block in model.blocks:  # type: ignore[union-attr]
         parallelize_module(block, mesh, _block_plan())
     plan: dict[str, ParallelStyle] = {
@@ -141,10 +139,25 @@ def _tp(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Module:
 
 
 def _block_plan() -> dict[str, ParallelStyle]:
-    """Between the halves of a block the activations are split along the sequence, inside them along the width."""
+    """Activations are split along the sequence between a block's halves, by width inside them."""
     gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    plan: dict[str, ParallelStyle] = {"attention_norm": SequenceParallel(), "mlp_norm": SequenceParallel()}
-    plan |= {"attention": gather, "mlp": gather}
-    plan |= {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
-    plan |= {"mlp.up": ColwiseParallel()}
-    return plan | {name: RowwiseParallel(output_layouts=Shard(1)) for name in ("attention.out", "mlp.down")}
+    return {
+        "attention_norm": SequenceParallel(),
+        "attention": gather,
+        **{f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")},
+        "attention.out": RowwiseParallel(output_layouts=Shard(1)),
+        "mlp_norm": SequenceParallel(),
+        "mlp": gather,
+        "mlp.up": ColwiseParallel(),
+        "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+WRAPPERS: dict[str, Callable[[nn.Module, DeviceMesh, torch.dtype], nn.Module]] = {
+    "ddp": _ddp,
+    "fsdp1": _fsdp1,
+    "fsdp2": _fsdp2,
+    "hsdp": _fsdp2,
+    "tp": _tp,
+    "fsdp2+tp": _fsdp2_tp,
+}

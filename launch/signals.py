@@ -1,6 +1,6 @@
-"""SIGUSR1 and SIGTERM ask a run to stop soon; a handler only notes it, and the ranks agree on the step themselves.
+"""SIGUSR1 and SIGTERM ask a run to stop soon: handlers record it, and the ranks agree on a step.
 
-Imported before torch: until its handlers are there, either signal ends the process.
+This module imports nothing that takes time: before `install`, either signal ends the process.
 """
 
 import os
@@ -10,52 +10,46 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-STOPPED = 75  # "try again later" in sysexits.h: a checkpoint was written, and the run is to be started again
+# EX_TEMPFAIL of sysexits.h: a checkpoint was written, and the run is to be started again.
+STOPPED = 75
 USER_ERROR = 2
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM)
-# Where a rank leaves its exit code for launch/run.py; torchrun itself only tells success from failure.
+# Where a rank leaves its exit code for `launch.run`: torchrun only tells success from failure.
 EXIT_FILE = "LAUNCH_EXIT_FILE"
 
-_noted: list[int] = []
+_received: list[int] = []
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    # Idempotent: SLURM and torchrun may both signal a rank, and the batch script repeats itself.
-    _noted.append(number)
-
-
-def listen() -> None:
+def install() -> None:
+    """Installs the handlers; ends this rank where torchrun restarted it after a user's mistake."""
     for number in WARNINGS:
-        signal.signal(number, _note)
-    # launch/run.py starts its ranks with both blocked, so that neither is lost before this line.
+        signal.signal(number, _record)
+    # `launch.run` starts its ranks with both blocked: neither is lost before this line.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WARNINGS)
+    path = Path(os.environ.get(EXIT_FILE) or os.devnull)
+    if path.exists() and path.read_text() == str(USER_ERROR):
+        sys.exit(USER_ERROR)
+
+
+def _record(number: int, frame: FrameType | None) -> None:
+    # SLURM and torchrun may both signal a rank, and the batch script repeats the signal.
+    _received.append(number)
 
 
 def warned() -> bool:
-    """Whether this rank has been asked to stop. The other ranks may not have been: agree before acting on it."""
-    return bool(_noted)
+    """Whether this rank was asked to stop. Others may not have been: agree before acting on it."""
+    return bool(_received)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this rank with `code`, whatever else is signalled meanwhile."""
+    """Ends this rank with `code`, whatever signals arrive meanwhile."""
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
     if path := os.environ.get(EXIT_FILE):
         Path(path).write_text(str(code))
-    # torchrun would start a rank that fails again (--max-restarts), and this one has done what it was asked to.
+    # torchrun restarts a rank that fails (--max-restarts), and a rank that stopped did not fail.
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: gloo's threads can keep Python from ending when the other ranks have gone.
+    # sys.exit would wait for gloo's threads, which can hang when the other ranks have left.
     os._exit(0 if code == STOPPED and under_torchrun else code)
-
-
-def stay_out() -> None:
-    """Ends a rank that torchrun has started again after a user's mistake, which starting again does not mend."""
-    path = os.environ.get(EXIT_FILE)
-    if path and Path(path).exists() and Path(path).read_text() == str(USER_ERROR):
-        sys.exit(USER_ERROR)
-
-
-listen()
-stay_out()

@@ -1,41 +1,41 @@
-"""Trains a small language model with distclip, on any layout and under any policy.
+"""Trains a small language model with distclip, with any layout and any policy.
 
-torchrun --standalone --nproc-per-node=2 launch/train.py --out runs/main
-torchrun --standalone --nproc-per-node=4 launch/train.py --layout fsdp2+tp --policy clip-norm --policy.max-norm 0.5
-python launch/train.py --model lstm --steps 50
+    python -m launch.train --model lstm --steps 50
+    torchrun --standalone --nproc-per-node=2 -m launch.train --layout fsdp2 --out runs/main
+    torchrun --standalone --nproc-per-node=2 -m launch.train --policy clip-norm --policy.max-norm 2
+
+The training itself is `train_step` below; the clipping is in `launch.trainers`.
 """
 
+from launch import signals
+
+if __name__ == "__main__":
+    # Importing torch takes seconds in which either signal would end this rank.
+    signals.install()
+
 import contextlib
-import dataclasses
+import gc
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import signals  # before torch, which takes seconds in which a signal would end this rank
-
-# isort: split
-import checkpoint
-import environment
-import layouts
-import models
-import ranks
 import torch
 import torch.distributed as dist
-from data import Corpus, read_corpus
-from metrics import Display, Metrics, Row, summary
-from options import HEADS, Options, read_options
 from rich.console import Console
-from torch.amp.grad_scaler import GradScaler
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from zero import STAGES, Zero, start_engine
 
-import distclip
+from launch import ranks, report
+from launch.checkpoint import Checkpoints
+from launch.layouts import Wrapped, wrap
+from launch.options import Options, read_options
+from launch.task import Corpus, build_model, read_corpus
+from launch.trainers import Trainer, make_trainer
+
+MEASURED = ("total_norm", "limit", "coefficient", "clipped", "finite")
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,8 @@ class Run:
     options: Options[Any]
     device: torch.device
     corpus: Corpus
-    wrapped: layouts.Wrapped
-    optimizer: torch.optim.Optimizer
-    scaler: GradScaler
-    clipper: distclip.Clipper
-    zero: Zero | None = None
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds. The data position is the step: batches are a function of (seed, step)."""
-        training = self.zero or checkpoint.Training(self.wrapped.model, self.optimizer)
-        return {"training": training, "clipper": self.clipper, "scaler": self.scaler}
+    wrapped: Wrapped
+    trainer: Trainer
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -63,202 +54,163 @@ class Run:
         names = ("precision", "optimizer", "seed", "batch", "context")
         same = {name: getattr(self.options, name) for name in names}
         data = f"{len(self.corpus.data)} bytes, checksum {self.corpus.checksum:08x}"
-        return self.options.shape | same | {"policy": type(self.options.policy).__name__, "data": data}
+        policy = type(self.options.policy).__name__
+        return self.options.shape | same | {"policy": policy, "data": data}
 
 
 def main() -> None:
     try:
-        environment.settle()
+        ranks.read_environment()
         options = read_options(sys.argv[1:])
         device = ranks.pick_device(options.device)
         ranks.join(device, options.timeout)
-        complete = train(options, device)
+        finished = train(options, device)
     except ranks.UserError as error:
         ranks.leave(error)
+    # A mesh that is still alive would hold its process groups beyond their end, and then gloo's
+    # threads abort the process ("terminate called without an active exception").
+    gc.collect()
     dist.destroy_process_group()
-    if not complete:
+    if not finished:
         signals.leave(signals.STOPPED)
 
 
 def train(options: Options[Any], device: torch.device) -> bool:
-    """Trains to the last step, or to the one at which the ranks agreed to stop; whether it was the last."""
-    corpus = ranks.agree(lambda: read_corpus(options.data, options.context))
-    run = start(options, device, corpus)
-    folder = options.out / "checkpoints"
-    # torchrun counts restarts for each machine on its own.
-    resume = ranks.any_rank(options.resume or environment.restarted())
-    token = ranks.from_rank_0(lambda: prepare(options, resume))
-    ranks.agree(lambda: checkpoint.check_shared(folder, token))
-    done = checkpoint.load(folder, run.parts, run.facts) if resume else 0
-    console = Console()
-    metrics = Metrics(options.out / "metrics.jsonl", done) if dist.get_rank() == 0 else None
-    display = Display(console, done, options.steps) if metrics else None
-    if metrics:
-        console.print(opening(run, done, resume), highlight=False, soft_wrap=True)
-    stop = False
-    with display.bar if display else contextlib.nullcontext():
-        for step in range(done + 1, options.steps + 1):
-            row, stop = train_step(run, step)
-            if metrics and display:
-                metrics.append(row)
-                display.show(row, metrics.num_clipped)
-            due = options.save_every and (step % options.save_every == 0 or step == options.steps)
-            stop = stop and step < options.steps
-            if due or stop:
-                checkpoint.save(folder, token, step, run.parts, run.facts)
-            if stop:
-                break
-    if run.zero is not None:
-        run.zero.engine.destroy()
-    if metrics and stop:
-        console.print(f"asked to stop: checkpoint of step {step} is complete, and --resume goes on", soft_wrap=True)
-    elif metrics:
-        finish(run, metrics.rows, console)
-    return not stop
+    """Trains to the last step, or to the one after which the ranks agreed to stop.
 
-
-def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
-    """Model, optimizer and clipper.
+    Returns: whether it was the last step.
 
     Collective: every rank must call it.
     """
-    model = models.build(**options.shape, heads=HEADS, precision=options.precision, seed=options.seed)
-    wrapped = layouts.wrap(model, options.layout, options.precision, device)
-    params = list(wrapped.model.parameters())
-    kinds = {isinstance(param, DTensor) for param in params}
-    # A foreach kernel refuses DTensors beside plain tensors (an LSTM under tp has both).
-    settings: dict[str, Any] = {"lr": options.lr, "foreach": False if len(kinds) > 1 else None}
-    if options.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), **settings)
-    else:
-        optimizer = torch.optim.SGD(params, **settings)
-    if options.layout in STAGES:
-        return start_zero(options, device, corpus, wrapped, optimizer)
-    # FSDP1's flat shards are plain tensors: only its own scaler knows that an overflow on one rank is everybody's.
-    scaler_type = ShardedGradScaler if options.layout == "fsdp1" else GradScaler
-    scaler = scaler_type(device.type, enabled=options.precision == "fp16")
-    clipper = make_clipper(wrapped.model, options.policy)
-    return Run(options, device, corpus, wrapped, optimizer, scaler, clipper)
+    corpus = ranks.agree(lambda: read_corpus(options.data, options.context))
+    run = start(options, device, corpus)
+    # torchrun counts the restarts of each machine separately.
+    resume = any(ranks.gather(options.resume or ranks.restarted()))
+    folder = options.out / "checkpoints"
+    checkpoints = Checkpoints(folder, run.trainer, run.facts, resume=resume)
+    done = checkpoints.load() if resume else 0
+    console, log = Console(), None
+    if dist.get_rank() == 0:
+        report.show(console, opening(run, done, resume))
+        log = report.Log(options.out / "metrics.jsonl", console, done, options.steps)
+    step = run_steps(run, checkpoints, done, log)
+    run.trainer.close()
+    if log and step < options.steps:
+        line = f"asked to stop: checkpoint of step {step} is complete, and --resume goes on"
+        report.show(console, line)
+    elif log:
+        finish(run, log.rows, console)
+    return step >= options.steps
 
 
-def start_zero(
-    options: Options[Any],
-    device: torch.device,
-    corpus: Corpus,
-    whole: layouts.Wrapped,
-    optimizer: torch.optim.Optimizer,
-) -> Run:
-    made = start_engine(whole.model, optimizer, options, device)
-    wrapped = dataclasses.replace(whole, model=made.engine)
-    scaler = GradScaler(device.type, enabled=False)  # the engine has its own
-    return Run(options, device, corpus, wrapped, made.optimizer, scaler, made.clipper, made)
+def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
+    """The model, spread over the ranks, and what updates it.
+
+    Collective: every rank must call it.
+    """
+    model = build_model(**options.shape, precision=options.precision, seed=options.seed)
+    wrapped = wrap(model, options.layout, options.precision, device)
+    trainer = make_trainer(wrapped.model, options, device)
+    return Run(options, device, corpus, wrapped, trainer)
 
 
-def make_clipper(model: torch.nn.Module, policy: Any) -> distclip.Clipper:
-    try:
-        return distclip.Clipper(model, policy)
-    except ValueError as error:  # an --policy.exclude that matches nothing
-        raise ranks.UserError(str(error)) from None
+def run_steps(run: Run, checkpoints: Checkpoints, done: int, log: report.Log | None) -> int:
+    """The steps after `done`, with their checkpoints; the last step that was made."""
+    options, step = run.options, done
+    with log or contextlib.nullcontext():
+        for step in range(done + 1, options.steps + 1):
+            row, stop = train_step(run, step)
+            if log:
+                log.add(row)
+            last = step == options.steps
+            due = options.save_every and (step % options.save_every == 0 or last)
+            stop = stop and not last
+            if due or stop:
+                checkpoints.save(step)
+            if stop:
+                break
+    return step
 
 
-def prepare(options: Options[Any], resume: bool) -> str:
-    """Claims the output folder: without what a killed run left half-written and, unless resuming, an earlier run."""
-    try:
-        return checkpoint.claim(options.out / "checkpoints", everything=not resume)
-    except OSError as error:
-        raise ranks.UserError(f"--out {options.out} cannot be used: {error.strerror}") from None
+def train_step(run: Run, step: int) -> tuple[report.Row, bool]:
+    """One step of training: its row of metrics.jsonl, and whether the ranks stop after it.
 
+    Reading the numbers is the step's one wait for the device.
 
-def train_step(run: Run, step: int) -> tuple[Row, bool]:
-    """One step of training: what happened, as plain numbers, and whether the ranks stop after it.
-
-    Collective: every rank must call it. Reading the numbers is the step's one wait for the device.
+    Collective: every rank must call it.
     """
     began = time.perf_counter()
     lr = learning_rate(run.options, step)
-    for group in run.optimizer.param_groups:
+    for group in run.trainer.optimizer.param_groups:
         group["lr"] = lr
     inputs, targets = local_batch(run, step)
-    with run.wrapped.autocast():
-        logits = run.wrapped.model(inputs)
+    with run.wrapped.autocast:
+        logits = run.trainer.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    report = update(run, loss)
+    clipped = run.trainer.update(loss).to_dict()
     mean, stop = over_ranks(loss, signals.warned())
-    row = {"step": step, "loss": mean} | measured(report)
-    tokens = run.options.batch * run.options.context
-    return row | {"lr": lr, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}, stop
-
-
-def update(run: Run, loss: torch.Tensor) -> distclip.Report:
-    if run.zero is not None:
-        return run.zero.update(loss)
-    run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    report = run.clipper.clip_()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
-    return report
+    row = {"step": step, "loss": mean} | {name: clipped[name] for name in MEASURED}
+    row |= {"lr": lr, "seconds": round(time.perf_counter() - began, 4)}
+    return row | {"tokens": run.options.batch * run.options.context}, stop
 
 
 def learning_rate(options: Options[Any], step: int) -> float:
     """A straight line up over the warm-up, then half a cosine down to a tenth."""
     if step <= options.warmup:
         return options.lr * step / options.warmup
-    part = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * (0.55 + 0.45 * math.cos(math.pi * part))
+    fraction = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * fraction))
 
 
-def local_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's share of the step's batch: equal on the ranks of a tp axis, different along the others."""
+def local_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """This rank's share of the batch: equal along a tp axis, different along the others.
+
+    Shapes: inputs and targets are [local batch, context], int64.
+    """
     options, wrapped = run.options, run.wrapped
     batch = run.corpus.batch(options.seed, step, options.batch, options.context)
     share = batch.chunk(wrapped.num_data_ranks)[wrapped.data_rank].to(run.device)
     return share[:, :-1].contiguous(), share[:, 1:].contiguous()
 
 
-def over_ranks(loss: torch.Tensor, warned: bool) -> tuple[float, bool]:
-    """The mean loss, and whether any rank was asked to stop: one collective, so that all stop at the same step."""
-    # Over all ranks and not only the data ranks: along a tp axis all hold the same loss, and the mean stays what it is.
+def over_ranks(loss: Tensor, warned: bool) -> tuple[float, bool]:
+    """The mean loss, and whether any rank was asked to stop.
+
+    One collective tells both: all ranks then stop after the same step.
+    """
+    # The ranks along a tp axis hold the same loss, which leaves the mean over all ranks right.
     both = torch.stack([loss.detach(), loss.new_tensor(warned)])
     dist.all_reduce(both)
     total, num_warned = both.tolist()
     return total / dist.get_world_size(), num_warned > 0
 
 
-def measured(report: distclip.Report) -> Row:
-    values = report.to_dict()
-    return {name: values[name] for name in ("total_norm", "limit", "coefficient", "clipped", "finite")}
-
-
 def opening(run: Run, done: int, resume: bool) -> str:
     corpus = run.corpus
-    size = f"{len(corpus.data) / 1e6:.1f} MB from {corpus.num_files} files of {corpus.source}"
+    text = f"{len(corpus.data) / 1e6:.1f} MB from {corpus.num_files} files of {corpus.source}"
     if done:
-        return f"{describe(run)}: going on after step {done}, on {size}"
+        return f"{describe(run)}: going on after step {done}, on {text}"
     missing = "nothing to resume in --out, " if resume else ""
-    return f"{describe(run)}: {missing}starting at step 1, on {size}"
+    return f"{describe(run)}: {missing}starting at step 1, on {text}"
 
 
 def describe(run: Run) -> str:
     options = run.options
-    where = f"{dist.get_world_size()} x {run.device.type}, {options.precision}"
     settings = ", ".join(
         f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
         for name, value in vars(options.policy).items()
     )
-    return f"{options.model}, {options.layout} on {where}, {options.policy_name} ({settings})"
+    where = f"{options.layout} on {dist.get_world_size()} x {run.device.type}, {options.precision}"
+    return f"{options.model}, {where}, {options.policy_name} ({settings})"
 
 
-def finish(run: Run, rows: list[Row], console: Console) -> None:
+def finish(run: Run, rows: list[report.Row], console: Console) -> None:
     """The picture, the table, and where everything is."""
-    import plots  # matplotlib takes a second, which the other ranks and a mistaken option need not wait for
-
-    out: Path = run.options.out
-    plots.report(rows, describe(run), out / "report.png")
-    console.print(summary(rows, describe(run)))
+    out, title = run.options.out, describe(run)
+    report.draw_run(rows, title, out / "report.png")
+    console.print(report.summary(rows, title))
     for name in ("report.png", "metrics.jsonl", "checkpoints"):
-        console.print(f"  {os.fspath(out / name)}", highlight=False, soft_wrap=True)
+        report.show(console, f"  {os.fspath(out / name)}")
 
 
 if __name__ == "__main__":

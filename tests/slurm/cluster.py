@@ -1,8 +1,9 @@
 """A real SLURM cluster on `Machines`: munged and slurmctld on the head, a slurmd a node, fake GPUs.
 
-    python -m tests.slurm.cluster     starts one and opens a shell on its head, where sbatch and sinfo work
+    python -m tests.slurm.cluster     starts one with a shell on its head, for sbatch and sinfo
 
-Configuration, keys, sockets, state and logs lie in one folder; /etc/slurm and /etc/munge are not touched.
+Configuration, keys, sockets, state and logs lie in one folder; /etc/slurm and /etc/munge are not
+touched.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from tests.slurm import machines
 from tests.slurm.machines import HEAD, NETWORK, Machines, wait_until
 
 NUM_NODES, NUM_GPUS, NUM_CPUS = 4, 2, 4
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
-# cred_expire is how long a requeued job is held back; config_overrides lets a node claim more CPUs than there are;
-# EnforcePartLimits refuses what can never run. No cgroups, no database: sacct does not work, scontrol does.
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    "TIMEOUT",
+}
+# cred_expire is how long a requeued job is held back; config_overrides lets a node claim more CPUs
+# than there are; EnforcePartLimits refuses what can never run. No cgroups, no database: sacct does
+# not work, scontrol does.
 CONF = """
 ClusterName=tests
 SlurmctldHost={head}({network}.254)
@@ -73,7 +78,9 @@ def why_not() -> str | None:
     """Why there can be no cluster here, or None."""
     programs = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
     lost = [program for program in programs if not shutil.which(program)]
-    return f"{', '.join(lost)} not installed (packages slurm-wlm, munge)" if lost else machines.why_not()
+    if lost:
+        return f"{', '.join(lost)} not installed (packages slurm-wlm, munge)"
+    return machines.why_not()
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ class Cluster:
 
     def _write_files(self) -> None:
         folder = self.folder
-        names = {"head": HEAD, "network": NETWORK, "nodes": NUM_NODES, "gpus": NUM_GPUS, "cpus": NUM_CPUS}
+        counts = {"nodes": NUM_NODES, "gpus": NUM_GPUS, "cpus": NUM_CPUS}
+        names = {"head": HEAD, "network": NETWORK, **counts}
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, **names))
         (folder / "cgroup.conf").write_text(CGROUP_CONF)
         (folder / "state").mkdir(mode=0o700)
@@ -114,15 +122,23 @@ class Cluster:
         key = folder / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        for gpu in range(NUM_GPUS):  # slurmd takes only a device for a GPU: this one is another /dev/null
+        # slurmd takes only a device for a GPU: this one is another /dev/null.
+        for gpu in range(NUM_GPUS):
             os.mknod(folder / f"gpu{gpu}", 0o020666, os.makedev(1, 3))
-        line = f"NodeName=node[1-{NUM_NODES}] Name=gpu Type=fake File={folder}/gpu[0-{NUM_GPUS - 1}]\n"
+        gpus = f"Name=gpu Type=fake File={folder}/gpu[0-{NUM_GPUS - 1}]"
+        line = f"NodeName=node[1-{NUM_NODES}] {gpus}\n"
         (folder / "gres.conf").write_text(line)
 
     def _start(self) -> None:
         folder = self.folder
-        files = {"key-file": "munge/key", "seed-file": "munge/seed", "socket": "munge.socket", "pid-file": "munge/pid"}
-        words = [f"--{name}={folder / file}" for name, file in {**files, "log-file": "munge/log"}.items()]
+        files = {
+            "key-file": "munge/key",
+            "seed-file": "munge/seed",
+            "log-file": "munge/log",
+            "socket": "munge.socket",
+            "pid-file": "munge/pid",
+        }
+        words = [f"--{name}={folder / file}" for name, file in files.items()]
         self._daemon(self.machines.head, "munged", "--foreground", *words)
         wait_until((folder / "munge.socket").exists, 10, "munged")
         self._daemon(self.machines.head, "slurmctld", "-D", "-c")
@@ -141,27 +157,33 @@ class Cluster:
         return self.machines.head.run(*words, **{"env": self.env} | options)
 
     def idle(self) -> int:
-        return len(self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False).split())
+        words = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
+        return len(self.run(*words, check=False).split())
 
     def submit(self, *words: object, env: dict[str, str] | None = None) -> str:
         """The number of the job that sbatch makes of these words."""
-        return self.run("sbatch", "--parsable", *words, env=self.env | (env or {})).strip().partition(";")[0]
+        printed = self.run("sbatch", "--parsable", *words, env=self.env | (env or {}))
+        return printed.strip().partition(";")[0]
 
     def job(self, number: str) -> Job:
         text = self.run("scontrol", "-o", "show", "job", number, check=False)
         found = dict(re.findall(r"(\w+)=(\S*)", text))
         code, signal = map(int, found.get("ExitCode", "0:0").split(":"))
-        state, nodes = found.get("JobState", ""), found.get("NodeList", "")
-        return Job(state, code, signal, int(found.get("Restarts", 0)), nodes, found.get("Reason", ""))
+        state, restarts = found.get("JobState", ""), int(found.get("Restarts", 0))
+        nodes, reason = found.get("NodeList", ""), found.get("Reason", "")
+        return Job(state, code, signal, restarts, nodes, reason)
 
-    def wait(self, number: str, seconds: float, states: Sequence[str] = tuple(ENDED), restarts: int = 0) -> Job:
-        """The job as soon as it is in one of the states, having been started again that many times."""
+    def wait(
+        self, number: str, seconds: float, states: Sequence[str] = tuple(ENDED), restarts: int = 0
+    ) -> Job:
+        """The job as soon as it is in one of the states after that many restarts."""
         until = time.monotonic() + seconds
         while True:
             job = self.job(number)
             if job.state in states and job.restarts >= restarts:
                 return job
-            assert time.monotonic() < until, f"job {number} not in {states} within {seconds:g} s: {job}"
+            failure = f"job {number} not in {states} within {seconds:g} s: {job}"
+            assert time.monotonic() < until, failure
             time.sleep(0.2)
 
     def crash(self, name: str) -> None:
@@ -169,7 +191,7 @@ class Cluster:
         self.machines.nodes[name].kill()
 
     def repair(self) -> None:
-        """Ends all jobs, brings back every node that a test took away, and waits until all are idle."""
+        """Ends all jobs, brings back lost nodes, and waits until all are idle."""
         self.run("scancel", "--user=root", check=False)
         for name, node in self.machines.nodes.items():
             if not Path(f"/proc/{node.pid}").exists():

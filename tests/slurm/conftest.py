@@ -16,7 +16,7 @@ from tests.slurm.machines import why_not as why_no_machines
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Four nodes. Each test worker has a cluster of its own: nothing of it has a name on the real machine."""
+    """Four nodes. Each test worker has its own cluster, which has no name on the real machine."""
     reason = why_not()
     if reason:
         pytest.skip(f"no SLURM cluster: {reason}")
@@ -30,7 +30,9 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def jobs(cluster: Cluster, text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Jobs]:
+def jobs(
+    cluster: Cluster, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Jobs]:
     """Submits jobs; all of them are gone and all nodes back when the test is over."""
     jobs = Jobs(cluster, text, tmp_path)
     yield jobs

@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 
-import distclip
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.machines import wait_until
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "slurm"
-# More steps than any test waits for: a run is looked at while it goes on. AutoClip has state: every norm so far.
+# More steps than any test waits for. AutoClip has state: every norm so far.
 TINY = (
-    *("--width", "32", "--depth", "1", "--context", "32", "--batch", "8", "--warmup", "2", "--device", "cpu"),
+    *("--width", "32", "--depth", "1", "--context", "32", "--batch", "8", "--warmup", "2"),
+    *("--device", "cpu"),
     *("--policy", "autoclip", "--steps", "100000", "--save-every", "50", "--timeout", "15"),
 )
 ENVIRONMENT = {
     "DISTCLIP": str(ROOT),
     "PYTHON": sys.executable,
-    "PYTHONPATH": str(Path(distclip.__file__).parents[1]),
     "OMP_NUM_THREADS": "1",
 }
 START_S = 90.0  # for ranks to import torch and to meet: usually a tenth of it
@@ -40,7 +39,8 @@ class Jobs:
 
     def submit(self, script: str, *options: str, args: tuple[str, ...] = TINY, **env: str) -> str:
         """Submits one of the project's scripts; `options` are sbatch's."""
-        log = f"--output={self.folder}/%A_%a.log" if script.startswith("sweep") else f"--output={self.folder}/%j.log"
+        name = "%A_%a" if script.startswith("sweep") else "%j"
+        log = f"--output={self.folder}/{name}.log"
         words = ("--chdir=/", log, *options, SLURM / script, *args)
         return self.cluster.submit(*words, env={**self.env, **env})
 
@@ -49,7 +49,8 @@ class Jobs:
         return path.read_text() if path.exists() else ""
 
     def logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
+        paths = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in paths)
 
     def wait_for_step(self, step: int, seconds: float = START_S, out: Path | None = None) -> None:
         """Until the run has done so many steps."""
@@ -65,8 +66,9 @@ class Jobs:
 
     def stopped_at(self, job: str) -> list[int]:
         """The steps at which rank 0 said that the ranks had stopped."""
-        lines = [line for line in self.log(job).splitlines() if line.startswith("asked to stop")]
-        return [int(line.split("step ")[1].split()[0]) for line in lines]
+        lines = self.log(job).splitlines()
+        stops = [line for line in lines if line.startswith("asked to stop")]
+        return [int(line.split("step ")[1].split()[0]) for line in stops]
 
 
 def rows(path: Path) -> list[Row]:
@@ -74,11 +76,14 @@ def rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines
+    ]
 
 
 def processes(out: Path, *, ranks: bool) -> list[int]:
-    """Processes of the run that writes to `out`, on any machine: its ranks, or its launchers and shells."""
+    """Processes of the run that writes to `out`, on any machine: ranks, or launchers and shells."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -92,14 +97,14 @@ def processes(out: Path, *, ranks: bool) -> list[int]:
 
 
 class Undisturbed:
-    """The same training on this machine, without SLURM and undisturbed: as many of its first steps as asked for."""
+    """The same training on this machine, without SLURM: as many of its first steps as needed."""
 
     def __init__(self, text: Path, folders: pytest.TempPathFactory, num_ranks: int = 2) -> None:
         self.text, self.folders, self.num_ranks = text, folders, num_ranks
         self.rows: list[Row] = []
 
     def assert_same(self, out: Path, at_least: int) -> None:
-        """That the run in `out` is equal to this one to the last bit, up to step `at_least` and as far as both went."""
+        """Checks that the run in `out` made `at_least` steps, and has the same bits as this one."""
         found = rows(out / "metrics.jsonl")
         assert [row["step"] for row in found] == list(range(1, len(found) + 1))
         assert len(found) >= at_least
@@ -109,13 +114,16 @@ class Undisturbed:
         assert found[:common] == self.rows[:common]
 
     def _run(self, num_steps: int) -> None:
-        start = [sys.executable, "launch/run.py", "--standalone", f"--nproc-per-node={self.num_ranks}"]
         out = self.folders.mktemp("undisturbed")
-        words, path = [*start, "launch/train.py", "--data", self.text, "--out", out, *TINY], out / "metrics.jsonl"
+        path = out / "metrics.jsonl"
+        launcher = ["-m", "launch.run", "--standalone", f"--nproc-per-node={self.num_ranks}"]
+        options = ["--data", str(self.text), "--out", str(out), *TINY]
+        words = [sys.executable, *launcher, "-m", "launch.train", *options]
         env = {**os.environ, **ENVIRONMENT}
-        with subprocess.Popen([str(word) for word in words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as parent:
+        with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as parent:
             try:
-                wait_until(lambda: len(rows(path)) >= num_steps, START_S + num_steps / 10, f"{num_steps} steps")
+                limit = START_S + num_steps / 10
+                wait_until(lambda: len(rows(path)) >= num_steps, limit, f"{num_steps} steps")
             finally:
                 parent.terminate()  # passed on: the ranks stop by themselves
         assert parent.returncode == 75

@@ -1,8 +1,8 @@
-"""A few machines in one: namespaces with addresses, names and processes of their own, joined by a bridge.
+"""A few machines in one: namespaces with their own addresses, names and processes, and a bridge.
 
-Everything lives in one outer process namespace whose first process dies with this Python: no name, no link and no
-process of it can stay behind on the real machine, however a test ends. Files are shared, as on a cluster with a
-shared home; /dev/shm is each machine's own.
+Everything lives in one outer process namespace whose first process dies with this Python: no name,
+no link and no process of it can stay behind on the real machine, however a test ends. Files are
+shared, as on a cluster with a shared home; /dev/shm is each machine's own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ FIRST_PROCESS = ("bash", "-c", "trap : TERM; while :; do sleep 1000 & wait; done
 
 def why_not() -> str | None:
     """Why namespaces cannot be made here, or None."""
-    lost = [program for program in ("ip", "unshare", "nsenter", "setpriv") if not shutil.which(program)]
+    needed = ("ip", "unshare", "nsenter", "setpriv")
+    lost = [program for program in needed if not shutil.which(program)]
     if lost:
         return f"{', '.join(lost)} not installed (packages iproute2, util-linux)"
     if os.geteuid() != 0:
         return "network namespaces take root"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
+    words = ["unshare", "--net", "--mount", "--pid", "--fork", "true"]
+    tried = subprocess.run(words, capture_output=True, check=False)
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.decode().strip()}"
 
 
@@ -44,9 +46,11 @@ class Space:
     def __init__(self, name: str, enter: Sequence[str], ready: Path) -> None:
         self.name, self._ready = name, ready
         ready.unlink(missing_ok=True)
-        setup = f'hostname {name}; mount -t tmpfs tmpfs /dev/shm; ip link set lo up; echo up > "$1"; exec "${{@:2}}"'
-        make = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        words = [*enter, "setpriv", "--pdeathsig", "KILL", *make, "bash", "-c", setup, "-", str(ready), *FIRST_PROCESS]
+        own = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; ip link set lo up"
+        setup = f'{own}; echo up > "$1"; exec "${{@:2}}"'
+        spaces = "--net --mount --uts --ipc --pid --fork --kill-child --mount-proc"
+        make = f"setpriv --pdeathsig KILL unshare {spaces}".split()
+        words = [*enter, *make, "bash", "-c", setup, "-", str(ready), *FIRST_PROCESS]
         self._outer = subprocess.Popen(words, stdin=subprocess.DEVNULL)
         wait_until(ready.exists, 10, f"the namespaces of {name}")
         self.pid = self._first_process()
@@ -64,22 +68,27 @@ class Space:
         return ["nsenter", f"--target={self.pid}", "--all", f"--wdns={os.getcwd()}"]
 
     def popen(self, words: Sequence[object], **options: object) -> subprocess.Popen:
-        return subprocess.Popen([*self.enter, *map(str, words)], **({"stdin": subprocess.DEVNULL} | options))
+        options = {"stdin": subprocess.DEVNULL, **options}
+        return subprocess.Popen([*self.enter, *map(str, words)], **options)
 
-    def call(self, *words: object, timeout: float = 60, **options: object) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *words: object, timeout: float = 60, **options: object
+    ) -> subprocess.CompletedProcess[str]:
         """The command's exit code and all that it printed."""
-        kept = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-        return subprocess.run([*self.enter, *map(str, words)], check=False, timeout=timeout, **(kept | options))
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **options}
+        words = [*self.enter, *map(str, words)]
+        return subprocess.run(words, check=False, timeout=timeout, **options)
 
     def run(self, *words: object, check: bool = True, **options: object) -> str:
         """What the command printed."""
         done = self.call(*words, **options)
-        assert not check or done.returncode == 0, f"{words} left with {done.returncode}: {done.stderr}"
+        failure = f"{words} left with {done.returncode}: {done.stderr}"
+        assert not check or done.returncode == 0, failure
         return done.stdout
 
     def kill(self) -> None:
         """Ends every process of the machine at once, as when its power fails."""
-        self._outer.kill()  # --kill-child: the kernel then ends the first process, and it all others
+        self._outer.kill()  # --kill-child: the kernel ends the first process, which ends the others
         self.wait()
 
     def wait(self) -> None:
@@ -121,7 +130,8 @@ class Machines:
         # The mounts of the head are copied: names resolve there as well.
         self.nodes[name] = node = Space(name, self.head.enter, self.folder / f"{name}.up")
         inside = self._pid_in_head(node)
-        self.head.run("ip", "link", "add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", inside)
+        link = f"ip link add v{number} type veth peer name eth0 netns {inside}"
+        self.head.run(*link.split())
         self.head.run("ip", "link", "set", f"v{number}", "master", "br0", "up")
         node.run("ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
         node.run("ip", "link", "set", "eth0", "up")

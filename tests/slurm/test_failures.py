@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster, done for real: each run resumes to the bits of the undisturbed one."""
+"""What goes wrong on a cluster: each run resumes to the same bits as the undisturbed one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.slurm.jobs import TINY, Jobs, Undisturbed, processes, rows
 from tests.slurm.machines import wait_until
 
 pytestmark = [pytest.mark.cluster_slow, pytest.mark.timeout(400)]
-BACK_S = 120.0  # from a crash until SLURM has started the job elsewhere: about 35 s on an idle machine
+# From a crash until SLURM has started the job elsewhere: about 35 s on an idle machine.
+BACK_S = 120.0
 
 
 def resumed_from(jobs: Jobs, job: str) -> int:
@@ -34,8 +35,8 @@ def goes_on_as(jobs: Jobs, job: str, undisturbed: Undisturbed) -> int:
 def test_a_job_of_higher_priority_takes_the_nodes(jobs: Jobs, undisturbed: Undisturbed) -> None:
     low = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(20)
-    words = ("--partition=high", "--nodes=4", "--exclusive", f"--output={jobs.folder}/high.log", "--wrap=sleep 3")
-    high = jobs.cluster.submit("--chdir=/", *words)
+    words = ("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 3")
+    high = jobs.cluster.submit("--chdir=/", f"--output={jobs.folder}/high.log", *words)
     assert jobs.cluster.wait(high, 60).state == "COMPLETED"
     jobs.cluster.wait(low, 60, ("RUNNING",), restarts=1)
     (stop,) = jobs.stopped_at(low)
@@ -50,7 +51,9 @@ def test_the_time_limit_warns_early_enough(jobs: Jobs, undisturbed: Undisturbed)
     assert goes_on_as(jobs, job, undisturbed) == stop
 
 
-@pytest.mark.parametrize("to", [["--batch"], []], ids=["the batch shell", "the ranks and launchers"])
+@pytest.mark.parametrize(
+    "to", [["--batch"], []], ids=["the batch shell", "the ranks and launchers"]
+)
 def test_a_terminated_job_comes_back(jobs: Jobs, undisturbed: Undisturbed, to: list[str]) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(20)
@@ -72,7 +75,9 @@ def test_a_crashed_node_is_replaced(jobs: Jobs, undisturbed: Undisturbed, lost: 
     assert goes_on_as(jobs, job, undisturbed) % 50 == 0
 
 
-def test_a_pulled_cable_ends_the_ranks_within_their_timeout(jobs: Jobs, undisturbed: Undisturbed) -> None:
+def test_a_pulled_cable_ends_the_ranks_within_their_timeout(
+    jobs: Jobs, undisturbed: Undisturbed
+) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2")
     jobs.wait_for_step(60)
     jobs.cluster.machines.cable("node2", "down")
@@ -85,7 +90,9 @@ def test_a_pulled_cable_ends_the_ranks_within_their_timeout(jobs: Jobs, undistur
     assert goes_on_as(jobs, job, undisturbed) in range(stuck - 50, stuck + 50)
 
 
-def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, undisturbed: Undisturbed) -> None:
+def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(
+    jobs: Jobs, undisturbed: Undisturbed
+) -> None:
     job = jobs.submit("train.sbatch", "--nodes=1", NPROC_PER_NODE="2")
     jobs.wait_for_step(60)
     jobs.cluster.machines.cable("node1", "down")  # both ranks are there: nothing fails, they go on
@@ -100,7 +107,9 @@ def test_ranks_on_a_cut_off_node_give_up_the_checkpoints(jobs: Jobs, undisturbed
     undisturbed.assert_same(jobs.out, step + 60)
 
 
-def test_a_killed_rank_starts_again_as_often_as_allowed(jobs: Jobs, undisturbed: Undisturbed) -> None:
+def test_a_killed_rank_starts_again_as_often_as_allowed(
+    jobs: Jobs, undisturbed: Undisturbed
+) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2", MAX_RESTARTS="1")
     jobs.wait_for_step(60)
     os.kill(processes(jobs.out, ranks=True)[-1], signal.SIGKILL)
@@ -115,15 +124,18 @@ def test_a_killed_rank_starts_again_as_often_as_allowed(jobs: Jobs, undisturbed:
 
 
 def test_a_sweep_ends_in_one_picture(jobs: Jobs) -> None:
-    args = ("--width", "32", "--depth", "1", "--steps", "3", "--device", "cpu", "--context", "32", "--batch", "8")
+    args = (*TINY, "--policy", "none", "--steps", "3", "--save-every", "0")
     (jobs.folder / "sweep.txt").write_text("none\nclip-norm --policy.max-norm 0.5\n\n")
-    sweep = jobs.submit("sweep.sbatch", "--array=0-1", args=args, SWEEP=str(jobs.folder / "sweep.txt"))
+    policies = str(jobs.folder / "sweep.txt")
+    sweep = jobs.submit("sweep.sbatch", "--array=0-1", args=args, SWEEP=policies)
     wait_until(lambda: "Submitted batch job" in jobs.logs(), 30, "the job after the array")
     (picture,) = re.findall(r"Submitted batch job (\d+)", jobs.logs())
-    assert jobs.cluster.wait(picture, 120).state == "COMPLETED", (jobs.out / "compare.log").read_text()
+    done = jobs.cluster.wait(picture, 120)
+    assert done.state == "COMPLETED", (jobs.out / "compare.log").read_text()
     assert {jobs.cluster.job(f"{sweep}_{task}").state for task in range(2)} == {"COMPLETED"}
     assert (jobs.out / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert [len(rows(jobs.out / name / "metrics.jsonl")) for name in ("none", "clip-norm_max-norm_0.5")] == [3, 3]
+    for name in ("none", "clip-norm_max-norm_0.5"):
+        assert len(rows(jobs.out / name / "metrics.jsonl")) == 3
 
 
 def test_deepspeed(jobs: Jobs) -> None:
@@ -140,15 +152,16 @@ def line_of(jobs: Jobs, job: str, codes: tuple[int, ...] = (2,)) -> str:
     done = jobs.cluster.wait(job, 120)
     assert done.state == "FAILED"
     assert done.code in codes
-    lines = [line for line in jobs.log(job).splitlines() if not line.startswith(("srun", "slurmstepd"))]
-    (line,) = [line for line in lines if "error:" in line]
+    lines = [line for line in jobs.log(job).splitlines() if "error:" in line]
+    (line,) = [line for line in lines if not line.startswith(("srun", "slurmstepd"))]
     assert "Traceback" not in jobs.log(job)
     return line
 
 
 def test_a_folder_that_is_not_shared(jobs: Jobs) -> None:
     job = jobs.submit("train.sbatch", "--nodes=2", OUT="/dev/shm/out")
-    assert "node2 does not see there what rank 0 wrote: it has to be a folder that all" in line_of(jobs, job)
+    said = "node2 does not see there what rank 0 wrote: it has to be a folder that all"
+    assert said in line_of(jobs, job)
 
 
 def test_a_folder_that_cannot_be_written(jobs: Jobs) -> None:
@@ -159,12 +172,14 @@ def test_a_folder_that_cannot_be_written(jobs: Jobs) -> None:
 
 def test_a_time_limit_that_leaves_no_time(jobs: Jobs) -> None:
     job = jobs.submit("train.sbatch", "--time=1")
-    assert "a time limit of 60 s, and the warning comes 120 s before its end: raise --time" in line_of(jobs, job)
+    said = "a time limit of 60 s, and the warning comes 120 s before its end: raise --time"
+    assert said in line_of(jobs, job)
 
 
 def test_too_few_ranks_on_one_node(jobs: Jobs) -> None:
     job = jobs.submit("train-direct.sbatch", "--nodes=1", args=(*TINY, "--layout", "hsdp"))
-    assert "--layout hsdp needs 4 ranks or more and there are 2: raise --nodes" in line_of(jobs, job)
+    said = "--layout hsdp needs 4 ranks or more and there are 2: raise --nodes"
+    assert said in line_of(jobs, job)
 
 
 def test_more_launchers_than_nodes(jobs: Jobs) -> None:
@@ -175,14 +190,17 @@ def test_more_launchers_than_nodes(jobs: Jobs) -> None:
 @pytest.mark.parametrize("script", ["train.sbatch", "train-direct.sbatch"])
 def test_a_port_that_is_taken(jobs: Jobs, script: str) -> None:
     port = "23456"
-    listen = f"import socket, sys; s = socket.create_server(('', {port})); print(flush=True); sys.stdin.read()"
+    serve = f"import socket, sys; s = socket.create_server(('', {port}))"
+    words = [jobs.env["PYTHON"], "-c", f"{serve}; print(flush=True); sys.stdin.read()"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with jobs.cluster.machines.nodes["node1"].popen([jobs.env["PYTHON"], "-c", listen], **pipes) as other:
+    with jobs.cluster.machines.nodes["node1"].popen(words, **pipes) as other:
         try:
             other.stdout.readline()
-            args = tuple(word if word != "15" else "120" for word in TINY)  # of --timeout: the default
-            job = jobs.submit(script, "--nodes=2", "--ntasks-per-node=1", args=args, MASTER_PORT=port)
-            line = line_of(jobs, job, (2, 137, 143))  # the other node still tries, and is killed after 30 s
+            args = (*TINY, "--timeout", "120")  # the default
+            options = ("--nodes=2", "--ntasks-per-node=1")
+            job = jobs.submit(script, *options, args=args, MASTER_PORT=port)
+            # The other node still tries, and is killed after 30 s.
+            line = line_of(jobs, job, (2, 137, 143))
         finally:
             other.stdin.close()
     assert "taken, perhaps by an earlier run: end that" in line

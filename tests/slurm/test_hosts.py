@@ -18,17 +18,19 @@ WITHIN_S = 30.0
 
 
 class Launchers:
-    """launch/torchrun.sh on both machines, each with settings of its own."""
+    """launch/torchrun.sh on both machines, each with its own settings."""
 
     def __init__(self, hosts: Machines, text: Path, out: Path) -> None:
         self.hosts, self.running = hosts, {}
-        self.words = ["launch/torchrun.sh", "launch/train.py", "--data", text, "--out", out, *TINY]
+        options = ["--data", text, "--out", out, *TINY]
+        self.words = ["launch/torchrun.sh", "-m", "launch.train", *options]
 
     def start(self, rank: int, **env: str) -> None:
         given = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": f"{NETWORK}.1", **env}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         node = self.hosts.nodes[f"node{rank + 1}"]
-        self.running[rank] = node.popen(self.words, env={**os.environ, **ENVIRONMENT, **given}, **options)
+        env = {**os.environ, **ENVIRONMENT, **given}
+        self.running[rank] = node.popen(self.words, env=env, cwd=ROOT, **options)
 
     def said(self, rank: int, seconds: float) -> str:
         """What the launcher printed; it has to end in time, of itself and with 2."""
@@ -60,19 +62,24 @@ def is_launcher(pid: int, rank: int) -> bool:
     return f"--node-rank={rank}".encode() in words and words[0] != b"nsenter"
 
 
-def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, undisturbed: Undisturbed) -> None:
+def test_two_machines_train_as_one_does(
+    launchers: Launchers, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     launchers.start(0)
     launchers.start(1)
     path = tmp_path / "out" / "metrics.jsonl"
     wait_until(lambda: len(rows(path)) >= 30, 90, "30 steps on two machines")
-    # One launcher is told; the ranks of both stop, with a checkpoint.
-    (told,) = (pid for pid in processes(tmp_path / "out", ranks=False) if is_launcher(pid, rank=1))
-    os.kill(told, signal.SIGTERM)
+    # One launcher is warned; the ranks of both stop, with a checkpoint.
+    running = processes(tmp_path / "out", ranks=False)
+    (warned,) = (pid for pid in running if is_launcher(pid, rank=1))
+    os.kill(warned, signal.SIGTERM)
     for launcher in launchers.running.values():
         launcher.communicate(timeout=60)
         assert launcher.returncode == 75
     undisturbed.assert_same(tmp_path / "out", 30)
-    (last,) = [p for p in (tmp_path / "out" / "checkpoints").iterdir() if int(p.name[5:]) == len(rows(path))]
+    num_steps = len(rows(path))
+    saved = (tmp_path / "out" / "checkpoints").iterdir()
+    (last,) = [path for path in saved if int(path.name[5:]) == num_steps]
     assert (last / "run.json").exists()
 
 
@@ -80,9 +87,10 @@ def test_two_machines_train_as_one_does(launchers: Launchers, tmp_path: Path, un
 def test_a_wrong_interface(launchers: Launchers, interface: str) -> None:
     launchers.start(0, GLOO_SOCKET_IFNAME=interface)
     launchers.start(1, GLOO_SOCKET_IFNAME=interface)
-    wait_until(lambda: [one for one in launchers.running.values() if one.poll() is not None], WITHIN_S, "an error")
+    running = launchers.running.values()
+    wait_until(lambda: any(one.poll() is not None for one in running), WITHIN_S, "an error")
     launchers.hosts.stop()
-    (line,) = [line for one in launchers.running.values() for line in error_lines(one.communicate()[0])]
+    (line,) = [line for one in running for line in error_lines(one.communicate()[0])]
     assert "could not connect to the other ranks" in line
     assert f"GLOO_SOCKET_IFNAME={interface}" in line
 

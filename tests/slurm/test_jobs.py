@@ -22,11 +22,13 @@ def test_there_are_scripts() -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_explains_itself_and_refuses_to_run_without_slurm(script: str) -> None:
     plain = {"PATH": "/usr/bin:/bin"}
-    shown = subprocess.run(["bash", SLURM / script, "--help"], env=plain, capture_output=True, text=True, check=True)
+    options = {"env": plain, "capture_output": True, "text": True}
+    shown = subprocess.run(["bash", SLURM / script, "--help"], check=False, **options)
+    assert shown.returncode == 0
     assert f"slurm/{script}" in shown.stdout
     assert "OUT" in shown.stdout
     assert "SBATCH --" not in shown.stdout
-    refused = subprocess.run(["bash", SLURM / script], env=plain, capture_output=True, text=True, check=False)
+    refused = subprocess.run(["bash", SLURM / script], check=False, **options)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert f"no SLURM variables: this is no job; sbatch slurm/{script}" in refused.stderr
@@ -44,7 +46,8 @@ def test_scripts_are_clean() -> None:
 def test_slurm_takes_every_script(cluster: Cluster) -> None:
     for script in SCRIPTS:
         cluster.run("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", SLURM / script)
-    refused = cluster.machines.head.call("sbatch", "--test-only", "--nodes=9", SLURM / "train.sbatch", env=cluster.env)
+    words = ("sbatch", "--test-only", "--nodes=9", SLURM / "train.sbatch")
+    refused = cluster.machines.head.call(*words, env=cluster.env)
     assert refused.returncode != 0
     assert "More processors requested than permitted" in refused.stderr
 
@@ -61,7 +64,9 @@ def test_one_node_runs_to_the_end(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "train-direct.sbatch"])
-def test_a_warned_job_goes_on_to_the_same_bits(jobs: Jobs, undisturbed: Undisturbed, script: str) -> None:
+def test_a_warned_job_goes_on_to_the_same_bits(
+    jobs: Jobs, undisturbed: Undisturbed, script: str
+) -> None:
     job = jobs.submit(script, "--nodes=2", "--ntasks-per-node=1")
     jobs.wait_for_step(20)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
@@ -79,26 +84,29 @@ def test_a_warned_job_goes_on_to_the_same_bits(jobs: Jobs, undisturbed: Undistur
     )
     undisturbed.assert_same(jobs.out, stop + 20)
     if script == "train.sbatch":
-        assert f"2, rendezvous {job}.0 at node1:{20000 + int(job)}, interface eth0" in jobs.log(job)
+        port = 20000 + int(job)
+        assert f"2, rendezvous {job}.0 at node1:{port}, interface eth0" in jobs.log(job)
 
 
 def test_a_failing_last_rank_fails_the_job(jobs: Jobs) -> None:
     program = jobs.folder / "python"
-    program.write_text("#!/bin/bash\n((SLURM_PROCID < SLURM_NTASKS - 1)) && sleep 2 && exit 0\nexit 7\n")
+    others = "((SLURM_PROCID < SLURM_NTASKS - 1)) && sleep 2 && exit 0"
+    program.write_text(f"#!/bin/bash\n{others}\nexit 7\n")
     program.chmod(0o755)
     job = jobs.submit("train-direct.sbatch", "--nodes=2", PYTHON=str(program))
     done = jobs.cluster.wait(job, 30)
     assert (done.state, done.code) == ("FAILED", 7)
 
 
+# The cluster's GPUs are not real: torch sees as many as SLURM gives.
 PICK = """
-import os, sys
-sys.path.insert(0, "launch")
-import environment, ranks, torch
-torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))  # the cluster's are not real
-environment.settle()
-device = ranks.pick_device("cuda")
-print(f"{os.environ['CUDA_VISIBLE_DEVICES']} of {os.environ['LOCAL_WORLD_SIZE']}: {device}", flush=True)
+import os
+import torch
+from launch import ranks
+visible = os.environ["CUDA_VISIBLE_DEVICES"]
+torch.cuda.device_count = lambda: len(visible.split(","))
+ranks.read_environment()
+print(f"{visible} of {os.environ['LOCAL_WORLD_SIZE']}: {ranks.pick_device('cuda')}", flush=True)
 """
 
 
@@ -110,8 +118,6 @@ print(f"{os.environ['CUDA_VISIBLE_DEVICES']} of {os.environ['LOCAL_WORLD_SIZE']}
     ],
 )
 def test_every_rank_has_a_gpu_of_its_own(jobs: Jobs, flag: str, expected: list[str]) -> None:
-    program = jobs.folder / "pick.py"
-    program.write_text(PICK)
-    words = ["srun", "--ntasks=2", "--nodes=1", flag, ENVIRONMENT["PYTHON"], program]
+    words = ["srun", "--ntasks=2", "--nodes=1", flag, ENVIRONMENT["PYTHON"], "-c", PICK]
     said = jobs.cluster.run(*words, env={**jobs.cluster.env, **ENVIRONMENT}, cwd=ROOT)
     assert sorted(said.splitlines()) == expected

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.runs import Row, command, run, without_seconds
+
+# Enough steps that a run can be killed or warned while it goes on.
+INTERRUPTED = ("--policy", "zclip", "--steps", "100", "--save-every", "20", "--layout", "fsdp2")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for module in (json, subprocess):
+        source = Path(module.__file__)
+        (folder / source.name).write_text(source.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_rank(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one rank without torchrun: the training that every layout has to repeat."""
+    out = tmp_path_factory.mktemp("one_rank")
+    python = (sys.executable,)
+    done = run(command(text, out, "--steps", "6", "--save-every", "3", launcher=python))
+    assert done.returncode == 0, done.stderr
+    assert "clipped" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The run of two ranks to which every interrupted one has to be equal."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = run(command(text, out, *INTERRUPTED))
+    assert done.returncode == 0, done.stderr
+    return without_seconds(out)
