@@ -15,7 +15,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, ZClip
-from tests.conftest import pool
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
@@ -63,7 +62,12 @@ def test_a_parameter_belongs_to_one_group() -> None:
     with pytest.raises(ValueError, match=r"'b': .*earlier group"):
         Clipper([{"params": [param], "name": "a"}, {"params": [param], "name": "b"}])
     with pytest.raises(ValueError, match=r"'a': its name is that of an earlier group"):
-        Clipper([{"params": [param], "name": "a"}, {"params": [nn.Parameter(torch.zeros(1))], "name": "a"}])
+        Clipper(
+            [
+                {"params": [param], "name": "a"},
+                {"params": [nn.Parameter(torch.zeros(1))], "name": "a"},
+            ]
+        )
 
 
 def test_exclude_leaves_out_by_name_and_by_module() -> None:
@@ -95,7 +99,9 @@ def gradients_of(step: int) -> list[Tensor]:
 
 def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
     """Puts this rank's elements of the step's gradients where the model's own lie."""
-    grads = dict(zip((n for n, _ in make_model().named_parameters()), gradients_of(step), strict=True))
+    grads = dict(
+        zip((n for n, _ in make_model().named_parameters()), gradients_of(step), strict=True)
+    )
     for held in clipper.plan.params:
         grad = held.param.grad
         if grad is None:
@@ -111,7 +117,9 @@ def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
                 values.copy_(grads[part.name][box])
 
 
-def run(kind: str, policy: distclip.Policy, saved: bytes | None = None) -> tuple[list[float], bytes]:
+def run(
+    kind: str, policy: distclip.Policy, saved: bytes | None = None
+) -> tuple[list[float], bytes]:
     """Limits of steps 0..9, or of 5..9 from a saved state; and the state after step 4."""
     model = with_gradients(kind, "cpu") if kind != "whole" else make_model()
     if kind == "whole":
@@ -133,17 +141,18 @@ def run(kind: str, policy: distclip.Policy, saved: bytes | None = None) -> tuple
 
 
 @pytest.mark.parametrize("policy", ADAPTIVE, ids=lambda p: type(p).__name__)
-def test_states_go_from_any_layout_to_any_other(policy: distclip.Policy) -> None:
-    ranks = pool(4)
+def test_states_go_from_any_layout_to_any_other(
+    four_on_cpus: Ranks, policy: distclip.Policy
+) -> None:
     alone, state = run("whole", policy)
     assert min(alone[::2]) < 0.9  # it clips
     for kind in ("fsdp1 FULL_SHARD flat", "fsdp2", "hsdp"):
-        sharded = ranks.run(run, kind, policy)
+        sharded = four_on_cpus.run(run, kind, policy)
         assert all(str(numbers) == str(sharded[0][0]) for numbers, _ in sharded)  # NaN too
         torch.testing.assert_close(sharded[0][0], alone, rtol=1e-6, atol=0, equal_nan=True)
         resumed, _ = run("whole", policy, sharded[0][1])
         torch.testing.assert_close(resumed, alone[10:], rtol=1e-6, atol=0, equal_nan=True)
-        for numbers, _ in ranks.run(run, kind, policy, sharded[0][1]):
+        for numbers, _ in four_on_cpus.run(run, kind, policy, sharded[0][1]):
             assert str(numbers) == str(sharded[0][0][10:])  # resumes to the same bits
     assert str(run("whole", policy, state)[0]) == str(alone[10:])
 
@@ -174,8 +183,8 @@ def through_a_checkpoint(folder: str) -> None:
     assert dist.get_rank() >= 0
 
 
-def test_states_go_through_torch_distributed_checkpoint(tmp_path) -> None:
-    pool(4).run(through_a_checkpoint, str(tmp_path / "checkpoint"))
+def test_states_go_through_torch_distributed_checkpoint(four_on_cpus: Ranks, tmp_path) -> None:
+    four_on_cpus.run(through_a_checkpoint, str(tmp_path / "checkpoint"))
 
 
 def test_a_state_that_does_not_fit_is_refused_whole() -> None:
@@ -192,7 +201,10 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
         "policy": (Clipper(named, ZClip()), state),
         "no 'c'": (Clipper([*named, ("c", nn.Parameter(torch.zeros(1)))], AdaGC()), state),
         "group 'x'": (Clipper([{"params": named, "name": "x"}], AdaGC()), state),
-        "shape": (Clipper(named, AutoClip(history=5)), Clipper(named, AutoClip(history=7)).state_dict()),
+        "shape": (
+            Clipper(named, AutoClip(history=5)),
+            Clipper(named, AutoClip(history=7)).state_dict(),
+        ),
     }
     for word, (other, wrong) in others.items():
         before = str(other.state_dict())
@@ -224,7 +236,9 @@ def stages_of_shards() -> None:
     stage = both["pp"].get_local_rank()
     params = []
     for place in range(2 + stage):
-        param = nn.Parameter(distribute_tensor(torch.zeros(4), both["fsdp"], [Shard(0)], src_data_rank=None))
+        param = nn.Parameter(
+            distribute_tensor(torch.zeros(4), both["fsdp"], [Shard(0)], src_data_rank=None)
+        )
         param.grad = torch.full_like(param, 1.0 + 2 * stage + place)
         params.append(param)
     clipper = Clipper(params, ClipTensorNorm(0.5))
@@ -235,15 +249,15 @@ def stages_of_shards() -> None:
         torch.testing.assert_close(param.grad.to_local(), torch.full((2,), 0.25))
 
 
-def test_pipeline_stages_have_units_of_their_own() -> None:
-    pool(4).run(stages_of_tensors)
-    pool(4).run(stages_of_shards)
+def test_pipeline_stages_have_units_of_their_own(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(stages_of_tensors)
+    four_on_cpus.run(stages_of_shards)
 
 
-def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
+def test_every_wrapper_has_the_names_of_the_bare_model(four_on_cpus: Ranks) -> None:
     names = [name for name, _ in make_model().named_parameters()]
     for kind in WRAPPERS:
-        assert sorted(pool(4).run(names_in, kind)[0]) == sorted(names), kind
+        assert sorted(four_on_cpus.run(names_in, kind)[0]) == sorted(names), kind
 
 
 def names_in(kind: str) -> list[str]:

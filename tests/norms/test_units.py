@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip import AGC, ClipBlockRMS, Clipper, ClipTensorNorm, ClipValue, Policy
+from distclip import AGC, ClipBlockRMS, Clipper, ClipTensorNorm, ClipValue, Plan, Policy
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, Placed, lay_out, random_wholes, whole
 from tests.support.ranks import Ranks, same_bits_everywhere
@@ -25,20 +25,42 @@ UNIT_LAYOUTS = {
     **LAYOUTS,
     "dim 1": [Placed((5, 7), (S1,), (4,), ("fsdp",)), Placed((3, 6, 2), (S1,), (4,), ("fsdp",))],
     "conv": [Placed((6, 3, 2, 2), (S0, S1)), Placed((5, 4, 3, 3), (S1, R)), Placed((6,), (S0, R))],
-    "both dims twice": [Placed((9, 4), (S0, S0)), Placed((4, 9), (S1, S1)), Placed((3, 3), (S1, S0))],
+    "both dims twice": [
+        Placed((9, 4), (S0, S0)),
+        Placed((4, 9), (S1, S1)),
+        Placed((3, 3), (S1, S0)),
+    ],
 }
 
 Reference = Callable[[Tensor, Tensor], Tensor]  # gradient, weight -> clipped gradient
 POLICIES: dict[str, tuple[Policy, Reference]] = {
     "tensor": (ClipTensorNorm(0.5), lambda g, w: reference.clip_tensor_norm([g], 0.5)[0]),
-    "tensor, p = 1": (ClipTensorNorm(0.5, 1.0), lambda g, w: reference.clip_tensor_norm([g], 0.5, 1.0)[0]),
-    "tensor, p = 8": (ClipTensorNorm(0.2, 8.0), lambda g, w: reference.clip_tensor_norm([g], 0.2, 8.0)[0]),
-    "tensor, p = inf": (ClipTensorNorm(0.1, math.inf), lambda g, w: reference.clip_tensor_norm([g], 0.1, math.inf)[0]),
+    "tensor, p = 1": (
+        ClipTensorNorm(0.5, 1.0),
+        lambda g, w: reference.clip_tensor_norm([g], 0.5, 1.0)[0],
+    ),
+    "tensor, p = 8": (
+        ClipTensorNorm(0.2, 8.0),
+        lambda g, w: reference.clip_tensor_norm([g], 0.2, 8.0)[0],
+    ),
+    "tensor, p = inf": (
+        ClipTensorNorm(0.1, math.inf),
+        lambda g, w: reference.clip_tensor_norm([g], 0.1, math.inf)[0],
+    ),
     "block rms": (ClipBlockRMS(0.1), lambda g, w: reference.clip_block_rms([g], 0.1)[0]),
     "agc": (AGC(0.05), lambda g, w: reference.agc([w], [g], 0.05)[0]),
-    "agc, p = 8": (AGC(0.05, norm_type=8.0), lambda g, w: reference.agc([w], [g], 0.05, norm_type=8.0)[0]),
-    "agc, p = inf": (AGC(0.05, norm_type=math.inf), lambda g, w: reference.agc([w], [g], 0.05, norm_type=math.inf)[0]),
-    "agc, last dim": (AGC(0.05, unit_dim=-1), lambda g, w: reference.agc([w], [g], 0.05, unit_dim=-1)[0]),
+    "agc, p = 8": (
+        AGC(0.05, norm_type=8.0),
+        lambda g, w: reference.agc([w], [g], 0.05, norm_type=8.0)[0],
+    ),
+    "agc, p = inf": (
+        AGC(0.05, norm_type=math.inf),
+        lambda g, w: reference.agc([w], [g], 0.05, norm_type=math.inf)[0],
+    ),
+    "agc, last dim": (
+        AGC(0.05, unit_dim=-1),
+        lambda g, w: reference.agc([w], [g], 0.05, unit_dim=-1)[0],
+    ),
     "value": (ClipValue(0.3), lambda g, w: g.double().clamp(-0.3, 0.3)),
 }
 
@@ -59,7 +81,9 @@ def clips_as_the_reference(layout: str, device: str) -> None:
         torch.testing.assert_close(report.total_norm.cpu(), total, rtol=1e-6, atol=0)
         assert same_bits_everywhere(report.total_norm)
         wants = [expected(g, w) for g, w in zip(wholes, weights, strict=True)]
-        assert not all(torch.equal(want.float(), g) for want, g in zip(wants, wholes, strict=True)), name
+        assert not all(
+            torch.equal(want.float(), g) for want, g in zip(wants, wholes, strict=True)
+        ), name
         for param, g, want in zip(params, wholes, wants, strict=True):
             torch.testing.assert_close(
                 whole(param.grad).double(), want, rtol=1e-6, atol=1e-12, msg=f"{name}, {g.shape}"
@@ -74,22 +98,28 @@ def test_smaller_scopes_clip_as_the_reference(four_ranks: Ranks, layout: str) ->
 def wrapped_clips(kind: str, device: str) -> None:
     """The same elements, whatever the wrapper: a second model beside it, whose gradients are laid out the same."""
     whole_model = make_model(device)
+    model = with_gradients(kind, device)
+    distclip.clip_grad_norm_(model, math.inf)  # reduces Partial gradients
+    own = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    plan = Clipper(
+        model, ClipTensorNorm(1.0)
+    ).plan  # knows where every element lies, whatever the policy
+    whole_grads = gathered(plan, whole_model)
     for name, (policy, expected) in POLICIES.items():
-        model = with_gradients(kind, device)
-        distclip.clip_grad_norm_(model, math.inf)  # reduces Partial gradients
-        whole_grads = gathered(model, whole_model)
+        for param, grad in zip(model.parameters(), own, strict=True):
+            if grad is not None:
+                param.grad.copy_(grad)
         Clipper(model, policy).clip_()
         for found, (param_name, weight), grad in zip(
-            gathered(model, whole_model), whole_model.named_parameters(), whole_grads, strict=True
+            gathered(plan, whole_model), whole_model.named_parameters(), whole_grads, strict=True
         ):
             want = expected(grad, weight.detach())
             message = f"{kind}, {name}, {param_name}"
             torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-9, msg=message)
 
 
-def gathered(model: nn.Module, whole_model: Model) -> list[Tensor]:
+def gathered(plan: Plan, whole_model: Model) -> list[Tensor]:
     """The whole gradients of a wrapped model, by the names and shapes of the bare one."""
-    plan = Clipper(model, ClipTensorNorm(1.0)).plan
     shapes = {name: p.shape for name, p in whole_model.named_parameters()}
     mine: dict[str, tuple[str, Tensor]] = {}
     for span in plan.groups[0].units.spans:

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from tests.conftest import pool
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.wrapped import WRAPPERS, with_gradients
@@ -101,14 +100,35 @@ def _local_experts() -> distclip.Clipper:
 
 
 DISAGREEING: dict[str, tuple[Callable[[], distclip.Clipper], str]] = {
-    "a copy differs by one bit": (_perturbed, r"'layers\.3\.weight'.*ranks \[0, 1, 3\]: .*; ranks \[2\]: .*Broadcast"),
-    "a rank lacks a parameter": (_lacking, r"'layers\.4\.bias'.*ranks \[3\]: it is missing.*Build and wrap"),
+    "a copy differs by one bit": (
+        _perturbed,
+        r"'layers\.3\.weight'.*ranks \[0, 1, 3\]: .*; ranks \[2\]: .*Broadcast",
+    ),
+    "a rank lacks a parameter": (
+        _lacking,
+        r"'layers\.4\.bias'.*ranks \[3\]: it is missing.*Build and wrap",
+    ),
     "another name": (_renamed, r"'(other|layers\.1\.weight)'.*it is missing"),
-    "another max_norm": (_other_limit, r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0"),
-    "another order of groups": (_other_order, r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: "),
-    "another mesh": (_other_mesh, r"ranks \[0, 1\]: mesh a=2 x b=2.*; ranks \[2, 3\]: mesh a=4 x b=1"),
-    "replicas of a shard differ": (_broken_shard, r"'#0'.*copies.*differ: ranks \[[01], [23]\]|'#0'.*copies"),
-    "undeclared experts": (_local_experts, r"'#1'.*copies, but they differ: ranks \[0\].*`layouts=`"),
+    "another max_norm": (
+        _other_limit,
+        r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0",
+    ),
+    "another order of groups": (
+        _other_order,
+        r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: ",
+    ),
+    "another mesh": (
+        _other_mesh,
+        r"ranks \[0, 1\]: mesh a=2 x b=2.*; ranks \[2, 3\]: mesh a=4 x b=1",
+    ),
+    "replicas of a shard differ": (
+        _broken_shard,
+        r"'#0'.*copies.*differ: ranks \[[01], [23]\]|'#0'.*copies",
+    ),
+    "undeclared experts": (
+        _local_experts,
+        r"'#1'.*copies, but they differ: ranks \[0\].*`layouts=`",
+    ),
 }
 
 
@@ -123,23 +143,27 @@ def disagreeing(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", DISAGREEING)
-def test_plans_that_disagree_raise_the_same_on_every_rank(name: str) -> None:
-    assert len(set(pool(4).run(disagreeing, name))) == 1
+def test_plans_that_disagree_raise_the_same_on_every_rank(four_on_cpus: Ranks, name: str) -> None:
+    assert len(set(four_on_cpus.run(disagreeing, name))) == 1
 
 
 def one_rank_stays_away() -> float:
     group = dist.new_group(list(range(4)), timeout=timedelta(seconds=2))
     clipper = distclip.Clipper(Small(), mesh=mesh((4,), ("pp",)))
-    object.__setattr__(clipper.plan.reduce_mesh, "group", group)  # as the world, but with a short timeout
+    object.__setattr__(
+        clipper.plan.reduce_mesh, "group", group
+    )  # as the world, but with a short timeout
     started = time.monotonic()
     if dist.get_rank() != 1:
-        with pytest.raises(distclip.LayoutError, match=r"the ranks \[1\] have not called `verify\(\)`"):
+        with pytest.raises(
+            distclip.LayoutError, match=r"the ranks \[1\] have not called `verify\(\)`"
+        ):
             clipper.plan.verify()
     return time.monotonic() - started
 
 
-def test_a_rank_that_does_not_verify_is_named() -> None:
-    assert max(pool(4).run(one_rank_stays_away)) < 10
+def test_a_rank_that_does_not_verify_is_named(four_on_cpus: Ranks) -> None:
+    assert max(four_on_cpus.run(one_rank_stays_away)) < 10
 
 
 def test_one_process_has_nothing_to_compare() -> None:
@@ -151,8 +175,8 @@ def printed(layout: str) -> str:
     return str(distclip.Clipper(lay_out(random_wholes(placed, seed=2), placed)).plan)
 
 
-def test_the_plan_prints_who_counts_what() -> None:
-    texts = pool(4).run(printed, "fsdp x tp")
+def test_the_plan_prints_who_counts_what(four_on_cpus: Ranks) -> None:
+    texts = four_on_cpus.run(printed, "fsdp x tp")
     first, last = texts[0].splitlines(), texts[3].splitlines()
     assert re.split(r"  +", first[1]) == [
         "all",
@@ -160,7 +184,13 @@ def test_the_plan_prints_who_counts_what() -> None:
         "sharded over dp, tp",
         *["2", "12", "12", "48"],
     ]
-    assert re.split(r"  +", first[2])[2:] == ["sharded over dp; copies over tp", "1", "3", "3", "12"]
+    assert re.split(r"  +", first[2])[2:] == [
+        "sharded over dp; copies over tp",
+        "1",
+        "3",
+        "3",
+        "12",
+    ]
     assert re.split(r"  +", last[2])[2:] == ["sharded over dp; copies over tp", "1", "2", "0", "8"]
     assert first[-1] == "one all-reduce of 1 float64 (8 bytes) over dp=2 x tp=2, on cpu"
     assert "no collective" in str(distclip.Clipper(Small()).plan)

@@ -8,8 +8,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,26 @@ def load() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    # Muon would compile functions at its import, and load torch's compiler for that.
+    with mock.patch("torch.compile", lambda function: function), suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes all the same, only slowly.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)  # pipelines and experts are made before an engine
+    deepspeed.init_distributed(
+        dist_backend="gloo", verbose=False
+    )  # pipelines and experts are made before an engine
     return deepspeed
 
 
 def make_model(seed: int = 0) -> nn.Sequential:
     """Tensors of odd sizes, so that partitions cut them."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 5))
+    return nn.Sequential(
+        nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 5)
+    )
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -58,7 +66,9 @@ def adamw(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.01)
 
 
-def config(stage: int, dtype: str = "fp32", gas: int = 1, offload: bool = False, **more: Any) -> dict[str, Any]:
+def config(
+    stage: int, dtype: str = "fp32", gas: int = 1, offload: bool = False, **more: Any
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 150}
     if stage == 3:
         zero |= {
@@ -97,7 +107,9 @@ def engine(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = None if make_optimizer is None else make_optimizer(groups(model))
-        made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), **more)
+        made, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=copy.deepcopy(settings), **more
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="deepspeed|torch")
@@ -118,22 +130,31 @@ def forget_groups() -> None:
 
 def batch(step: int, rank: int, micro: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
-    inputs, targets = torch.randn(BATCH, 7, generator=generator), torch.randn(BATCH, 5, generator=generator)
+    inputs, targets = (
+        torch.randn(BATCH, 7, generator=generator),
+        torch.randn(BATCH, 5, generator=generator),
+    )
     return inputs, targets * (1 + step % 3)  # norms that rise and fall
 
 
-def loss_of(module: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def loss_of(
+    module: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     return 20 * F.mse_loss(module(inputs.to(dtype)).float(), targets)
 
 
-def train_step(made: Any, step: int, dtype: str = "fp32", gas: int = 1, rank: int | None = None) -> None:
+def train_step(
+    made: Any, step: int, dtype: str = "fp32", gas: int = 1, rank: int | None = None
+) -> None:
     for micro in range(gas):
         inputs, targets = batch(step, dist.get_rank() if rank is None else rank, micro)
         made.backward(loss_of(made, inputs, targets, DTYPES[dtype]))
         made.step()
 
 
-def whole_gradients(step: int, gas: int = 1, ranks: int = 2, model: nn.Module | None = None) -> dict[str, Tensor]:
+def whole_gradients(
+    step: int, gas: int = 1, ranks: int = 2, model: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Those of one process with the whole batch, in float64."""
     wide = (make_model() if model is None else model).double()
     for micro in range(gas):
@@ -151,7 +172,9 @@ def masters(made: Any) -> dict[str, Tensor]:
     if flat is not None:  # FP16_UnfusedOptimizer
         params, stepped = itertools.chain(*made.optimizer.fp16_groups), itertools.chain(*flat)
         own = {id(p): master for p, master in zip(params, stepped, strict=True)}
-        return {name: own[id(p)].detach().double().clone() for name, p in made.module.named_parameters()}
+        return {
+            name: own[id(p)].detach().double().clone() for name, p in made.module.named_parameters()
+        }
     if (flat := getattr(made.optimizer, "fp32_groups_flat", None)) is not None:  # FP16_Optimizer
         stepped = itertools.chain(
             *(
@@ -160,10 +183,16 @@ def masters(made: Any) -> dict[str, Tensor]:
             )
         )
         own = dict(zip(map(id, itertools.chain(*made.optimizer.fp16_groups)), stepped, strict=True))
-        return {name: own[id(p)].view(p.shape).detach().double().clone() for name, p in made.module.named_parameters()}
+        return {
+            name: own[id(p)].view(p.shape).detach().double().clone()
+            for name, p in made.module.named_parameters()
+        }
     if isinstance(made.optimizer, torch.optim.Optimizer):
         return {name: p.detach().double().clone() for name, p in made.module.named_parameters()}
-    return {name: safe_get_full_fp32_param(p).detach().double().clone() for name, p in made.module.named_parameters()}
+    return {
+        name: safe_get_full_fp32_param(p).detach().double().clone()
+        for name, p in made.module.named_parameters()
+    }
 
 
 def gradients(made: Any, scale: float = 1.0) -> dict[str, Tensor]:
@@ -186,11 +215,15 @@ def backward(made: Any, step: int, dtype: str = "fp32", gas: int = 1) -> None:
 class Applied:
     """One step of SGD: the gradients before it, what was applied, and the weights before it."""
 
-    def __init__(self, made: Any, step: int, dtype: str = "fp32", gas: int = 1, scale: float = 1.0) -> None:
+    def __init__(
+        self, made: Any, step: int, dtype: str = "fp32", gas: int = 1, scale: float = 1.0
+    ) -> None:
         backward(made, step, dtype, gas)
         self.grads, self.weights = gradients(made, scale), masters(made)
         made.step()
-        self.update = {name: (self.weights[name] - after) / LR for name, after in masters(made).items()}
+        self.update = {
+            name: (self.weights[name] - after) / LR for name, after in masters(made).items()
+        }
 
 
 def norm_of(tensors: dict[str, Tensor], norm_type: float = 2.0) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -63,20 +64,20 @@ class Ranks:
         if failed or silent:
             self.stop()  # the ranks may wait in different collectives: a new pool for the next test
             texts = [f"--- rank {rank} ---\n{text}" for rank, text in sorted(failed.items())]
-            raise RankError("\n".join([f"{function.__name__}: no answer from ranks {silent}", *texts]))
+            raise RankError(
+                "\n".join([f"{function.__name__}: no answer from ranks {silent}", *texts])
+            )
         return [answers[rank][1] for rank in range(self.size)]
 
     def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
-        while len(answers) < self.size and time.monotonic() < deadline:
-            for rank, pipe in enumerate(self._pipes):
-                if rank not in answers and pipe.poll(0 if answers else 0.002):
-                    try:
-                        answers[rank] = pipe.recv()
-                    except EOFError:
-                        answers[rank] = (False, "the process ended")
-                    if not answers[rank][0]:
-                        deadline = min(deadline, time.monotonic() + GRACE_S)
+        silent = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while silent and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait([*silent], left):
+                rank = silent.pop(pipe)
+                answers[rank] = _received(pipe)
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
 
     def _start(self) -> None:
@@ -108,7 +109,15 @@ class Ranks:
             os.unlink(self._store)
 
 
+def _received(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process ended"
+
+
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
+    gc.freeze()  # what the modules hold stays: collections, of which DeepSpeed asks for many, leave it out
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     own_gpu = device == "cuda" and torch.cuda.device_count() >= size
@@ -141,11 +150,15 @@ def mesh(shape: tuple[int, ...], axes: tuple[str, ...], device: str = "cpu") -> 
 
 
 def device_of(rank_device: str) -> torch.device:
-    return torch.device(rank_device, torch.cuda.current_device()) if rank_device == "cuda" else torch.device("cpu")
+    return (
+        torch.device(rank_device, torch.cuda.current_device())
+        if rank_device == "cuda"
+        else torch.device("cpu")
+    )
 
 
 def same_bits_everywhere(scalar: Tensor) -> bool:
     """Whether every rank of the world has the same bits; NaN equals NaN."""
-    mine = scalar.detach().cpu().reshape(1).contiguous().view(torch.uint8)
-    dist.all_gather_object(gathered := [None] * dist.get_world_size(), mine)
-    return all(torch.equal(other, mine) for other in gathered)  # type: ignore[arg-type]
+    mine = bytes(scalar.detach().cpu().reshape(1).view(torch.uint8).tolist())
+    dist.all_gather_object(everyone := [b""] * dist.get_world_size(), mine)
+    return set(everyone) == {mine}
