@@ -1,14 +1,14 @@
-# make run | compare | test | test-slurm | lint | format | clean      more options for a run: make run ARGS="--layout tp --steps 50"
+# make check | test | test-slurm | lint | types | format | clean | run | compare    make run ARGS="--layout tp --steps 50"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare test test-slurm lint format types wheel clean
+.PHONY: install run compare check test test-slurm lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?=
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 # The type checker comes from constraints.txt; it should not talk about newer ones.
@@ -31,8 +31,13 @@ run: $(STAMP)
 compare: $(STAMP)
 	$(PY) -m launch.compare --out runs/compare $(ARGS)
 
+# Before a commit: what needs one process.
+check: lint types
+	$(PY) -m pytest -n 2 -m "not ranks and not slow" $(PYTEST_ARGS)
+
+# Before a push: everything, as CI does. Three workers on two cores: many tests wait for a process to start or to end.
 test: lint types wheel
-	$(PY) -m pytest $(PYTEST_ARGS) --ignore=tests/slurm
+	$(PY) -m pytest -n 3 --ignore=tests/slurm $(PYTEST_ARGS)
 	$(PY) -m pytest tests/slurm -m "not cluster_slow"
 
 # Crashes, cables, time limits on the SLURM cluster: ten minutes. Needs root, and the packages that .ci/run installs.

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,61 @@ from tests.support.ranks import Ranks
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
+SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
+OWN_POOLS = ("two_ranks", "four_engines")  # of DeepSpeed, which changes the processes that load it
+FOLDER = Path(__file__).parent
+STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "test_docs.py", "test_examples.py")
+# Their tests share no fixture and compile nothing: each may run on any test worker.
+APART = ("benchmarks", "test_docs.py", "test_examples.py")
+
 _pools: dict[tuple[int, str], Ranks] = {}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker takes all files with tests on a shared pool: one pool of a size for the whole run.
+
+    The others take the rest by file, because two workers on one file would make its fixtures twice.
+    (pytest-xdist 3.8 ignores its own `xdist_group` under pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = config.rootpath / nodeid.partition("::")[0]
+            if _shares_pool(path):
+                return "ranks"
+            return nodeid if _is_below(path, APART) else str(path)
+
+    config.option.loadscopereorder = False  # the order below instead
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end of a run, workers without a test wait for the last one."""
+    for item in items:
+        pools = {*SHARED_POOLS, *OWN_POOLS} & set(getattr(item, "fixturenames", ()))
+        if pools or _is_below(item.path, STARTS_PROCESSES):
+            item.add_marker(pytest.mark.ranks)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool]:
+    return not _shares_pool(item.path), not item.get_closest_marker("ranks")
+
+
+@functools.cache
+def _shares_pool(path: Path) -> bool:
+    return path.is_relative_to(FOLDER) and any(name in path.read_text() for name in SHARED_POOLS)
+
+
+def _is_below(path: Path, names: tuple[str, ...]) -> bool:
+    return any(path.is_relative_to(FOLDER / name) for name in names)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # later collections, of which some tests ask for many, leave out modules and tests
 
 
 @pytest.fixture(
@@ -29,7 +87,7 @@ _pools: dict[tuple[int, str], Ranks] = {}
     ]
 )
 def device(request: pytest.FixtureRequest) -> str:
-    """Every test on ranks runs on gloo; and on CUDA tensors, over NCCL if each rank has a GPU of its own."""
+    """Every test on ranks runs on gloo; and on CUDA tensors, over NCCL if each rank has a GPU."""
     return request.param
 
 
@@ -38,15 +96,15 @@ def four_ranks(device: str) -> Ranks:
     return pool(4, device)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def four_on_cpus() -> Ranks:
     """For what only a CPU does."""
     return pool(4)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def eight_ranks() -> Ranks:
-    """For models in three dimensions. On CPUs alone: gloo cannot send between pipeline stages on one GPU."""
+    """For three dimensions. On CPUs: gloo cannot send between pipeline stages on one GPU."""
     return pool(8)
 
 

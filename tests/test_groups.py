@@ -16,7 +16,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, ZClip
 from distclip.sharding import FlatShard
-from tests.conftest import pool
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
@@ -115,9 +114,7 @@ def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
                 run = grads[part.name].reshape(-1)[piece.start : piece.start + piece.numel]
                 values.view(-1)[piece.offset : piece.offset + piece.numel] = run
             elif values.numel():
-                box = tuple(
-                    slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True)
-                )
+                box = tuple(slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True))
                 values.copy_(grads[part.name][box])
 
 
@@ -145,17 +142,18 @@ def run(
 
 
 @pytest.mark.parametrize("policy", ADAPTIVE, ids=lambda p: type(p).__name__)
-def test_states_go_from_any_layout_to_any_other(policy: distclip.Policy) -> None:
-    ranks = pool(4)
+def test_states_go_from_any_layout_to_any_other(
+    four_on_cpus: Ranks, policy: distclip.Policy
+) -> None:
     alone, state = run("whole", policy)
     assert min(alone[::2]) < 0.9  # it clips
     for kind in ("fsdp1 FULL_SHARD flat", "fsdp2", "hsdp"):
-        sharded = ranks.run(run, kind, policy)
+        sharded = four_on_cpus.run(run, kind, policy)
         assert all(str(numbers) == str(sharded[0][0]) for numbers, _ in sharded)  # NaN too
         torch.testing.assert_close(sharded[0][0], alone, rtol=1e-6, atol=0, equal_nan=True)
         resumed, _ = run("whole", policy, sharded[0][1])
         torch.testing.assert_close(resumed, alone[10:], rtol=1e-6, atol=0, equal_nan=True)
-        for numbers, _ in ranks.run(run, kind, policy, sharded[0][1]):
+        for numbers, _ in four_on_cpus.run(run, kind, policy, sharded[0][1]):
             assert str(numbers) == str(sharded[0][0][10:])  # resumes to the same bits
     assert str(run("whole", policy, state)[0]) == str(alone[10:])
 
@@ -186,8 +184,8 @@ def through_a_checkpoint(folder: str) -> None:
     assert dist.get_rank() >= 0
 
 
-def test_states_go_through_torch_distributed_checkpoint(tmp_path) -> None:
-    pool(4).run(through_a_checkpoint, str(tmp_path / "checkpoint"))
+def test_states_go_through_torch_distributed_checkpoint(four_on_cpus: Ranks, tmp_path) -> None:
+    four_on_cpus.run(through_a_checkpoint, str(tmp_path / "checkpoint"))
 
 
 def test_a_state_that_does_not_fit_is_refused_whole() -> None:
@@ -252,15 +250,15 @@ def stages_of_shards() -> None:
         torch.testing.assert_close(param.grad.to_local(), torch.full((2,), 0.25))
 
 
-def test_pipeline_stages_have_units_of_their_own() -> None:
-    pool(4).run(stages_of_tensors)
-    pool(4).run(stages_of_shards)
+def test_pipeline_stages_have_units_of_their_own(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(stages_of_tensors)
+    four_on_cpus.run(stages_of_shards)
 
 
-def test_every_wrapper_has_the_names_of_the_bare_model() -> None:
+def test_every_wrapper_has_the_names_of_the_bare_model(four_on_cpus: Ranks) -> None:
     names = [name for name, _ in make_model().named_parameters()]
     for kind in WRAPPERS:
-        assert sorted(pool(4).run(names_in, kind)[0]) == sorted(names), kind
+        assert sorted(four_on_cpus.run(names_in, kind)[0]) == sorted(names), kind
 
 
 def names_in(kind: str) -> list[str]:

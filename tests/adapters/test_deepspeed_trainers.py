@@ -48,6 +48,7 @@ def one_rank_alone() -> None:
                 check_applied(step.update, clip(list(step.grads.values()), list(step.weights.values())))
 
 
+@pytest.mark.ranks
 def test_one_rank_alone() -> None:
     ranks = Ranks(1)
     try:

@@ -20,17 +20,19 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import ClipNorm, Clipper, LayoutError
 from distclip.adapters import MegatronLayouts, megatron_layouts
-from tests.conftest import pool
 from tests.support import reference
 from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
 from tests.support.tolerances import NORM, TOLERANCES
 
 needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (tests/peers.txt)"
+    importlib.util.find_spec("megatron") is None,
+    reason="megatron-core is not installed (tests/peers.txt)",
 )
 
 
-def clips_to(expected: Tensor, named: list[tuple[str, nn.Parameter]], on: DeviceMesh, layouts: Any, p: float) -> None:
+def clips_to(
+    expected: Tensor, named: list[tuple[str, nn.Parameter]], on: DeviceMesh, layouts: Any, p: float
+) -> None:
     """The Clipper finds the norm `expected` by one collective, and scales by it."""
     max_norm = 0.3 * expected.item()
     before = {name: param.grad.clone() for name, param in named}
@@ -50,15 +52,31 @@ def clips_to(expected: Tensor, named: list[tuple[str, nn.Parameter]], on: Device
 
 # What a parameter is: its whole shape, the dim that tensor ranks divide, and the attributes. Experts are stacked.
 STYLES: dict[str, tuple[tuple[int, ...], int | None, dict[str, object]]] = {
-    "column.weight": ((6, 4), 0, {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": True}),
-    "row.weight": ((5, 6), 1, {"tensor_model_parallel": True, "partition_dim": 1, "allreduce": True}),
+    "column.weight": (
+        (6, 4),
+        0,
+        {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": True},
+    ),
+    "row.weight": (
+        (5, 6),
+        1,
+        {"tensor_model_parallel": True, "partition_dim": 1, "allreduce": True},
+    ),
     "row.bias": ((5,), None, {"allreduce": True, "sequence_parallel": False}),
     "norm.weight": ((4,), None, {}),
     "router.weight": ((4, 3), None, {"tensor_model_parallel": False, "partition_dim": -1}),
-    "embedding": ((8, 3), 0, {"tensor_model_parallel": True, "partition_dim": 0, "shared_embedding": True}),
+    "embedding": (
+        (8, 3),
+        0,
+        {"tensor_model_parallel": True, "partition_dim": 0, "shared_embedding": True},
+    ),
 }
 EXPERT_STYLES: dict[str, tuple[tuple[int, ...], int | None, dict[str, object]]] = {
-    "expert.fc1": ((4, 6, 3), 1, {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": False}),
+    "expert.fc1": (
+        (4, 6, 3),
+        1,
+        {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": False},
+    ),
     "expert.bias": ((4, 3), None, {"allreduce": False}),
 }
 
@@ -69,7 +87,9 @@ def whole_gradient(*key: object, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def part(name: str, whole: Tensor, attributes: dict[str, object], device: str) -> tuple[str, nn.Parameter]:
+def part(
+    name: str, whole: Tensor, attributes: dict[str, object], device: str
+) -> tuple[str, nn.Parameter]:
     param = nn.Parameter(torch.zeros(whole.shape, device=device_of(device)))
     param.grad = whole.clone().to(device_of(device))
     vars(param).update(attributes)
@@ -92,7 +112,9 @@ def attributes_are_read(axes: tuple[str, str], device: str) -> None:
                     wholes.append(whole)
                 if at == stage:
                     second = {"shared": True} if tied and at == 1 else {}
-                    named.append(part("output_layer" if second else name, mine, attributes | second, device))
+                    named.append(
+                        part("output_layer" if second else name, mine, attributes | second, device)
+                    )
         clips_to(reference.total_norm(wholes, p), named, on, layouts, p)
 
 
@@ -128,11 +150,16 @@ def what_the_mesh_lacks_is_named(device: str) -> None:
     for name, axis in (("column.weight", "tp"), ("expert.bias", "ep")):
         shape, _, attributes = (STYLES | EXPERT_STYLES)[name]
         named = [part(name, torch.ones(shape), attributes, device)]
-        with pytest.raises(LayoutError, match=rf"{name}.*names the axes \['{axis}'\].*\['dp', 'model'\]"):
+        with pytest.raises(
+            LayoutError, match=rf"{name}.*names the axes \['{axis}'\].*\['dp', 'model'\]"
+        ):
             Clipper(named, mesh=on, layouts=megatron_layouts)
         with pytest.raises(LayoutError, match=rf"{name}.*pass the `mesh=`"):
             Clipper(named, layouts=megatron_layouts)
-    plain = [part(name, torch.ones(4), STYLES[name][2], device) for name in ("norm.weight", "router.weight")]
+    plain = [
+        part(name, torch.ones(4), STYLES[name][2], device)
+        for name in ("norm.weight", "router.weight")
+    ]
     assert Clipper(plain, mesh=on, layouts=megatron_layouts).clip_().clipped
 
 
@@ -145,7 +172,9 @@ def test_one_process_needs_no_mesh() -> None:
     named = [part(name, whole, STYLES[name][2], "cpu") for name, whole in wholes.items()]
     report = Clipper(named, ClipNorm(1.0), layouts=distclip.adapters.megatron_layouts).clip_()
     assert report.clipped
-    torch.testing.assert_close(report.total_norm.double(), reference.total_norm(list(wholes.values())), **NORM)
+    torch.testing.assert_close(
+        report.total_norm.double(), reference.total_norm(list(wholes.values())), **NORM
+    )
 
 
 @contextmanager
@@ -194,7 +223,11 @@ def fill_gradients(model: nn.Module, state: Any) -> None:
         tied = getattr(param, "shared_embedding", False)
         key: list[object] = ["tied"] if tied else [name, state.get_pipeline_model_parallel_rank()]
         if getattr(param, "tensor_model_parallel", False):
-            key.append(state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank())
+            key.append(
+                state.get_expert_tensor_parallel_rank()
+                if expert
+                else state.get_tensor_model_parallel_rank()
+            )
         if expert:
             key += ["expert", state.get_expert_model_parallel_rank()]
         param.grad = whole_gradient(*key, shape=param.shape)
@@ -211,17 +244,38 @@ def megatrons_norm(model: nn.Module, state: Any, p: float) -> Tensor:
         for param in model.parameters()
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)
     ]
-    groups = {True: state.get_model_parallel_group(), False: state.get_expert_tensor_model_pipeline_parallel_group()}
-    grads = {dense: [q.grad for q in counted if getattr(q, "allreduce", True) == dense] for dense in groups}
+    groups = {
+        True: state.get_model_parallel_group(),
+        False: state.get_expert_tensor_model_pipeline_parallel_group(),
+    }
+    grads = {
+        dense: [q.grad for q in counted if getattr(q, "allreduce", True) == dense]
+        for dense in groups
+    }
     norms = [get_grad_norm_fp32(grads[dense], p, groups[dense]) for dense in groups if grads[dense]]
     return torch.tensor(norms, dtype=torch.float64).pow(p).sum() ** (1 / p)
 
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 MODELS: dict[str, tuple[dict[str, int], tuple[str, str], MegatronLayouts, set[str]]] = {
-    "pp x tp": (dict(zip(SIZES, (2, 2), strict=False)), ("pp", "tp"), megatron_layouts, {"tensor", "shared"}),
-    "pp x dp": (dict(zip(SIZES, (1, 2), strict=False)), ("pp", "dp"), megatron_layouts, {"tensor", "shared"}),
-    "ep x tp": (dict(zip(SIZES, (2, 1, 2), strict=True)), ("ep", "tp"), megatron_layouts, {"tensor", "expert"}),
+    "pp x tp": (
+        dict(zip(SIZES, (2, 2), strict=False)),
+        ("pp", "tp"),
+        megatron_layouts,
+        {"tensor", "shared"},
+    ),
+    "pp x dp": (
+        dict(zip(SIZES, (1, 2), strict=False)),
+        ("pp", "dp"),
+        megatron_layouts,
+        {"tensor", "shared"},
+    ),
+    "ep x tp": (
+        dict(zip(SIZES, (2, 1, 2), strict=True)),
+        ("ep", "tp"),
+        megatron_layouts,
+        {"tensor", "expert"},
+    ),
     "ep x tp, whole experts": (
         {**dict(zip(SIZES, (2, 1, 4), strict=True)), "expert_tensor_parallel_size": 1},
         ("ep", "tp"),
@@ -236,7 +290,11 @@ def megatrons_own_models() -> None:
         with megatron_gpt(sizes) as (model, state):
             on = mesh((2, 2), axes)
             params = list(model.parameters())
-            seen = {"tensor"} if any(getattr(q, "tensor_model_parallel", False) for q in params) else set()
+            seen = (
+                {"tensor"}
+                if any(getattr(q, "tensor_model_parallel", False) for q in params)
+                else set()
+            )
             seen |= {"expert"} if any(not getattr(q, "allreduce", True) for q in params) else set()
             last_stage = state.get_pipeline_model_parallel_rank() == 1
             assert any(getattr(q, "shared", False) for q in params) == last_stage, kind
@@ -245,17 +303,23 @@ def megatrons_own_models() -> None:
                 fill_gradients(model, state)
                 norm = megatrons_norm(model, state, p)
                 before = [q.grad.clone() for q in params]
-                report = Clipper(model, ClipNorm(0.3 * norm.item(), p), mesh=on, layouts=layouts).clip_()
+                report = Clipper(
+                    model, ClipNorm(0.3 * norm.item(), p), mesh=on, layouts=layouts
+                ).clip_()
                 assert report.coefficient < 0.31
-                torch.testing.assert_close(report.total_norm.double(), norm, rtol=2e-6, atol=0)  # a float32 norm
+                torch.testing.assert_close(
+                    report.total_norm.double(), norm, rtol=2e-6, atol=0
+                )  # a float32 norm
                 assert same_bits_everywhere(report.total_norm)
                 for param, was in zip(params, before, strict=True):
-                    torch.testing.assert_close(param.grad, was * report.coefficient, rtol=2e-7, atol=0)
+                    torch.testing.assert_close(
+                        param.grad, was * report.coefficient, rtol=2e-7, atol=0
+                    )
             if layouts is not megatron_layouts:
                 with pytest.raises(LayoutError, match=r"among 2 ranks.*among 1.*etp=\(\)"):
                     Clipper(model, mesh=on, layouts=megatron_layouts)
 
 
 @needs_megatron
-def test_megatrons_own_models_have_megatrons_norm() -> None:
-    pool(4).run(megatrons_own_models)
+def test_megatrons_own_models_have_megatrons_norm(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(megatrons_own_models)

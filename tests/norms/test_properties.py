@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
 import distclip
-from tests.conftest import pool
 from tests.support import reference
 from tests.support.layouts import Placed, lay_out, random_wholes, whole
+from tests.support.ranks import Ranks
 from tests.support.tolerances import NORM, TOLERANCES
 
 MESHES = [
@@ -54,6 +54,6 @@ def as_the_reference(placed: list[Placed], norm_type: float, seed: int) -> None:
     seed=st.integers(0, 1000),
 )
 def test_the_result_never_depends_on_the_layout(
-    placed: list[Placed], norm_type: float, seed: int
+    four_on_cpus: Ranks, placed: list[Placed], norm_type: float, seed: int
 ) -> None:
-    pool(4).run(as_the_reference, placed, norm_type, seed)
+    four_on_cpus.run(as_the_reference, placed, norm_type, seed)

@@ -17,7 +17,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.norms import verify
-from tests.conftest import pool
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.wrapped import WRAPPERS, with_gradients
@@ -194,8 +193,8 @@ def disagreeing(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", DISAGREEING)
-def test_plans_that_disagree_raise_the_same_on_every_rank(name: str) -> None:
-    assert len(set(pool(4).run(disagreeing, name))) == 1
+def test_plans_that_disagree_raise_the_same_on_every_rank(four_on_cpus: Ranks, name: str) -> None:
+    assert len(set(four_on_cpus.run(disagreeing, name))) == 1
 
 
 def ranks_stay_away(missing: list[int], earlier_calls: int) -> float:
@@ -214,8 +213,10 @@ def ranks_stay_away(missing: list[int], earlier_calls: int) -> float:
 
 
 @pytest.mark.parametrize(("missing", "earlier_calls"), [([1], 0), ([0, 2], 3)])
-def test_ranks_that_do_not_verify_are_named(missing: list[int], earlier_calls: int) -> None:
-    assert max(pool(4).run(ranks_stay_away, missing, earlier_calls)) < 10
+def test_ranks_that_do_not_verify_are_named(
+    four_on_cpus: Ranks, missing: list[int], earlier_calls: int
+) -> None:
+    assert max(four_on_cpus.run(ranks_stay_away, missing, earlier_calls)) < 10
 
 
 def test_one_process_has_nothing_to_compare() -> None:
@@ -248,8 +249,8 @@ def printed(layout: str) -> str:
     return str(distclip.Clipper(lay_out(random_wholes(placed, seed=2), placed)).plan)
 
 
-def test_the_plan_prints_who_counts_what() -> None:
-    texts = pool(4).run(printed, "fsdp x tp")
+def test_the_plan_prints_who_counts_what(four_on_cpus: Ranks) -> None:
+    texts = four_on_cpus.run(printed, "fsdp x tp")
     first, last = texts[0].splitlines(), texts[3].splitlines()
     assert re.split(r"  +", first[1]) == [
         "all",

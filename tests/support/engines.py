@@ -8,8 +8,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,9 @@ def load() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    # Muon would compile functions at its import, and load torch's compiler for that.
+    with mock.patch("torch.compile", lambda function: function), suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes all the same, only slowly.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -70,15 +71,13 @@ class Ranks:
 
     def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
-        while len(answers) < self.size and time.monotonic() < deadline:
-            for rank, pipe in enumerate(self._pipes):
-                if rank not in answers and pipe.poll(0 if answers else 0.002):
-                    try:
-                        answers[rank] = pipe.recv()
-                    except EOFError:
-                        answers[rank] = (False, "the process ended")
-                    if not answers[rank][0]:
-                        deadline = min(deadline, time.monotonic() + GRACE_S)
+        silent = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while silent and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait([*silent], left):
+                rank = silent.pop(pipe)
+                answers[rank] = _received(pipe)
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
 
     def _start(self) -> None:
@@ -110,7 +109,15 @@ class Ranks:
             os.unlink(self._store)
 
 
+def _received(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process ended"
+
+
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
+    gc.freeze()  # what the modules hold stays: collections, of which DeepSpeed asks for many, leave it out
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     own_gpu = device == "cuda" and torch.cuda.device_count() >= size
@@ -152,6 +159,6 @@ def device_of(rank_device: str) -> torch.device:
 
 def same_bits_everywhere(scalar: Tensor) -> bool:
     """Whether every rank of the world has the same bits; NaN equals NaN."""
-    mine = scalar.detach().cpu().reshape(1).contiguous().view(torch.uint8)
-    dist.all_gather_object(gathered := [None] * dist.get_world_size(), mine)
-    return all(torch.equal(other, mine) for other in gathered)  # type: ignore[arg-type]
+    mine = bytes(scalar.detach().cpu().reshape(1).view(torch.uint8).tolist())
+    dist.all_gather_object(everyone := [b""] * dist.get_world_size(), mine)
+    return set(everyone) == {mine}
