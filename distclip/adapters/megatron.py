@@ -97,7 +97,10 @@ def _tensor_ranks() -> tuple[int | None, int | None]:
     state = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.model_parallel_is_initialized():
         return None, None
-    return state.get_tensor_model_parallel_world_size(), state.get_expert_tensor_parallel_world_size()
+    return (
+        state.get_tensor_model_parallel_world_size(),
+        state.get_expert_tensor_parallel_world_size(),
+    )
 
 
 def _set(axes: Axes) -> frozenset[str]:

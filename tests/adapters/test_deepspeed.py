@@ -49,19 +49,20 @@ def has_fp16() -> bool:
     return True
 
 
-def counted(handle: Any) -> list[int]:
-    """Of each step from now on, the collectives that distclip makes."""
+@contextmanager
+def collectives() -> Iterator[list[int]]:
+    """Of each decision from now on, the collectives that distclip makes."""
     counts: list[int] = []
-    decide = handle._clipper.decide
+    decide = distclip.step.decide
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         with CommDebugMode() as comms:
-            decision = decide(*args)
+            decision = decide(*args, **kwargs)
         counts.append(comms.get_total_counts())
         return decision
 
-    handle._clipper.decide = watched
-    return counts
+    with mock.patch.object(distclip.step, "decide", watched):
+        yield counts
 
 
 def check_applied(update: dict[str, Tensor], expected: list[Tensor]) -> None:

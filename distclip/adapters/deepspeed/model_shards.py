@@ -1,210 +1,218 @@
-"""Every tensor of the whole model, by name, and what this rank holds of it.
+"""Every tensor of the whole model by name, and what this rank holds of it.
 
-Ranks in other pipeline stages and with other experts hold nothing of a tensor, but know it: norms by tensor, and what
-policies remember of them, are then the same on all ranks.
+Ranks of other pipeline stages and with other experts hold nothing of a tensor but list it: norms
+per tensor, and what policies remember of them, are then the same on all ranks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from distclip.adapters.deepspeed.partitions import Fragment, Partition
+from distclip.adapters.deepspeed.param_slices import ParamSlice
+from distclip.adapters.deepspeed.partitions import Partition
+from distclip.adapters.deepspeed.rank_groups import RankGroups
 from distclip.sharding import BlockShard, FlatShard, Layout, ParamShard
 
-AXIS = "world"  # all ranks in a row: which of them hold copies is known here, parameter by parameter
-_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
+AXIS = "world"  # all ranks: each parameter says which of them count it
+_EXPERT = re.compile(r"(?P<layer>.*\.deepspeed_experts\.)(?P<index>\d+)(?P<rest>\..*)")
+
+
+class SliceIndex(NamedTuple):
+    """`partitions[partition].slices[slice]`."""
+
+    partition: int
+    slice: int
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelShard:
     """One tensor of the model.
 
     Attributes:
-        at: the partition and the fragment that hold it on this rank; None where nothing of it lies here.
-        counted: this rank adds these elements to the total.
+        index: the slice that holds it on this rank; None where this rank holds nothing of it.
+        counted: this rank adds the elements to the total.
     """
 
-    part: ParamShard
-    at: tuple[int, int] | None
+    shard: ParamShard
+    index: SliceIndex | None
     counted: bool
 
     @property
     def layout(self) -> Layout:
-        return Layout(frozenset({AXIS}), parts=(self.part,), counted=self.counted)
+        return Layout(frozenset({AXIS}), parts=(self.shard,), counted=self.counted)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The groups of this rank: those that split tensors, hold other layers, hold copies of whole parameters."""
-
-    tensor: Sequence[int]
-    pipe: Any
-    data: Sequence[int]
-    experts: dict[str, Sequence[int]]
-    experts_data: dict[str, Sequence[int]]
+def is_replicated(engine: Any, partitions: Sequence[Partition]) -> bool:
+    """Whether every rank holds all of the model: then there is nothing to declare."""
+    slices = (each for partition in partitions for each in partition.slices)
+    return RankGroups.of(engine).are_copies and all(each.is_whole for each in slices)
 
 
-def places(engine: Any, found: Sequence[Partition]) -> list[Place]:
+def model_shards(engine: Any, partitions: Sequence[Partition]) -> list[ModelShard]:
     """The tensors of the whole model, in the same order on every rank.
 
     Collective: with pipeline stages, an all-gather of names and shapes over each pipeline.
     """
-    ranks = _ranks_of(engine)
-    names = {id(param): name for name, param in engine.module.named_parameters()}
-    counts = _expert_counts(names.values())
-    own: dict[str, Place] = {}
-    for i, partition in enumerate(found):
-        for j, fragment in enumerate(partition.fragments):
-            name = names.get(id(fragment.param), f"#{i}.{j}")
-            for place in _of_fragment(name, fragment, (i, j), partition.ranks, ranks, counts):
-                own[place.part.name] = place
-    return list(own.values()) if ranks.pipe is None else _with_other_stages(own, ranks.pipe)
+    groups = RankGroups.of(engine)
+    names = {param: name for name, param in engine.module.named_parameters()}
+    experts = _ExpertNames(names.values())
+    tied = _tied_copies(engine.module)
+    own: dict[str, ModelShard] = {}
+    for i, partition in enumerate(partitions):
+        for j, each in enumerate(partition.slices):
+            shard = _param_shard(names.get(each.param, f"#{i}.{j}"), each, groups)
+            is_counted = each.param not in tied and _is_first(each, partition.ranks, groups)
+            held = ModelShard(shard, SliceIndex(i, j), is_counted)
+            for one in _with_other_experts(held, each.param, groups, experts):
+                own[one.shard.name] = one
+    return list(own.values()) if groups.pipe is None else _with_other_stages(own, groups.pipe)
 
 
-def nothing_apart(engine: Any, found: Sequence[Partition]) -> bool:
-    """Whether every rank holds all of the model, so that there is nothing to declare."""
-    ranks = _ranks_of(engine)
-    apart = len(ranks.tensor) > 1 or ranks.pipe is not None or any(len(line) > 1 for line in ranks.experts.values())
-    return not apart and all(fragment.whole for partition in found for fragment in partition.fragments)
+def _tied_copies(module: nn.Module) -> set[Tensor]:
+    """The parameters that another pipeline stage holds too, and counts."""
+    pipe: Any = import_module("deepspeed.pipe")
+    if not isinstance(module, pipe.PipelineModule):
+        return set()
+    tied_modules: Any = module.tied_modules
+    return {param for param in tied_modules.parameters() if param.ds_pipe_replicated}
 
 
-def _of_fragment(
-    name: str,
-    fragment: Fragment,
-    at: tuple[int, int],
-    sharing: Sequence[int],
-    ranks: Ranks,
-    counts: dict[str, int],
-) -> Iterator[Place]:
-    """The tensor of a fragment; of an expert also those at its place on the ranks that have other experts."""
-    param: Any = fragment.param
-    kind = getattr(param, "group_name", None) if not getattr(param, "allreduce", True) else None
-    line: Sequence[int] = () if kind is None else ranks.experts[kind]
-    part, copies = _part(fragment, ranks, elsewhere=ranks.pipe is not None or len(line) > 1)
-    data = ranks.data if kind is None else ranks.experts_data[kind]
-    first_of = [data] if fragment.whole else []
-    if copies and not set(sharing) >= set(ranks.tensor):
-        first_of.append(ranks.tensor)
-    me = dist.get_rank()
-    counted = not getattr(param, "ds_pipe_replicated", False) and all(group[0] == me for group in first_of)
-    if len(line) < 2:
-        yield Place(replace(part, name=name), at, counted)
+def _is_first(each: ParamSlice, sharing: Sequence[int], groups: RankGroups) -> bool:
+    """Whether this rank is the first of those that hold the same elements."""
+    same: list[Sequence[int]] = []
+    if each.is_whole:
+        kind = _expert_kind(each.param)
+        same.append(groups.data if kind is None else groups.expert_data[kind])
+    if not _is_split(each.param, groups) and not set(sharing) >= set(groups.tensor):
+        same.append(groups.tensor)
+    return all(ranks[0] == dist.get_rank() for ranks in same)
+
+
+def _expert_kind(param: Any) -> str | None:
+    """The group of experts that a parameter belongs to; None where every rank has the parameter."""
+    return None if getattr(param, "allreduce", True) else param.group_name
+
+
+def _is_split(param: Tensor, groups: RankGroups) -> bool:
+    """Whether tensor-parallel ranks hold different parts of it."""
+    names = ("model_parallel", "tensor_model_parallel")
+    return len(groups.tensor) > 1 and any(getattr(param, name, False) for name in names)
+
+
+def _param_shard(name: str, each: ParamSlice, groups: RankGroups) -> ParamShard:
+    """What of the whole tensor lies here, as its own values."""
+    shard, kind = each.shard, _expert_kind(each.param)
+    numel = prod(shard.global_shape)
+    if _is_split(each.param, groups):
+        return _tensor_parallel_shard(name, each, groups)
+    elsewhere = groups.pipe is not None or (kind is not None and len(groups.experts[kind]) > 1)
+    if each.is_whole:
+        sharded = frozenset({0} if elsewhere else ())
+        return ParamShard(name, numel, _whole_block(shard.global_shape, sharded))
+    # Ranks that hold nothing of it begin behind its end.
+    boundaries = shard.boundaries + ((numel,) if elsewhere else ())
+    return ParamShard(name, numel, replace(shard, offset=0, boundaries=boundaries))
+
+
+def _tensor_parallel_shard(name: str, each: ParamSlice, groups: RankGroups) -> ParamShard:
+    """A tensor that is split over tensor-parallel ranks too.
+
+    Where they split dim 0 the parts follow each other, and the boundaries are known.
+    """
+    shard, num_ranks = each.shard, len(groups.tensor)
+    shape, numel = shard.global_shape, prod(shard.global_shape)
+    # Megatron sets these; what sets only `model_parallel` does not say which dim is split.
+    stride = getattr(each.param, "partition_stride", 1)
+    if getattr(each.param, "partition_dim", None) != 0 or stride != 1:
+        return ParamShard(name, numel * num_ranks, _whole_block(shape, None))
+    before = numel * list(groups.tensor).index(dist.get_rank())
+    inside = {0, *(b for b in shard.boundaries if 0 < b < numel)}
+    starts = {numel * index + b for index in range(num_ranks + 1) for b in inside}
+    boundaries = tuple(sorted(b for b in starts if 0 < b <= numel * num_ranks))
+    whole_shape = (shape[0] * num_ranks, *shape[1:])
+    flat = FlatShard(whole_shape, before + shard.start, 0, shard.numel, boundaries)
+    return ParamShard(name, numel * num_ranks, flat)
+
+
+def _whole_block(shape: tuple[int, ...], sharded_dims: frozenset[int] | None) -> BlockShard:
+    return BlockShard(shape, (0,) * len(shape), shape, sharded_dims)
+
+
+def _emptied(shard: ParamShard) -> ParamShard:
+    """The same tensor on a rank that holds nothing of it."""
+    own = shard.shard
+    if isinstance(own, BlockShard):
+        return replace(shard, shard=replace(own, sizes=(0,) * len(own.global_shape)))
+    return replace(shard, shard=replace(own, start=0, numel=0))
+
+
+class _ExpertNames:
+    """The names that experts would have if one rank held all, as in DeepSpeed's checkpoints."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._per_rank: dict[str, int] = {}  # by layer
+        for found in filter(None, map(_EXPERT.fullmatch, names)):
+            count = max(self._per_rank.get(found["layer"], 0), int(found["index"]) + 1)
+            self._per_rank[found["layer"]] = count
+
+    def on_rank(self, name: str, rank: int) -> str:
+        """The name of what rank number `rank` of the experts' group calls `name`."""
+        found = _EXPERT.fullmatch(name)
+        if found is None:
+            return f"{name}@{rank}"
+        index = rank * self._per_rank[found["layer"]] + int(found["index"])
+        return f"{found['layer']}{index}{found['rest']}"
+
+
+def _with_other_experts(
+    held: ModelShard, param: Tensor, groups: RankGroups, experts: _ExpertNames
+) -> Iterator[ModelShard]:
+    """The tensor itself; of an expert also those that other ranks hold instead of it."""
+    kind = _expert_kind(param)
+    ranks: Sequence[int] = () if kind is None else groups.experts[kind]
+    if len(ranks) < 2:
+        yield held
         return
-    for index, rank in enumerate(line):
-        here = replace(part, name=_name_of_expert(name, index, counts))
-        yield Place(here, at, counted) if rank == me else Place(_emptied(here), None, False)
+    for index, rank in enumerate(ranks):
+        shard = replace(held.shard, name=experts.on_rank(held.shard.name, index))
+        if rank == dist.get_rank():
+            yield replace(held, shard=shard)
+        else:
+            yield ModelShard(_emptied(shard), None, False)
 
 
-def _part(fragment: Fragment, ranks: Ranks, elsewhere: bool) -> tuple[ParamShard, bool]:
-    """What of the whole tensor lies here, as its own values, and whether tensor-parallel ranks hold copies."""
-    param: Any = fragment.param
-    numel = prod(fragment.shape)
-    beyond = (numel,) if elsewhere else ()  # ranks that hold nothing of it begin behind its end
-    if len(ranks.tensor) > 1 and (
-        getattr(param, "model_parallel", False) or getattr(param, "tensor_model_parallel", False)
-    ):
-        return _tensor_parallel(fragment, ranks), False
-    if fragment.whole:
-        cut = frozenset({0} if elsewhere else ())
-        box = BlockShard(fragment.shape, (0,) * len(fragment.shape), fragment.shape, cut)
-        return ParamShard("", numel, box), True
-    return ParamShard(
-        "", numel, FlatShard(fragment.shape, fragment.first, 0, fragment.size, fragment.boundaries + beyond)
-    ), True
-
-
-def _tensor_parallel(fragment: Fragment, ranks: Ranks) -> ParamShard:
-    """A tensor that is split over tensor-parallel ranks too: along dim 0 its runs follow each other."""
-    size, numel = len(ranks.tensor), prod(fragment.shape)
-    if getattr(fragment.param, "partition_dim", None) != 0 or getattr(fragment.param, "partition_stride", 1) != 1:
-        none = (0,) * len(fragment.shape)
-        return ParamShard("", numel * size, BlockShard(fragment.shape, none, fragment.shape, sharded_dims=None))
-    before = numel * list(ranks.tensor).index(dist.get_rank())
-    inside = {b for b in fragment.boundaries if 0 < b < numel}
-    begins = {numel * index + b for index in range(size + 1) for b in {0, *inside}}
-    shape = (fragment.shape[0] * size, *fragment.shape[1:])
-    boundaries = tuple(sorted(b for b in begins if 0 < b <= numel * size))
-    return ParamShard("", numel * size, FlatShard(shape, before + fragment.first, 0, fragment.size, boundaries))
-
-
-def _emptied(part: ParamShard) -> ParamShard:
-    piece = part.shard
-    if isinstance(piece, BlockShard):
-        return replace(part, shard=replace(piece, sizes=(0,) * len(piece.global_shape)))
-    return replace(part, shard=replace(piece, start=0, numel=0))
-
-
-def _expert_counts(names: Any) -> dict[str, int]:
-    """How many experts of each layer lie on one rank."""
-    counts: dict[str, int] = {}
-    for found in filter(None, map(_EXPERT.fullmatch, names)):
-        counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
-    return counts
-
-
-def _name_of_expert(name: str, rank: int, counts: dict[str, int]) -> str:
-    """The name that it would have if one rank held all experts, as in DeepSpeed's checkpoints."""
-    found = _EXPERT.fullmatch(name)
-    if found is None:
-        return f"{name}@{rank}"
-    return f"{found[1]}{rank * counts[found[1]] + int(found[2])}{found[3]}"
-
-
-def _with_other_stages(own: dict[str, Place], pipe: Any) -> list[Place]:
-    everyone: list[list[ParamShard]] = [[] for _ in range(dist.get_world_size(pipe))]
-    mine = [_emptied(place.part) for place in own.values()]
-    dist.all_gather_object(everyone, mine, group=pipe)
+def _with_other_stages(own: dict[str, ModelShard], pipe: dist.ProcessGroup) -> list[ModelShard]:
+    by_stage: list[list[ParamShard]] = [[] for _ in range(dist.get_world_size(pipe))]
+    dist.all_gather_object(by_stage, [_emptied(one.shard) for one in own.values()], group=pipe)
     whole: dict[str, ParamShard] = {}
-    for part in (part for stage in everyone for part in stage):
-        known = whole.setdefault(part.name, part)
-        if isinstance(known.shard, FlatShard) and isinstance(part.shard, FlatShard):
-            # A weight tied between stages is cut at other places in each.
-            both = tuple(sorted({*known.shard.boundaries, *part.shard.boundaries}))
-            whole[part.name] = replace(known, shard=replace(known.shard, boundaries=both))
-    return [_joined(part, own.get(name)) for name, part in whole.items()]
+    for shard in (shard for stage in by_stage for shard in stage):
+        known = whole.setdefault(shard.name, shard)
+        # A weight tied between stages is cut at other elements in each.
+        whole[shard.name] = _with_boundaries_of(known, shard)
+    return [
+        replace(own[name], shard=_with_boundaries_of(own[name].shard, shard))
+        if name in own
+        else ModelShard(shard, None, False)
+        for name, shard in whole.items()
+    ]
 
 
-def _joined(part: ParamShard, own: Place | None) -> Place:
-    if own is None:
-        return Place(part, None, False)
-    if isinstance(part.shard, FlatShard) and isinstance(own.part.shard, FlatShard):
-        piece = replace(own.part.shard, boundaries=part.shard.boundaries)
-        return replace(own, part=replace(own.part, shard=piece))
-    return own
-
-
-def _ranks_of(engine: Any) -> Ranks:
-    pipe = _asked(engine.mpu, "get_pipeline_model_parallel_group", "get_pipe_parallel_group")
-    tensor = _asked(
-        engine.mpu, "get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group"
-    )
-    listed = dist.get_process_group_ranks
-    return Ranks(
-        [dist.get_rank()] if tensor is None else listed(tensor),
-        pipe if pipe is not None and len(listed(pipe)) > 1 else None,
-        listed(engine.seq_data_parallel_group),
-        _listed(engine.expert_parallel_group),
-        _listed(engine.expert_data_parallel_group),
-    )
-
-
-def _listed(groups: dict[str, Any] | None) -> dict[str, Sequence[int]]:
-    return {name: dist.get_process_group_ranks(group) for name, group in (groups or {}).items()}
-
-
-def _asked(mpu: Any, *methods: str) -> Any:
-    """The answer of the first method that there is: as newer Megatrons, DeepSpeed's own grid and older ones call it."""
-    return next((getattr(mpu, name)() for name in methods if hasattr(mpu, name)), None)
+def _with_boundaries_of(shard: ParamShard, other: ParamShard) -> ParamShard:
+    if not (isinstance(shard.shard, FlatShard) and isinstance(other.shard, FlatShard)):
+        return shard
+    boundaries = tuple(sorted({*shard.shard.boundaries, *other.shard.boundaries}))
+    return replace(shard, shard=replace(shard.shard, boundaries=boundaries))
 
 
 def module_names(module: nn.Module, inside: nn.Module) -> list[str]:
     """The names in `module` of the parameters of one of its modules."""
-    wanted = {id(param) for param in inside.parameters()}
-    return [name for name, param in module.named_parameters() if id(param) in wanted]
+    wanted = set(inside.parameters())
+    return [name for name, param in module.named_parameters() if param in wanted]
