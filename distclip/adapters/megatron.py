@@ -1,59 +1,62 @@
-"""What Megatron-core says of a parameter by attributes on a plain tensor, as a layout."""
+"""The attributes that Megatron-core sets on plain tensors, read as layouts."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from distclip import Layout
+from distclip.errors import LayoutError
+from distclip.sharding.layout import Layout
 
 Axes: TypeAlias = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class MegatronLayouts:
-    """`layouts=` for parameters with the attributes of megatron-core; the arguments name the axes of the mesh.
+    """`layouts=` for parameters with the attributes of megatron-core.
 
-    | attribute                       | read as                                                               |
-    |---------------------------------|-----------------------------------------------------------------------|
-    | `tensor_model_parallel = True`  | sharded over `tp`, an expert's over `etp`                             |
-    | `allreduce = False`             | an expert's: sharded over `ep`                                        |
-    | `shared = True`                 | the second copy of a tied embedding: a copy over `pp`, not counted    |
-    | none of these                   | as without `layouts=`: copies, except along the mesh's distinct axes  |
+    | attribute                       | read as                                                    |
+    |---------------------------------|------------------------------------------------------------|
+    | `tensor_model_parallel = True`  | sharded over `tp`; an expert over `etp`                    |
+    | `allreduce = False`             | an expert: sharded over `ep`                               |
+    | `shared = True`                 | second copy of a tied embedding: replicated over `pp`      |
+    | none of these                   | as without `layouts=`: copies, except along distinct axes  |
 
-    `partition_dim` tells where the parts lie in the whole, which no norm depends on. An axis that is named here but
-    not in the mesh is an error only for a parameter that needs it: ignored, the norm would lack the other parts.
+    No norm depends on `partition_dim`. An axis that is named here but is not in the mesh is an
+    error only for a parameter that needs it: without the axis, the norm would lack the other parts.
 
-    Megatron's optimizers copy these attributes, but not `allreduce`, to their float32 parameters: for those, look
-    the model's parameter up by its name and pass that one on.
+    Megatron's optimizers copy these attributes to their float32 parameters, all but `allreduce`.
+    For those, look up the model's parameter by its name and pass that one on.
 
     Args:
-        tp, pp, ep: the axes of tensor, pipeline and expert parallelism.
-        etp: the axes that divide one expert; `tp` when omitted.
+        tp, pp, ep: the mesh axes of tensor, pipeline and expert parallelism.
+        etp: the axes that split one expert; `tp` if omitted.
 
     Raises:
-        LayoutError: `etp` was omitted, but Megatron divides experts otherwise than other tensors.
+        LayoutError: `etp` is omitted, but Megatron does not split experts as it splits other
+            tensors.
 
     Example:
-        Megatron's ranks in its default order "tp-cp-ep-dp-pp", and experts of one tensor rank in the place of
-        tensor-parallel ranks:
+        Megatron's ranks in its default order "tp-cp-ep-dp-pp". The second mesh is for experts that
+        are spread over the tensor-parallel ranks too, and not split:
 
         >>> import torch
         >>> from distclip.adapters import MegatronLayouts, megatron_layouts
-        >>> # mesh = init_device_mesh("cuda", (pp, dp, cp, tp), mesh_dim_names=("pp", "dp", "cp", "tp"))
+        >>> # axes = ("pp", "dp", "cp", "tp")
+        >>> # mesh = init_device_mesh("cuda", (pp, dp, cp, tp), mesh_dim_names=axes)
         >>> # distclip.Clipper(model, mesh=mesh, layouts=megatron_layouts)
-        >>> # mesh = init_device_mesh("cuda", (pp, edp, ep // tp, tp), mesh_dim_names=("pp", "edp", "ep", "tp"))
+        >>> # axes = ("pp", "edp", "ep", "tp")
+        >>> # mesh = init_device_mesh("cuda", (pp, edp, ep // tp, tp), mesh_dim_names=axes)
         >>> # distclip.Clipper(model, mesh=mesh, layouts=MegatronLayouts(ep=("ep", "tp"), etp=()))
         >>> weight = torch.zeros(2, 3)
         >>> weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
         >>> print(megatron_layouts("weight", weight))
         sharded over tp
 
-    Reference: megatron-core 0.16.1, `core/tensor_parallel/layers.py` and `core/optimizer/optimizer.py`.
+    Source: megatron-core 0.16.1, `core/tensor_parallel/layers.py`, `core/optimizer/optimizer.py`.
     """
 
     tp: Axes = "tp"
@@ -62,46 +65,50 @@ class MegatronLayouts:
     etp: Axes | None = None
 
     def __call__(self, name: str, param: Tensor) -> Layout | None:
-        from distclip.sharding.layout import Layout
-
-        expert = not getattr(param, "allreduce", True)
-        sharded = _set(self.ep) if expert else frozenset[str]()
+        is_expert = not getattr(param, "allreduce", True)
+        sharded = _as_set(self.ep) if is_expert else frozenset[str]()
         if getattr(param, "tensor_model_parallel", False):
-            sharded |= self._tensor_axes(name, expert)
-        replicated = _set(self.pp) if getattr(param, "shared", False) else frozenset[str]()
+            sharded |= self._expert_axes(name) if is_expert else self._tensor_axes()
+        is_second_copy = getattr(param, "shared", False)
+        replicated = _as_set(self.pp) if is_second_copy else frozenset[str]()
         return Layout(sharded, replicated) if sharded or replicated else None
 
-    def _tensor_axes(self, name: str, expert: bool) -> frozenset[str]:
-        tp, etp = _tensor_ranks()
-        if not expert:
-            return frozenset() if tp == 1 else _set(self.tp)
-        if self.etp is None and tp != etp:
-            from distclip.errors import LayoutError
+    def _tensor_axes(self) -> frozenset[str]:
+        return frozenset() if _tensor_parallel_sizes().tensor == 1 else _as_set(self.tp)
 
+    def _expert_axes(self, name: str) -> frozenset[str]:
+        tp, etp = _tensor_parallel_sizes()
+        if self.etp is None and tp != etp:
             raise LayoutError(
-                f"cannot tell which ranks hold the expert {name!r}: Megatron divides a tensor among {tp} ranks, but an "
-                f"expert's among {etp}, so that other ranks than those along {self.tp!r} hold its parts. "
-                f"Say which axes do, for example `MegatronLayouts(ep=('ep', 'tp'), etp=())`."
+                f"cannot tell which ranks hold the expert {name!r}: Megatron divides a tensor "
+                f"among {tp} ranks, but an expert's among {etp}: other ranks than those along "
+                f"{self.tp!r} hold its parts. Say which axes do, for example "
+                f"`MegatronLayouts(ep=('ep', 'tp'), etp=())`."
             )
-        return frozenset() if etp == 1 else _set(self.tp if self.etp is None else self.etp)
+        return frozenset() if etp == 1 else _as_set(self.tp if self.etp is None else self.etp)
 
 
 megatron_layouts = MegatronLayouts()
 
 
-def _tensor_ranks() -> tuple[int | None, int | None]:
-    """On how many ranks Megatron divides a tensor, and an expert's; None where it has not set up any.
+class _TensorParallelSizes(NamedTuple):
+    """How many ranks split a tensor, and an expert; None where Megatron has set up none."""
 
-    It marks parameters as `tensor_model_parallel` on a single tensor rank too, where no axis need be named.
-    """
+    tensor: int | None
+    expert: int | None
+
+
+def _tensor_parallel_sizes() -> _TensorParallelSizes:
+    # Megatron marks parameters as `tensor_model_parallel` on a single tensor-parallel rank too,
+    # where no axis need be named. It is not imported here: where nobody has, nothing is set up.
     state = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.model_parallel_is_initialized():
-        return None, None
-    return (
+        return _TensorParallelSizes(None, None)
+    return _TensorParallelSizes(
         state.get_tensor_model_parallel_world_size(),
         state.get_expert_tensor_parallel_world_size(),
     )
 
 
-def _set(axes: Axes) -> frozenset[str]:
+def _as_set(axes: Axes) -> frozenset[str]:
     return frozenset({axes} if isinstance(axes, str) else axes)

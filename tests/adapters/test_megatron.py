@@ -1,4 +1,4 @@
-"""The attributes that megatron-core sets on plain tensors tell distclip what they tell Megatron's own norm."""
+"""From megatron-core's attributes on plain tensors, distclip reads the norm that Megatron does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -20,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import ClipNorm, Clipper, LayoutError
 from distclip.adapters import MegatronLayouts, megatron_layouts
+from tests.conftest import pool
 from tests.support import reference
 from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
 from tests.support.tolerances import NORM, TOLERANCES
@@ -50,34 +51,30 @@ def clips_to(
         torch.testing.assert_close(param.grad, before[name] * factor, **TOLERANCES[torch.float32])
 
 
-# What a parameter is: its whole shape, the dim that tensor ranks divide, and the attributes. Experts are stacked.
-STYLES: dict[str, tuple[tuple[int, ...], int | None, dict[str, object]]] = {
-    "column.weight": (
-        (6, 4),
-        0,
-        {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": True},
-    ),
-    "row.weight": (
-        (5, 6),
-        1,
-        {"tensor_model_parallel": True, "partition_dim": 1, "allreduce": True},
-    ),
-    "row.bias": ((5,), None, {"allreduce": True, "sequence_parallel": False}),
-    "norm.weight": ((4,), None, {}),
-    "router.weight": ((4, 3), None, {"tensor_model_parallel": False, "partition_dim": -1}),
-    "embedding": (
-        (8, 3),
-        0,
-        {"tensor_model_parallel": True, "partition_dim": 0, "shared_embedding": True},
-    ),
+class Style(NamedTuple):
+    """What a parameter is: its whole shape, the dim that tensor ranks split, and its attributes."""
+
+    shape: tuple[int, ...]
+    split_dim: int | None
+    attributes: dict[str, object]
+
+
+def split_style(shape: tuple[int, ...], dim: int, partition_dim: int, **more: object) -> Style:
+    marks = {"tensor_model_parallel": True, "partition_dim": partition_dim}
+    return Style(shape, dim, marks | more)
+
+
+STYLES = {
+    "column.weight": split_style((6, 4), 0, 0, allreduce=True),
+    "row.weight": split_style((5, 6), 1, 1, allreduce=True),
+    "row.bias": Style((5,), None, {"allreduce": True, "sequence_parallel": False}),
+    "norm.weight": Style((4,), None, {}),
+    "router.weight": Style((4, 3), None, {"tensor_model_parallel": False, "partition_dim": -1}),
+    "embedding": split_style((8, 3), 0, 0, shared_embedding=True),
 }
-EXPERT_STYLES: dict[str, tuple[tuple[int, ...], int | None, dict[str, object]]] = {
-    "expert.fc1": (
-        (4, 6, 3),
-        1,
-        {"tensor_model_parallel": True, "partition_dim": 0, "allreduce": False},
-    ),
-    "expert.bias": ((4, 3), None, {"allreduce": False}),
+EXPERT_STYLES = {  # the first dim stacks experts
+    "expert.fc1": split_style((4, 6, 3), 1, 0, allreduce=False),
+    "expert.bias": Style((4, 3), None, {"allreduce": False}),
 }
 
 
@@ -87,7 +84,7 @@ def whole_gradient(*key: object, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def part(
+def local_param(
     name: str, whole: Tensor, attributes: dict[str, object], device: str
 ) -> tuple[str, nn.Parameter]:
     param = nn.Parameter(torch.zeros(whole.shape, device=device_of(device)))
@@ -112,9 +109,8 @@ def attributes_are_read(axes: tuple[str, str], device: str) -> None:
                     wholes.append(whole)
                 if at == stage:
                     second = {"shared": True} if tied and at == 1 else {}
-                    named.append(
-                        part("output_layer" if second else name, mine, attributes | second, device)
-                    )
+                    local_name = "output_layer" if second else name
+                    named.append(local_param(local_name, mine, attributes | second, device))
         clips_to(reference.total_norm(wholes, p), named, on, layouts, p)
 
 
@@ -124,7 +120,7 @@ def test_attributes_of_dense_parameters_are_read(four_ranks: Ranks, axes: tuple[
 
 
 def attributes_of_experts_are_read(device: str) -> None:
-    """Four experts, on two expert ranks times two tensor ranks; or on four, while dense tensors stay divided."""
+    """Four experts, on two expert ranks times two tensor ranks, or whole ones on four ranks."""
     on = mesh((2, 2), ("ep", "tp"), device)
     rank, (expert_rank, tensor_rank) = dist.get_rank(), divmod(dist.get_rank(), 2)
     dense = {name: style for name, style in STYLES.items() if name != "embedding"}
@@ -137,7 +133,7 @@ def attributes_of_experts_are_read(device: str) -> None:
                 if name in EXPERT_STYLES:
                     whole = whole.chunk(2, 0)[expert_rank] if divided else whole.chunk(4, 0)[rank]
                 mine = whole.chunk(2, dim)[tensor_rank] if dim is not None and divided else whole
-                named.append(part(name, mine, attributes, device))
+                named.append(local_param(name, mine, attributes, device))
             clips_to(reference.total_norm(wholes, p), named, on, layouts, p)
 
 
@@ -149,15 +145,14 @@ def what_the_mesh_lacks_is_named(device: str) -> None:
     on = mesh((2, 2), ("dp", "model"), device)
     for name, axis in (("column.weight", "tp"), ("expert.bias", "ep")):
         shape, _, attributes = (STYLES | EXPERT_STYLES)[name]
-        named = [part(name, torch.ones(shape), attributes, device)]
-        with pytest.raises(
-            LayoutError, match=rf"{name}.*names the axes \['{axis}'\].*\['dp', 'model'\]"
-        ):
+        named = [local_param(name, torch.ones(shape), attributes, device)]
+        expected = rf"{name}.*names the axes \['{axis}'\].*\['dp', 'model'\]"
+        with pytest.raises(LayoutError, match=expected):
             Clipper(named, mesh=on, layouts=megatron_layouts)
         with pytest.raises(LayoutError, match=rf"{name}.*pass the `mesh=`"):
             Clipper(named, layouts=megatron_layouts)
     plain = [
-        part(name, torch.ones(4), STYLES[name][2], device)
+        local_param(name, torch.ones(4), STYLES[name].attributes, device)
         for name in ("norm.weight", "router.weight")
     ]
     assert Clipper(plain, mesh=on, layouts=megatron_layouts).clip_().clipped
@@ -168,18 +163,20 @@ def test_an_axis_that_a_parameter_needs_and_the_mesh_lacks_is_an_error(four_rank
 
 
 def test_one_process_needs_no_mesh() -> None:
-    wholes = {name: whole_gradient(name, shape=style[0]) for name, style in STYLES.items()}
-    named = [part(name, whole, STYLES[name][2], "cpu") for name, whole in wholes.items()]
+    wholes = {name: whole_gradient(name, shape=style.shape) for name, style in STYLES.items()}
+    named = [
+        local_param(name, whole, STYLES[name].attributes, "cpu") for name, whole in wholes.items()
+    ]
     report = Clipper(named, ClipNorm(1.0), layouts=distclip.adapters.megatron_layouts).clip_()
     assert report.clipped
-    torch.testing.assert_close(
-        report.total_norm.double(), reference.total_norm(list(wholes.values())), **NORM
-    )
+    expected = reference.total_norm(list(wholes.values()))
+    torch.testing.assert_close(report.total_norm.double(), expected, **NORM)
 
 
 @contextmanager
 def megatron_gpt(sizes: dict[str, int]) -> Iterator[tuple[nn.Module, Any]]:
-    """Megatron's own GPT on this rank, and its parallel state. It lies on the CPU, which Megatron has no switch for."""
+    """Megatron's own GPT on this rank, on the CPU, and Megatron's parallel state."""
+    # Megatron has no switch for the CPU.
     cpu = mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)
     here = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
     with warnings.catch_warnings(), cpu, here:
@@ -223,18 +220,21 @@ def fill_gradients(model: nn.Module, state: Any) -> None:
         tied = getattr(param, "shared_embedding", False)
         key: list[object] = ["tied"] if tied else [name, state.get_pipeline_model_parallel_rank()]
         if getattr(param, "tensor_model_parallel", False):
-            key.append(
-                state.get_expert_tensor_parallel_rank()
-                if expert
-                else state.get_tensor_model_parallel_rank()
+            of_expert, of_tensor = (
+                state.get_expert_tensor_parallel_rank,
+                state.get_tensor_model_parallel_rank,
             )
+            key.append(of_expert() if expert else of_tensor())
         if expert:
             key += ["expert", state.get_expert_model_parallel_rank()]
         param.grad = whole_gradient(*key, shape=param.shape)
 
 
 def megatrons_norm(model: nn.Module, state: Any, p: float) -> Tensor:
-    """By Megatron's functions, as its chained optimizers combine them. Its 2-norm needs a GPU; other powers do not."""
+    """By Megatron's functions, as its chained optimizers combine them.
+
+    Megatron's 2-norm needs a GPU; other powers do not.
+    """
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
@@ -256,70 +256,70 @@ def megatrons_norm(model: nn.Module, state: Any, p: float) -> Tensor:
     return torch.tensor(norms, dtype=torch.float64).pow(p).sum() ** (1 / p)
 
 
-SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-MODELS: dict[str, tuple[dict[str, int], tuple[str, str], MegatronLayouts, set[str]]] = {
-    "pp x tp": (
-        dict(zip(SIZES, (2, 2), strict=False)),
-        ("pp", "tp"),
-        megatron_layouts,
-        {"tensor", "shared"},
-    ),
-    "pp x dp": (
-        dict(zip(SIZES, (1, 2), strict=False)),
-        ("pp", "dp"),
-        megatron_layouts,
-        {"tensor", "shared"},
-    ),
-    "ep x tp": (
-        dict(zip(SIZES, (2, 1, 2), strict=True)),
+class Setup(NamedTuple):
+    """How Megatron splits a model over four ranks, and the mesh and layouts for it."""
+
+    sizes: dict[str, int]
+    axes: tuple[str, str]
+    layouts: MegatronLayouts
+    marks: set[str]  # that its parameters have
+
+
+def sizes(tensor: int, pipeline: int, expert: int | None = None, **more: int) -> dict[str, int]:
+    dense = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    return dense | ({} if expert is None else {"expert_model_parallel_size": expert}) | more
+
+
+WHOLE_EXPERTS = MegatronLayouts(ep=("ep", "tp"), etp=())
+SETUPS = {
+    "pp x tp": Setup(sizes(2, 2), ("pp", "tp"), megatron_layouts, {"tensor", "shared"}),
+    "pp x dp": Setup(sizes(1, 2), ("pp", "dp"), megatron_layouts, {"tensor", "shared"}),
+    "ep x tp": Setup(sizes(2, 1, 2), ("ep", "tp"), megatron_layouts, {"tensor", "expert"}),
+    "ep x tp, whole experts": Setup(
+        sizes(2, 1, 4, expert_tensor_parallel_size=1),
         ("ep", "tp"),
-        megatron_layouts,
-        {"tensor", "expert"},
-    ),
-    "ep x tp, whole experts": (
-        {**dict(zip(SIZES, (2, 1, 4), strict=True)), "expert_tensor_parallel_size": 1},
-        ("ep", "tp"),
-        MegatronLayouts(ep=("ep", "tp"), etp=()),
+        WHOLE_EXPERTS,
         {"tensor", "expert"},
     ),
 }
 
 
+def marks_of(params: list[Any]) -> set[str]:
+    found = {
+        "tensor": any(getattr(p, "tensor_model_parallel", False) for p in params),
+        "expert": any(not getattr(p, "allreduce", True) for p in params),
+        "shared": any(getattr(p, "shared", False) for p in params),
+    }
+    return {mark for mark, is_there in found.items() if is_there}
+
+
+def has_megatrons_norm(model: nn.Module, state: Any, setup: Setup, p: float) -> None:
+    params = list(model.parameters())
+    fill_gradients(model, state)
+    norm = megatrons_norm(model, state, p)
+    before = [q.grad.clone() for q in params]
+    policy = ClipNorm(0.3 * norm.item(), p)
+    report = Clipper(model, policy, mesh=mesh((2, 2), setup.axes), layouts=setup.layouts).clip_()
+    assert report.coefficient < 0.31
+    # Megatron's norm is in float32.
+    torch.testing.assert_close(report.total_norm.double(), norm, rtol=2e-6, atol=0)
+    assert same_bits_everywhere(report.total_norm)
+    for param, was in zip(params, before, strict=True):
+        torch.testing.assert_close(param.grad, was * report.coefficient, rtol=2e-7, atol=0)
+
+
 def megatrons_own_models() -> None:
-    for kind, (sizes, axes, layouts, expected) in MODELS.items():
-        with megatron_gpt(sizes) as (model, state):
-            on = mesh((2, 2), axes)
-            params = list(model.parameters())
-            seen = (
-                {"tensor"}
-                if any(getattr(q, "tensor_model_parallel", False) for q in params)
-                else set()
-            )
-            seen |= {"expert"} if any(not getattr(q, "allreduce", True) for q in params) else set()
-            last_stage = state.get_pipeline_model_parallel_rank() == 1
-            assert any(getattr(q, "shared", False) for q in params) == last_stage, kind
-            assert seen == expected - {"shared"}, kind
+    for kind, setup in SETUPS.items():
+        with megatron_gpt(setup.sizes) as (model, state):
+            last_stage = {"shared"} if state.get_pipeline_model_parallel_rank() == 1 else set()
+            assert marks_of(list(model.parameters())) == setup.marks - {"shared"} | last_stage, kind
             for p in (1.0, 3.0):
-                fill_gradients(model, state)
-                norm = megatrons_norm(model, state, p)
-                before = [q.grad.clone() for q in params]
-                report = Clipper(
-                    model, ClipNorm(0.3 * norm.item(), p), mesh=on, layouts=layouts
-                ).clip_()
-                assert report.coefficient < 0.31
-                torch.testing.assert_close(
-                    report.total_norm.double(), norm, rtol=2e-6, atol=0
-                )  # a float32 norm
-                assert same_bits_everywhere(report.total_norm)
-                for param, was in zip(params, before, strict=True):
-                    torch.testing.assert_close(
-                        param.grad, was * report.coefficient, rtol=2e-7, atol=0
-                    )
-            if layouts is not megatron_layouts:
+                has_megatrons_norm(model, state, setup, p)
+            if setup.layouts is not megatron_layouts:
                 with pytest.raises(LayoutError, match=r"among 2 ranks.*among 1.*etp=\(\)"):
-                    Clipper(model, mesh=on, layouts=megatron_layouts)
+                    Clipper(model, mesh=mesh((2, 2), setup.axes), layouts=megatron_layouts)
 
 
 @needs_megatron
-def test_megatrons_own_models_have_megatrons_norm(four_on_cpus: Ranks) -> None:
-    four_on_cpus.run(megatrons_own_models)
+def test_megatrons_own_models_have_megatrons_norm() -> None:
+    pool(4).run(megatrons_own_models)

@@ -1,4 +1,7 @@
-"""torchtitan's own clip call replaced by one line: the same norm on its meshes, and an answer where it has none."""
+"""torchtitan's own clip call, replaced by one line: the same norm on its meshes.
+
+And an answer where torchtitan has none.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ from tests.support.tolerances import NORM
 from tests.support.wrapped import local
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed (tests/peers.txt)"
+    importlib.util.find_spec("torchtitan") is None,
+    reason="torchtitan is not installed (tests/peers.txt)",
 )
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -47,22 +51,29 @@ DEGREES: dict[str, dict[str, int]] = {
 
 @functools.cache
 def dims_of(kind: str, device: str) -> Any:
-    """torchtitan's meshes: all unflattened from one axis, `world`, those of one rank over a fake backend."""
+    """torchtitan's meshes, all unflattened from one axis, `world`.
+
+    Axes of one rank have a fake backend.
+    """
     from torchtitan.distributed import parallel_dims
 
-    degrees = {axis: 1 for axis in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")} | DEGREES[kind]
+    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
+    degrees = dict.fromkeys(axes, 1) | DEGREES[kind]
     with mock.patch.object(parallel_dims, "device_type", device):
         dims = parallel_dims.ParallelDims(**degrees, world_size=4)
         dims.build_mesh()
     return dims
 
 
-def placed(wholes: Sequence[Tensor], on: DeviceMesh, kinds: dict[str, Placement]) -> list[nn.Parameter]:
+def placed(
+    wholes: Sequence[Tensor], on: DeviceMesh, kinds: dict[str, Placement]
+) -> list[nn.Parameter]:
     placements = [kinds[axis] for axis in on.mesh_dim_names or ()]
     params = []
     for whole in wholes:
-        # cloned, since a Replicate DTensor may share the memory of its source
-        grad = distribute_tensor(whole.clone().to(device_of(on.device_type)), on, placements, src_data_rank=None)
+        # A clone, because a Replicate DTensor may share the memory of its source.
+        local_copy = whole.clone().to(device_of(on.device_type))
+        grad = distribute_tensor(local_copy, on, placements, src_data_rank=None)
         params.append(nn.Parameter(torch.zeros_like(grad)))
         params[-1].grad = grad.clone()
     return params
@@ -85,8 +96,11 @@ def parameters(kind: str, device: str) -> tuple[list[nn.Parameter], list[Tensor]
     params = placed(dense, dims.get_activated_mesh(list(DENSE)), DENSE)
     if dims.ep > 1:
         params += placed(experts, dims.get_activated_mesh(list(EXPERTS)), EXPERTS)
-    stages = [stage_wholes(at, seed=7) for at in range(dims.pp)]
-    return params, [w for dense, experts in stages for w in (dense + experts if dims.ep > 1 else dense)]
+    wholes: list[Tensor] = []
+    for other in range(dims.pp):
+        dense, experts = stage_wholes(other, seed=7)
+        wholes += dense + experts if dims.ep > 1 else dense
+    return params, wholes
 
 
 def same_as_torchtitan(device: str) -> None:
@@ -106,7 +120,8 @@ def same_as_torchtitan(device: str) -> None:
                 pp_mesh=dims.get_optional_mesh("pp"),
                 ep_enabled=dims.ep_enabled,
             )
-            # The one line. A stage's tensors do not know of the other stages: their root mesh has the axis `world`.
+            # The one line. Nothing on a stage's tensors shows the other stages: the axis of their
+            # root mesh is `world`.
             on = dims.get_activated_mesh(["pp", *DENSE]) if dims.pp > 1 else None
             with CommDebugMode() as comms:
                 norm = distclip.clip_grad_norm_(ours, max_norm, p, foreach=True, mesh=on)
@@ -128,7 +143,9 @@ def stages_ask_for_the_mesh(device: str) -> None:
     for kind in ("pp x fsdp", "pp x tp", "pp x fsdp x ep"):
         params, _ = parameters(kind, device)
         before = [local(p.grad).clone() for p in params]
-        with pytest.raises(LayoutError, match=r"lies on 2 of the 4 ranks .*\['world'\].*Pass `mesh=`"):
+        with pytest.raises(
+            LayoutError, match=r"lies on 2 of the 4 ranks .*\['world'\].*Pass `mesh=`"
+        ):
             distclip.clip_grad_norm_(params, 0.1)
         assert all(torch.equal(local(p.grad), was) for p, was in zip(params, before, strict=True))
 
@@ -177,7 +194,9 @@ def torchtitan_has_no_answer(device: str) -> None:
         assert same_bits_everywhere(norm)
         assert norm > 1  # it did clip
         for param, was in zip(params, before, strict=True):
-            torch.testing.assert_close(local(param.grad), was * (0.1 / (norm.item() + 1e-6)), rtol=3e-7, atol=0)
+            torch.testing.assert_close(
+                local(param.grad), was * (0.1 / (norm.item() + 1e-6)), rtol=3e-7, atol=0
+            )
         dist.barrier()
 
 

@@ -1,47 +1,53 @@
-"""Real DeepSpeed engines on the ranks of a pool: a small model, many configurations in one process."""
+"""Real DeepSpeed engines on the ranks of a pool: a small model, many configurations."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
+import distclip
 from tests.support import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BATCH = 4  # sequences a rank and micro-batch
+BATCH = 4  # sequences per rank and micro-batch
 LR = 1 / 16  # so small that the weights stay below 1, and a power of two: updates over it are exact
+# A weight minus its successor, over the learning rate: half a unit in the last place of a weight
+# below 1.
+APPLIED = {"rtol": 2e-6, "atol": 0.5 * 2**-23 / LR}
 
 
+@functools.cache
 def load() -> Any:
-    """DeepSpeed, without what it compiles at its start."""
+    """DeepSpeed, without what it compiles when it starts."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["DS_BUILD_OPS"] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    # Muon would compile functions at its import, and load torch's compiler for that.
-    with mock.patch("torch.compile", lambda function: function), suppress(ImportError):
-        import deepspeed.runtime.zero.muon.original_muon
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes all the same, only slowly.
+    # Where the CPU has no instructions for fp16 DeepSpeed refuses it; torch computes it slowly.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="gloo", verbose=False
-    )  # pipelines and experts are made before an engine
+    # Pipelines and experts are made before an engine.
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    gc.freeze()  # each ZeRO-3 engine collects garbage: a quarter of a second among these modules
     return deepspeed
 
 
@@ -56,6 +62,20 @@ def make_model(seed: int = 0) -> nn.Sequential:
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     params = list(model.parameters())
     return [{"params": params[:3]}, {"params": params[3:]}]
+
+
+@functools.cache
+def has_fp16() -> bool:
+    try:
+        make_model().half()(torch.zeros(1, 7, dtype=torch.float16)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def skip_without_fp16() -> None:
+    if not has_fp16():
+        pytest.skip("torch computes nothing in fp16 on this CPU")
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
@@ -168,35 +188,27 @@ def masters(made: Any) -> dict[str, Tensor]:
     """The float32 weights, whole, on every rank: by DeepSpeed's own means."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    flat = getattr(made.optimizer, "fp32_groups", None)
-    if flat is not None:  # FP16_UnfusedOptimizer
-        params, stepped = itertools.chain(*made.optimizer.fp16_groups), itertools.chain(*flat)
-        own = {id(p): master for p, master in zip(params, stepped, strict=True)}
-        return {
-            name: own[id(p)].detach().double().clone() for name, p in made.module.named_parameters()
+    optimizer = made.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        master_of = {p: p for p in made.module.parameters()}
+    elif hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
+        params = itertools.chain(*optimizer.fp16_groups)
+        master_of = dict(zip(params, itertools.chain(*optimizer.fp32_groups), strict=True))
+    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
+        master_of = {
+            param: values.view(param.shape)
+            for params, flat in groups
+            for param, values in zip(params, flat.split([p.numel() for p in params]), strict=True)
         }
-    if (flat := getattr(made.optimizer, "fp32_groups_flat", None)) is not None:  # FP16_Optimizer
-        stepped = itertools.chain(
-            *(
-                buffer.split([p.numel() for p in ps])
-                for buffer, ps in zip(flat, made.optimizer.fp16_groups, strict=True)
-            )
-        )
-        own = dict(zip(map(id, itertools.chain(*made.optimizer.fp16_groups)), stepped, strict=True))
-        return {
-            name: own[id(p)].view(p.shape).detach().double().clone()
-            for name, p in made.module.named_parameters()
-        }
-    if isinstance(made.optimizer, torch.optim.Optimizer):
-        return {name: p.detach().double().clone() for name, p in made.module.named_parameters()}
-    return {
-        name: safe_get_full_fp32_param(p).detach().double().clone()
-        for name, p in made.module.named_parameters()
-    }
+    else:
+        master_of = {p: safe_get_full_fp32_param(p) for p in made.module.parameters()}
+    named = made.module.named_parameters()
+    return {name: master_of[p].detach().double().clone() for name, p in named}
 
 
 def gradients(made: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    """What the engine is about to apply, whole, on every rank, in float64: by DeepSpeed's own means."""
+    """What the engine is about to apply, whole and in float64: by DeepSpeed's own means."""
     from deepspeed.utils import safe_get_full_grad
 
     named = made.module.named_parameters()
@@ -221,9 +233,40 @@ class Applied:
         backward(made, step, dtype, gas)
         self.grads, self.weights = gradients(made, scale), masters(made)
         made.step()
-        self.update = {
-            name: (self.weights[name] - after) / LR for name, after in masters(made).items()
-        }
+        self.update = updates(made, self.weights)
+
+
+def updates(made: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What SGD has subtracted from `weights` since, over the learning rate."""
+    return {name: (weights[name] - after) / LR for name, after in masters(made).items()}
+
+
+def check_applied(update: dict[str, Tensor], expected: Sequence[Tensor]) -> None:
+    for (name, found), want in zip(update.items(), expected, strict=True):
+        torch.testing.assert_close(found, want, **APPLIED, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@contextmanager
+def collectives() -> Iterator[list[int]]:
+    """The number of collectives that each decision inside makes."""
+    counts: list[int] = []
+    decide = distclip.step.decide
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with CommDebugMode() as comms:
+            decision = decide(*args, **kwargs)
+        counts.append(comms.get_total_counts())
+        return decision
+
+    with mock.patch.object(distclip.step, "decide", counting):
+        yield counts
+
+
+def attach_quietly(made: Any, *args: Any) -> Any:
+    """`attach` where the config has `gradient_clipping` as well, which it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return distclip.adapters.deepspeed.attach(made, *args)
 
 
 def norm_of(tensors: dict[str, Tensor], norm_type: float = 2.0) -> float:

@@ -1,0 +1,23 @@
+"""Ranks that load DeepSpeed: for its tests alone, because it keeps state in the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.ranks import Ranks
+
+
+@pytest.fixture(scope="package")
+def two_engine_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def four_engine_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
