@@ -97,6 +97,24 @@ def test_every_policy(
     two_engine_ranks.run(every_stateless_policy, stage, dtype, offload, more)
 
 
+def weights_that_moved() -> None:
+    with engine(config(2)) as made:
+        attach(made, distclip.AGC(0.1))
+        (master, *_) = made.optimizer.single_partition_of_fp32_groups
+        before = master.data_ptr()
+        made.offload_states()
+        made.reload_states()
+        assert master.data_ptr() != before
+        for index in range(2):  # in the first step the memory that was left has the same values
+            step = Applied(made, index)
+            grads, weights = list(step.grads.values()), list(step.weights.values())
+            engines.check_applied(step.update, reference.agc(weights, grads, 0.1))
+
+
+def test_weights_are_read_where_offloading_states_has_moved_them(two_engine_ranks: Ranks) -> None:
+    two_engine_ranks.run(weights_that_moved)
+
+
 ADAPTIVE = {
     "autoclip": distclip.AutoClip(50.0, 3),
     "zclip": distclip.ZClip(z_thresh=0.5, warmup_steps=2, max_norm=8.0),
