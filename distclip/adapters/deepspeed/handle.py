@@ -76,10 +76,10 @@ class Handle:
         partitions = read_partitions(optimizer)
         shards = model_shards(engine, partitions)
         outer = None if isinstance(optimizer, Optimizer) else OuterStepHook(optimizer, partitions)
-        weights = [each.weights() for each in partitions] if outer is None else outer.weights
+        weights = [one.weights() for one in partitions] if outer is None else outer.weights
         self._engine = engine
         self._clipper = Clipper(
-            [(each.shard.name, _weights_of(each, weights, engine.device)) for each in shards],
+            [(one.shard.name, _weights_of(one, weights, engine.device)) for one in shards],
             _exclude_by_name(policy, engine.module),
             mesh=_world_mesh(engine.device.type),
             layouts=None if is_replicated(engine, partitions) else _layouts(shards),
@@ -87,15 +87,15 @@ class Handle:
             on_nonfinite=on_nonfinite,
         )
         self._warn_if_clipped_twice()
-        self._own_clipping: float = engine._config.gradient_clipping
-        engine._config.gradient_clipping = 0.0
         if outer is None:
-            # Since DeepSpeed 0.17, for torch autocast in fp16.
+            # For torch autocast in fp16; not in DeepSpeed 0.16.9.
             scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
             self._hook = self._clipper.attach(optimizer, scaler)
         else:
             outer.register(self._clipper.decide)
             self._hook = outer
+        self._own_clipping: float = engine._config.gradient_clipping
+        engine._config.gradient_clipping = 0.0
         _attached.add(engine)
 
     @property
@@ -146,7 +146,7 @@ def _weights_of(
 
 
 def _layouts(shards: Sequence[ModelShard]) -> LayoutFunction:
-    layouts = {each.shard.name: each.layout for each in shards}
+    layouts = {one.shard.name: one.layout for one in shards}
 
     def layout_of(name: str, _: Tensor) -> Layout:
         return layouts[name]
@@ -167,11 +167,11 @@ def _exclude_by_name(policy: Policy[Any], module: nn.Module) -> Policy[Any]:
     if not is_dataclass(policy):
         return policy
     exclude = cast("tuple[Any, ...]", policy.exclude)
-    if not any(isinstance(each, nn.Module) for each in exclude):
+    if not any(isinstance(one, nn.Module) for one in exclude):
         return policy
     names: list[str] = []
-    for each in exclude:
-        names += module_names(module, each) if isinstance(each, nn.Module) else [each]
+    for one in exclude:
+        names += module_names(module, one) if isinstance(one, nn.Module) else [one]
     return replace(policy, exclude=tuple(names))  # type: ignore[call-arg]
 
 

@@ -52,8 +52,8 @@ class ModelShard:
 
 def is_replicated(engine: Any, partitions: Sequence[Partition]) -> bool:
     """Whether every rank holds all of the model: then there is nothing to declare."""
-    slices = (each for partition in partitions for each in partition.slices)
-    return RankGroups.of(engine).are_copies and all(each.is_whole for each in slices)
+    are_whole = (one.is_whole for partition in partitions for one in partition.slices)
+    return RankGroups.of(engine).are_copies and all(are_whole)
 
 
 def model_shards(engine: Any, partitions: Sequence[Partition]) -> list[ModelShard]:
@@ -67,11 +67,11 @@ def model_shards(engine: Any, partitions: Sequence[Partition]) -> list[ModelShar
     tied = _tied_copies(engine.module)
     own: dict[str, ModelShard] = {}
     for i, partition in enumerate(partitions):
-        for j, each in enumerate(partition.slices):
-            shard = _param_shard(names.get(each.param, f"#{i}.{j}"), each, groups)
-            is_counted = each.param not in tied and _is_first(each, partition.ranks, groups)
-            held = ModelShard(shard, SliceIndex(i, j), is_counted)
-            for one in _with_other_experts(held, each.param, groups, experts):
+        for j, held in enumerate(partition.slices):
+            shard = _param_shard(names.get(held.param, f"#{i}.{j}"), held, groups)
+            is_counted = held.param not in tied and _is_first(held, partition.ranks, groups)
+            mine = ModelShard(shard, SliceIndex(i, j), is_counted)
+            for one in _with_other_experts(mine, held.param, groups, experts):
                 own[one.shard.name] = one
     return list(own.values()) if groups.pipe is None else _with_other_stages(own, groups.pipe)
 
@@ -85,13 +85,13 @@ def _tied_copies(module: nn.Module) -> set[Tensor]:
     return {param for param in tied_modules.parameters() if param.ds_pipe_replicated}
 
 
-def _is_first(each: ParamSlice, sharing: Sequence[int], groups: RankGroups) -> bool:
+def _is_first(held: ParamSlice, sharing: Sequence[int], groups: RankGroups) -> bool:
     """Whether this rank is the first of those that hold the same elements."""
     same: list[Sequence[int]] = []
-    if each.is_whole:
-        kind = _expert_kind(each.param)
+    if held.is_whole:
+        kind = _expert_kind(held.param)
         same.append(groups.data if kind is None else groups.expert_data[kind])
-    if not _is_split(each.param, groups) and not set(sharing) >= set(groups.tensor):
+    if not _is_split(held.param, groups) and not set(sharing) >= set(groups.tensor):
         same.append(groups.tensor)
     return all(ranks[0] == dist.get_rank() for ranks in same)
 
@@ -107,14 +107,14 @@ def _is_split(param: Tensor, groups: RankGroups) -> bool:
     return len(groups.tensor) > 1 and any(getattr(param, name, False) for name in names)
 
 
-def _param_shard(name: str, each: ParamSlice, groups: RankGroups) -> ParamShard:
+def _param_shard(name: str, held: ParamSlice, groups: RankGroups) -> ParamShard:
     """What of the whole tensor lies here, as its own values."""
-    shard, kind = each.shard, _expert_kind(each.param)
+    shard, kind = held.shard, _expert_kind(held.param)
     numel = prod(shard.global_shape)
-    if _is_split(each.param, groups):
-        return _tensor_parallel_shard(name, each, groups)
+    if _is_split(held.param, groups):
+        return _tensor_parallel_shard(name, held, groups)
     elsewhere = groups.pipe is not None or (kind is not None and len(groups.experts[kind]) > 1)
-    if each.is_whole:
+    if held.is_whole:
         sharded = frozenset({0} if elsewhere else ())
         return ParamShard(name, numel, _whole_block(shard.global_shape, sharded))
     # Ranks that hold nothing of it begin behind its end.
@@ -122,16 +122,16 @@ def _param_shard(name: str, each: ParamSlice, groups: RankGroups) -> ParamShard:
     return ParamShard(name, numel, replace(shard, offset=0, boundaries=boundaries))
 
 
-def _tensor_parallel_shard(name: str, each: ParamSlice, groups: RankGroups) -> ParamShard:
+def _tensor_parallel_shard(name: str, held: ParamSlice, groups: RankGroups) -> ParamShard:
     """A tensor that is split over tensor-parallel ranks too.
 
     Where they split dim 0 the parts follow each other, and the boundaries are known.
     """
-    shard, num_ranks = each.shard, len(groups.tensor)
+    shard, num_ranks = held.shard, len(groups.tensor)
     shape, numel = shard.global_shape, prod(shard.global_shape)
     # Megatron sets these; what sets only `model_parallel` does not say which dim is split.
-    stride = getattr(each.param, "partition_stride", 1)
-    if getattr(each.param, "partition_dim", None) != 0 or stride != 1:
+    stride = getattr(held.param, "partition_stride", 1)
+    if getattr(held.param, "partition_dim", None) != 0 or stride != 1:
         return ParamShard(name, numel * num_ranks, _whole_block(shape, None))
     before = numel * list(groups.tensor).index(dist.get_rank())
     inside = {0, *(b for b in shard.boundaries if 0 < b < numel)}
@@ -173,18 +173,18 @@ class _ExpertNames:
 
 
 def _with_other_experts(
-    held: ModelShard, param: Tensor, groups: RankGroups, experts: _ExpertNames
+    mine: ModelShard, param: Tensor, groups: RankGroups, experts: _ExpertNames
 ) -> Iterator[ModelShard]:
     """The tensor itself; of an expert also those that other ranks hold instead of it."""
     kind = _expert_kind(param)
     ranks: Sequence[int] = () if kind is None else groups.experts[kind]
     if len(ranks) < 2:
-        yield held
+        yield mine
         return
     for index, rank in enumerate(ranks):
-        shard = replace(held.shard, name=experts.on_rank(held.shard.name, index))
+        shard = replace(mine.shard, name=experts.on_rank(mine.shard.name, index))
         if rank == dist.get_rank():
-            yield replace(held, shard=shard)
+            yield replace(mine, shard=shard)
         else:
             yield ModelShard(_emptied(shard), None, False)
 

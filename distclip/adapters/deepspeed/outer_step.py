@@ -46,7 +46,7 @@ class OuterStepHook:
         self._optimizer, self._partitions = optimizer, partitions
         self._gradients: dict[Tensor, Tensor | None] = {}  # by the weights, during `decide`
         self._decision: Decision | None = None  # during the outer step
-        self._loss_scale = 1.0  # that the decision is for
+        self._loss_scale = loss_scale(optimizer)  # that the decision is for
         self._hidden = HiddenGradients()
 
     def gradient(self, weights: Tensor) -> Tensor | None:
@@ -56,12 +56,12 @@ class OuterStepHook:
     def register(self, decide: Decide) -> None:
         self._decide, self._is_registered = decide, True
         self._own_clip_grad: float = self._optimizer.clip_grad
-        self._step: Callable[..., Any] = self._optimizer.step
-        self._optimizer.step = self._run
         self._hooks: list[Any] = []
         for inner in inner_optimizers(self._optimizer):
             self._hooks.append(inner.register_step_pre_hook(cast(Any, self._before_inner)))
             self._hooks.append(inner.register_step_post_hook(cast(Any, self._after_inner)))
+        self._step: Callable[..., Any] = self._optimizer.step
+        self._optimizer.step = self._run
 
     def remove(self) -> None:
         """Ends it. The optimizer clips by its own rule again."""

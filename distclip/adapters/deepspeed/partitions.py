@@ -50,20 +50,21 @@ class Partition:
         """The float32 weights of each slice."""
         values = self.stepped.detach()
         return [
-            self.stepped if self.stepped is each.param else each.view(values)
-            for each in self.slices
+            self.stepped if self.stepped is param_slice.param else param_slice.view(values)
+            for param_slice in self.slices
         ]
 
     def gradients(self) -> list[Tensor | None]:
         """The gradient of each slice as the outer step begins: scaled, and averaged over ranks."""
-        return [each.param.grad for each in self.slices]
+        return [param_slice.param.grad for param_slice in self.slices]
 
     def stepped_gradients(self) -> list[Tensor | None]:
         """The gradient of each slice as the inner step reads it: in float32, unscaled."""
         grad = self.stepped.grad
-        if grad is None:
-            return [None] * len(self.slices)
-        return [each.view(grad) if each.shard.numel else None for each in self.slices]
+        return [
+            None if grad is None or not param_slice.shard.numel else param_slice.view(grad)
+            for param_slice in self.slices
+        ]
 
 
 GradientBuffers: TypeAlias = Callable[[], Sequence[Tensor] | None]
@@ -86,7 +87,8 @@ class BufferedPartition(Partition):
             return [None] * len(self.slices)
         offsets = [0, *accumulate(buffer.numel() for buffer in buffers)]
         return [
-            each.view_in(buffers, offsets) if each.shard.numel else None for each in self.slices
+            param_slice.view_in(buffers, offsets) if param_slice.shard.numel else None
+            for param_slice in self.slices
         ]
 
 
@@ -142,7 +144,7 @@ _OBSTACLES = (
     _Obstacle("fused_adam_legacy", "FP16_Optimizer", _LEGACY_FUSION),
     _Obstacle(
         "torch_autocast_gradscaler",
-        None,  # DeepSpeed 0.16 knows no torch autocast
+        None,  # not in DeepSpeed 0.16.9
         "torch autocast in fp16 scales gradients once more, by a GradScaler inside the step",
     ),
 )
@@ -154,7 +156,8 @@ def _find_obstacle(optimizer: Any) -> str | None:
         return "Muon replaces gradients by updates"
     if "onebit" in inner.__module__:
         return f"{inner.__name__} averages gradients inside its own step"
-    return next((each.reason for each in _OBSTACLES if each.is_on(optimizer)), None)
+    reasons = (obstacle.reason for obstacle in _OBSTACLES if obstacle.is_on(optimizer))
+    return next(reasons, None)
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
