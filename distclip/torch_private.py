@@ -25,6 +25,8 @@ _torch = cast(Any, torch)
 local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 # DTensor.device_mesh and .placements have to be compared; thousands of tensors share one spec.
 dtensor_spec: Callable[[Tensor], Any] = attrgetter("_spec")
+
+
 def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Tensor | None:
     """The local tensor of a gradient that shares one spec with its parameter, as FSDP2 makes it.
 

@@ -134,6 +134,3 @@ def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     if all(map(attrgetter("is_cpu"), tensors)):  # three times as fast as to compare devices
         return [list(tensors)] if tensors else []
     return grouped(tensors, attrgetter("device"))
-
-
-pieces = tensor_lists  # the name that norms, step and functional still call it by

@@ -127,7 +127,7 @@ class Plan:
 def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
     """The plan for groups of `sharded.params`.
 
-    Chooses the kernels of every device in use as well, because the first use of one may compile it.
+    Chooses and compiles the kernels for accelerators as well, or the first step would.
 
     Raises:
         LayoutError, ValueError: it is unknown which elements form the units of a policy.
@@ -137,9 +137,10 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
     """
     params, mesh = sharded
     device = _reduce_device(params, mesh)
-    for each in {device, *(param.param.device for param in params)}:
-        kernels.backend(each)
     groups = [_make_group(spec, params[spec.members], device) for spec in specs]
+    for group in groups:
+        on_accelerator = [p for p in params[group.members] if not p.param.is_cpu]
+        kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     return Plan(params, mesh, groups, device)
