@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels, nonfinite, step
-from distclip.norms.kept_plans import plans_of, world_id
+from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import (
     Parameters,
@@ -36,6 +36,7 @@ from distclip.policies import (
 )
 from distclip.policies.checks import check_norm_type, check_not_negative
 from distclip.sharding.local_tensors import layout_cache_key, local_gradients, local_values
+from distclip.sharding.mesh import world_id
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 

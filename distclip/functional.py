@@ -103,7 +103,8 @@ def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Te
     if not clip_value_min <= clip_value_max:
         raise ValueError(
             f"cannot clamp to [{clip_value_min}, {clip_value_max}]: the lower bound is not at "
-            f"most the upper one, and no number lies between them. Pass clip_value_min <= clip_value_max."
+            f"most the upper one, and no number lies between them. "
+            f"Pass clip_value_min <= clip_value_max."
         )
     if t.is_complex():
         raise ValueError(

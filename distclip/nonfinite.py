@@ -10,13 +10,12 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import NonFiniteGradientError
 from distclip.norms.measure import measure
 from distclip.norms.plan import Plan
-from distclip.sharding.mesh import all_gather_objects
+from distclip.norms.reduce import RankGroup, gather_objects, rank_group
 
 OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
 
@@ -103,7 +102,7 @@ class NonFiniteSearch:
 
     names: Sequence[Sequence[str]]
     per_tensor: Sequence[Tensor]
-    group: dist.ProcessGroup | None
+    group: RankGroup | None
     pickled: bool = False
 
     def __call__(self) -> dict[str, list[int]]:
@@ -117,7 +116,7 @@ class NonFiniteSearch:
         for names, per_tensor in zip(self.names, self.per_tensor, strict=True):
             broken = (~per_tensor.isfinite()).nonzero()
             mine += [names[int(index)] for index in broken]
-        by_rank = gather(list(dict.fromkeys(mine))[:_MAX_NAMES], self.group)
+        by_rank = gather_objects(list(dict.fromkeys(mine))[:_MAX_NAMES], self.group)
         found: dict[str, list[int]] = {}
         for rank, names in by_rank.items():
             for name in names:
@@ -130,20 +129,6 @@ class NonFiniteSearch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-
-
-def gather(mine: Any, group: dist.ProcessGroup | None) -> dict[int, Any]:
-    """`mine` of every rank, by global rank. For what is rare, such as a failure on all ranks.
-
-    Collective: an all-gather of objects over `group`; none where it is None.
-    """
-    if group is None:
-        return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return all_gather_objects(mine, group)
-
-
-def reduce_group(plan: Plan) -> dist.ProcessGroup | None:
-    return None if plan.reduce_mesh is None else plan.reduce_mesh.group
 
 
 class _Worst(NamedTuple):
@@ -169,7 +154,9 @@ def error(
 
     Collective: an all-gather of objects over the reduce mesh.
     """
-    reports: dict[int, _RankReport] = gather(_rank_report(gradients, plan), reduce_group(plan))
+    reports: dict[int, _RankReport] = gather_objects(
+        _rank_report(gradients, plan), rank_group(plan)
+    )
     by_badness = [(each.worst.badness, -rank) for rank, each in reports.items() if each.worst]
     rank = -max(by_badness)[1]
     worst = cast(_Worst, reports[rank].worst)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip.errors import LayoutError
-from distclip.norms.plan import GroupSpec
-from distclip.policies import Policy
+from distclip.policies import GroupSpec, Policy
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import local_values, resolve_partial
 from distclip.sharding.read import named_parameters

@@ -20,12 +20,11 @@ from distclip.nonfinite import (
     OnNonFinite,
     coefficient_under,
     limit_under,
-    reduce_group,
 )
 from distclip.norms.measure import GroupMeasurement, TensorLists, measure
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
-from distclip.norms.reduce import GroupNorms, total_norms
+from distclip.norms.reduce import GroupNorms, rank_group, total_norms
 from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import NormContext, Policy, Scope
 from distclip.report import Report
@@ -267,7 +266,7 @@ def _report(
         limits,
         coefficients,
         total_norm=total.float(),
-        search=NonFiniteSearch(names, per_tensor, reduce_group(plan)),
+        search=NonFiniteSearch(names, per_tensor, rank_group(plan)),
     )
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _torch = cast(Any, torch)
@@ -34,9 +33,10 @@ def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Te
     getters above, called for 2,000 gradients, would take 10 % more time than all of this.
 
     Args:
+        param, grad: DTensors.
         resolved: the ids of specs without `Partial`, found so far; many parameters share one.
     """
-    if type(grad) is type(param) is DTensor and (spec := grad._spec) is param._spec:
+    if (spec := grad._spec) is param._spec:
         if id(spec) not in resolved:
             if any(placement.is_partial() for placement in spec.placements):
                 return None
@@ -69,6 +69,11 @@ def loss_scale(scaler: GradScaler) -> Tensor | None:
 def scaler_state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
     """`stage` and `found_inf_per_device` of an optimizer; in public only `unscale_` writes them."""
     return cast(Any, scaler)._per_optimizer_states[id(optimizer)]
+
+
+def takes_scaled_gradients(optimizer: Optimizer) -> bool:
+    """Whether GradScaler leaves scaling and skipping to the optimizer."""
+    return hasattr(optimizer, "_step_supports_amp_scaling")
 
 
 def root_mesh(mesh: Any) -> Any:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
-import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.norms.plan import Plan
@@ -65,9 +64,3 @@ def plans_of(mesh: object | None) -> PlanCache:
         return _without_mesh
     with _lock:
         return cast(PlanCache, _by_mesh.setdefault(mesh, PlanCache()))
-
-
-def world_id() -> int | None:
-    """Tells the default process group from one that was made after it was destroyed."""
-    initialized = dist.is_available() and dist.is_initialized()
-    return id(dist.group.WORLD) if initialized else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 
@@ -12,18 +11,10 @@ from distclip import kernels
 from distclip.norms import power_sums
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import verify
-from distclip.policies import Policy, Scope
+from distclip.policies import GroupSpec, Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh, all_gather_objects
 from distclip.sharding.read import ShardedParams
-
-
-class GroupSpec(NamedTuple):
-    """A parameter group as the user gives it: `params[members]` follow `policy`."""
-
-    name: str
-    members: slice
-    policy: Policy[Any]
 
 
 @dataclass(frozen=True)

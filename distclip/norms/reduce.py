@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,10 @@ from torch import Tensor
 from distclip.norms import power_sums
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
+from distclip.sharding.mesh import all_gather_objects
+
+T = TypeVar("T")
+RankGroup: TypeAlias = dist.ProcessGroup
 
 
 class GroupNorms(NamedTuple):
@@ -73,6 +77,21 @@ def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
     """
     for group in groups:
         dist.all_reduce(sums, group=group)
+
+
+def rank_group(plan: Plan) -> RankGroup | None:
+    """The ranks that a plan's sums are reduced over; None for this rank alone."""
+    return None if plan.reduce_mesh is None else plan.reduce_mesh.group
+
+
+def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
+    """`mine` of every rank, by global rank. For what is rare, such as a failure on all ranks.
+
+    Collective: an all-gather of objects over `group`; none where it is None.
+    """
+    if group is None:
+        return {dist.get_rank() if dist.is_initialized() else 0: mine}
+    return all_gather_objects(mine, group)
 
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:

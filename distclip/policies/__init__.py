@@ -4,6 +4,7 @@ from distclip.policies.adagc import AdaGC as AdaGC
 from distclip.policies.agc import AGC as AGC
 from distclip.policies.autoclip import AutoClip as AutoClip
 from distclip.policies.base import EmptyState as EmptyState
+from distclip.policies.base import GroupSpec as GroupSpec
 from distclip.policies.base import Minimum as Minimum
 from distclip.policies.base import NormContext as NormContext
 from distclip.policies.base import Policy as Policy

@@ -224,3 +224,11 @@ def check_policy(policy: Any) -> None:
         f"cannot clip with the policy {policy!r}: {found}. Pass an instance of a policy, such as "
         f"distclip.ClipNorm(1.0); to write a policy, derive from distclip.PolicyBase."
     )
+
+
+class GroupSpec(NamedTuple):
+    """A parameter group as the user gives it: `params[members]` follow `policy`."""
+
+    name: str
+    members: slice
+    policy: Policy[Any]

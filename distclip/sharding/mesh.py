@@ -190,6 +190,12 @@ def world_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.group.WORLD)
 
 
+def world_id() -> int | None:
+    """Distinguishes the default process group from one made after it was destroyed."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return id(dist.group.WORLD) if initialized else None
+
+
 def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
     """A small object of every rank, by global rank.
 

@@ -59,7 +59,7 @@ def record(scaler: GradScaler, stepped: Sequence[Optimizer], found_inf: Tensor) 
         # is the one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step
         # takes none.
         is_sharded = hasattr(scaler, "process_group")
-        flat = is_sharded and not hasattr(optimizer, "_step_supports_amp_scaling")
+        flat = is_sharded and not torch_private.takes_scaled_gradients(optimizer)
         found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])
         known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
         state["found_inf_per_device"] = {

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from distclip.nonfinite import gather, reduce_group
 from distclip.norms.plan import Plan
+from distclip.norms.reduce import gather_objects, rank_group
 
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
 
@@ -155,7 +155,7 @@ class CheckedOptimizers:
         known = [[ref() for ref in refs] for refs in self._checked]
         if list(optimizers) in known:
             return
-        for rank, found in gather(_difference(optimizers, plan), reduce_group(plan)).items():
+        for rank, found in gather_objects(_difference(optimizers, plan), rank_group(plan)).items():
             if found is not None:
                 raise ValueError(
                     f"cannot unscale and clip together: on rank {rank} {found}. Some gradients "

@@ -17,9 +17,9 @@ PUBLIC = "distclip"  # the package's own __init__.py
 BOTTOM = {"errors", "torch_private"}
 NORMS = BOTTOM | {"sharding", "kernels", "policies"}
 NONFINITE = NORMS | {"norms", "report"}
-STEP = NONFINITE | {"nonfinite"}
+STEP = NONFINITE | {"nonfinite", "parameters"}
 TRAINING = STEP | {"step"}
-CLIPPER = TRAINING | {"training", "parameters"}
+CLIPPER = TRAINING | {"training"}
 API = CLIPPER | {"clipper"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
-    "adapters": BOTTOM | {"sharding", "step", "training"},  # and the public names of every room
+    "adapters": BOTTOM
+    | {"sharding", "nonfinite", "step", "training"},  # and the public names of every room
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -47,11 +48,11 @@ THIRD_PARTY: dict[str, set[str]] = {
 }
 
 # A part of torch -> where it may be named; the longest match decides.
-KNOWS_RANKS = {"torch_private", "sharding", "norms.plan", "norms.reduce", "norms.verify"}
+KNOWS_RANKS = {"torch_private", "sharding", "norms.reduce", "norms.verify"}
 TORCH: dict[str, set[str]] = {
     "torch": {PUBLIC, *MAY_IMPORT},
     "torch.distributed": KNOWS_RANKS | {"training", "clipper", "api", "functional", "adapters"},
-    "torch.distributed.tensor": {"sharding"},
+    "torch.distributed.tensor": {"sharding", "torch_private"},
     "torch.distributed.fsdp": {"sharding"},
 }
 
