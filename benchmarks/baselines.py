@@ -1,9 +1,7 @@
-"""Everyone who clips, on plain tensors and on DTensors, and the passes over memory that nobody can beat."""
+"""Who clips plain tensors and DTensors, and the passes over memory that clipping needs."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,19 +10,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import distclip
-from benchmarks.correctness import NORM_TOLERANCE
-from benchmarks.timing import Gradients, Rival
+from benchmarks.gradients import Gradients
+from benchmarks.timing import Baseline, Run
 
+ONE_ULP = 1.2e-7  # of float32: the tolerance of distclip's norm
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
-OVERLAP = "distclip, overlap"
-PLAIN_READ, PLAIN_WRITE = "plain read", "plain write (mul_)"
+OVERLAP, MEASURING = "distclip, overlap", "distclip, measuring alone"
+PLAIN_READ, PLAIN_WRITE, COPY = "plain read", "plain write (mul_)", "device copy"
 PLAIN_BOTH, LOOK = "sum, then mul_", "a look at .grad and its version"
-MEASURING, COPY = "distclip, measuring alone", "device copy"
-Run = Callable[[], Any]
 
 
 def torch_clip(gradients: Gradients, limit: float) -> Run:
-    """As trainers call it: a norm that is a DTensor has to be made whole before anyone can log it."""
+    """As trainers call it: a norm that is a DTensor is made whole before anyone can log it."""
 
     def run() -> Tensor:
         norm = nn.utils.clip_grad_norm_(gradients.params, limit)
@@ -40,9 +37,9 @@ def torchtitan_clip(gradients: Gradients, limit: float) -> Run:
 
 
 def megatron_clip(gradients: Gradients, limit: float) -> Run:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Transformer Engine and Apex need not be installed
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+    if not gradients.flat.is_cuda:  # its import takes seconds
+        raise RuntimeError(f"these gradients are on {gradients.flat.device}")
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 
     def run() -> float:
         norm = get_grad_norm_fp32([p.grad for p in gradients.params])
@@ -53,19 +50,23 @@ def megatron_clip(gradients: Gradients, limit: float) -> Run:
 
 
 def deepspeed_clip(gradients: Gradients, limit: float) -> Run:
-    """The two functions that its bf16 optimizer calls; `clip_grad_norm_` beside them wants DeepSpeed's own groups."""
+    """What its bf16 optimizer calls; its `clip_grad_norm_` needs process groups of DeepSpeed."""
     from deepspeed.runtime.utils import clip_tensors_by_global_norm
 
     return lambda: clip_tensors_by_global_norm([p.grad for p in gradients.params], limit)
 
 
+def clipper_of(gradients: Gradients, limit: float, **options: Any) -> distclip.Clipper:
+    return distclip.Clipper(gradients.params, distclip.ClipNorm(limit), **options)
+
+
 def clipper_clip(gradients: Gradients, limit: float) -> Run:
-    clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
+    clipper = clipper_of(gradients, limit)
     return lambda: clipper.clip_().total_norm
 
 
 def overlap_clip(gradients: Gradients, limit: float) -> Run:
-    clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit), overlap=True)
+    clipper = clipper_of(gradients, limit, overlap=True)
     return lambda: clipper.clip_().total_norm
 
 
@@ -73,8 +74,14 @@ def function_clip(gradients: Gradients, limit: float) -> Run:
     return lambda: distclip.clip_grad_norm_(gradients.params, limit)
 
 
+def measure_alone(gradients: Gradients, limit: float) -> Run:
+    """What `clip_` does before it scales."""
+    clipper = clipper_of(gradients, limit)
+    return lambda: clipper.decide().report.total_norm
+
+
 def plain_read(gradients: Gradients, limit: float) -> Run:
-    """One call over all elements in one buffer. In 16 bits `dot` is bound by its arithmetic, and `sum` is not."""
+    """One call over all elements. In 16 bits `dot` is bound by its arithmetic, and `sum` is not."""
     flat = gradients.flat
     return (lambda: torch.dot(flat, flat)) if flat.dtype == torch.float32 else flat.sum
 
@@ -84,19 +91,13 @@ def plain_write(gradients: Gradients, limit: float) -> Run:
 
 
 def plain_both(gradients: Gradients, limit: float) -> Run:
-    """The least that torch's operators need for a clipping that knows the norm before it writes."""
+    """The least that torch's operators need for a clip that knows the norm before it writes."""
     return lambda: (gradients.flat.sum(), gradients.flat.mul_(1.0))
 
 
 def look(gradients: Gradients, limit: float) -> Run:
-    """Whether every gradient still is what was measured during backward: nobody who overlaps can do without."""
-    return lambda: [param.grad._version for param in gradients.params if param.grad is not None]
-
-
-def measuring(gradients: Gradients, limit: float) -> Run:
-    """What `clip_` does before it scales."""
-    clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
-    return lambda: clipper.decide((), None).norm
+    """Whether each gradient still is what backward measured: the least that overlap needs."""
+    return lambda: [p.grad._version for p in gradients.params if p.grad is not None]
 
 
 def copy(gradients: Gradients, limit: float) -> Run:
@@ -104,37 +105,44 @@ def copy(gradients: Gradients, limit: float) -> Run:
     return lambda: target.copy_(gradients.flat)
 
 
-def stepping(optimizer: Optimizer) -> list[Rival]:
-    """Clipping and the step of one optimizer, which everybody shares: its states are large."""
+def stepping(optimizer: Optimizer) -> list[Baseline]:
+    """Clipping and the step of one optimizer, which all share because its states are large."""
 
     def torch_step(gradients: Gradients, limit: float) -> Run:
         clip = torch_clip(gradients, limit)
-        return lambda: (clip(), optimizer.step())[0]
+
+        def run() -> Tensor:
+            norm = clip()
+            optimizer.step()
+            return norm
+
+        return run
 
     def clipper_step(gradients: Gradients, limit: float) -> Run:
-        clipper = distclip.Clipper(gradients.params, distclip.ClipNorm(limit))
+        clipper = clipper_of(gradients, limit)
         return lambda: clipper.step(optimizer).total_norm
 
-    return [Rival(TORCH, torch_step), Rival(CLIPPER, clipper_step, NORM_TOLERANCE)]
+    return [Baseline(TORCH, torch_step), Baseline(CLIPPER, clipper_step, ONE_ULP)]
 
 
-ON_RANKS = (
-    Rival(TORCH, torch_clip),
-    Rival("torchtitan", torchtitan_clip),
-    Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
-    Rival(FUNCTION, function_clip, NORM_TOLERANCE),
-    Rival(PLAIN_READ, plain_read, None),
-)
+CLIPPING = Baseline(TORCH, torch_clip), Baseline(CLIPPER, clipper_clip, ONE_ULP)
 AFTER_BACKWARD = (
-    Rival(TORCH, torch_clip),
-    Rival(CLIPPER, clipper_clip, NORM_TOLERANCE),
-    Rival(OVERLAP, overlap_clip, NORM_TOLERANCE),
-    Rival(LOOK, look, None),
+    *CLIPPING,
+    Baseline(OVERLAP, overlap_clip, ONE_ULP),
+    Baseline(LOOK, look, tolerance=None),
+)
+ON_RANKS = (
+    *CLIPPING,
+    Baseline(FUNCTION, function_clip, ONE_ULP),
+    Baseline("torchtitan", torchtitan_clip),
+    Baseline(PLAIN_READ, plain_read, tolerance=None),
 )
 IN_ONE_PROCESS = (
     *ON_RANKS,
-    Rival("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
-    Rival("DeepSpeed", deepspeed_clip),
-    Rival(PLAIN_WRITE, plain_write, None),
-    Rival(PLAIN_BOTH, plain_both, None),
+    Baseline("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
+    Baseline("DeepSpeed", deepspeed_clip),
+    Baseline(PLAIN_WRITE, plain_write, tolerance=None),
+    Baseline(PLAIN_BOTH, plain_both, tolerance=None),
 )
+ON_DEVICE = (*IN_ONE_PROCESS, Baseline(COPY, copy, tolerance=None))
+MEASURING_ALONE = Baseline(MEASURING, measure_alone, ONE_ULP)

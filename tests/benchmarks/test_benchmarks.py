@@ -23,9 +23,29 @@ from benchmarks.clip import GPT2, AfterBackward, Case, gradients
 from benchmarks.clip import cases as clip_cases
 from benchmarks.goals import CLIP, SHARDED, AtMost, Goal, Judged, Under
 from benchmarks.models import LLAMA_1B
-from benchmarks.rivals import CLIPPER, COPY, FUNCTION, IN_ONE_PROCESS, MEASURING, ON_RANKS, OVERLAP, TORCH, torch_clip
+from benchmarks.rivals import (
+    CLIPPER,
+    COPY,
+    FUNCTION,
+    IN_ONE_PROCESS,
+    MEASURING,
+    ON_RANKS,
+    OVERLAP,
+    TORCH,
+    torch_clip,
+)
 from benchmarks.sharded import CASES, QUICK
-from benchmarks.timing import STATES, Gradients, Rival, Row, Together, in_turn, measure, ratio, worst_element
+from benchmarks.timing import (
+    STATES,
+    Gradients,
+    Rival,
+    Row,
+    Together,
+    in_turn,
+    measure,
+    ratio,
+    worst_element,
+)
 
 ROOT = Path(__file__).parents[2]
 FACTOR = STATES["clipping"]
@@ -41,7 +61,9 @@ Line = dict[str, str]
 def command(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", f"benchmarks.{name}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
 
 
 def quick(name: str, out: Path) -> tuple[list[Line], str]:
@@ -62,14 +84,21 @@ def quick(name: str, out: Path) -> tuple[list[Line], str]:
 
 
 def table_rows(markdown: str) -> list[list[str]]:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in markdown.splitlines()
+        if line[:1] == "|"
+    ]
     return [row for row in rows if row[0] != "---" and "goal" not in row and "note" not in row]
 
 
 def check_lines(lines: list[Line], result: str, cases: dict[str, Sequence[Rival]]) -> None:
     """Each rival in each case and state, with its numbers in the result; and they agree with each other."""
     assert {(line["case"], line["state"], line["rival"]) for line in lines} == {
-        (case, state, rival.name) for case, rivals in cases.items() for state in STATES for rival in rivals
+        (case, state, rival.name)
+        for case, rivals in cases.items()
+        for state in STATES
+        for rival in rivals
     }
     rows = table_rows(result)
     median = {(line["case"], line["state"], line["rival"]): line["ms_p50"] for line in lines}
@@ -81,7 +110,9 @@ def check_lines(lines: list[Line], result: str, cases: dict[str, Sequence[Rival]
         assert float(line["ms_p20"]) <= float(line["ms_p50"]) <= float(line["ms_p80"])
         of_torch = float(median[line["case"], line["state"], TORCH]) / float(line["ms_p50"])
         assert float(line["times_torch_p50"]) == pytest.approx(of_torch, rel=1e-4)
-        written = [f"{float(line['ms_p50']):.3g} ({float(line['ms_p20']):.3g} to {float(line['ms_p80']):.3g})"]
+        written = [
+            f"{float(line['ms_p50']):.3g} ({float(line['ms_p20']):.3g} to {float(line['ms_p80']):.3g})"
+        ]
         assert any(row[0] == line["rival"] and row[1:2] == written for row in rows), line
     for line in lines:
         if line["rival"] in (CLIPPER, FUNCTION, OVERLAP):
@@ -109,7 +140,13 @@ def check_goals(lines: list[Line], result: str, goals: Sequence[Goal | Under]) -
 
 
 def check_facts(result: str) -> None:
-    for fact in (r"machine: ", f"{os.cpu_count()} cores", "GiB of memory", f"torch {torch.__version__}", "load: "):
+    for fact in (
+        r"machine: ",
+        f"{os.cpu_count()} cores",
+        "GiB of memory",
+        f"torch {torch.__version__}",
+        "load: ",
+    ):
         assert fact in result
     assert date.today().isoformat() in result
 
@@ -166,7 +203,9 @@ def test_gpt2_has_its_published_size() -> None:
 # What is timed is right ---------------------------------------------------------------------------
 
 
-def scaled(work: Gradients, limit: float, wrong: Callable[[list[Tensor], Tensor], Any]) -> Callable[[], Any]:
+def scaled(
+    work: Gradients, limit: float, wrong: Callable[[list[Tensor], Tensor], Any]
+) -> Callable[[], Any]:
     """torch's clip with something wrong after it."""
     return lambda: wrong(work.values, torch_clip(work, limit)())
 
@@ -246,7 +285,9 @@ def test_a_rival_that_cannot_run_is_a_row_that_says_why() -> None:
         raise ImportError("No module named 'peer'")
 
     work = gradients([(3,)], torch.float32)
-    (row,) = measure("case", "clipping", FACTOR, work, [Rival("peer", start, needs="a GPU")], rounds=1)
+    (row,) = measure(
+        "case", "clipping", FACTOR, work, [Rival("peer", start, needs="a GPU")], rounds=1
+    )
     assert row.note == "does not run: needs a GPU (ImportError: No module named 'peer')"
 
 
@@ -262,7 +303,9 @@ def test_what_is_wrong_on_another_rank_is_wrong() -> None:
 def test_the_error_of_an_element() -> None:
     was = torch.tensor([1.0, -2.0, 0.0])
     assert worst_element(was * 0.25, was, 0.25) == 0
-    assert worst_element(torch.tensor([0.25, -0.51, 0.0]), was, 0.25) == pytest.approx(0.02, rel=1e-5)
+    assert worst_element(torch.tensor([0.25, -0.51, 0.0]), was, 0.25) == pytest.approx(
+        0.02, rel=1e-5
+    )
     assert worst_element(torch.tensor([0.25, -0.5, 1.0]), was, 0.25) > 1e30
     assert math.isnan(worst_element(torch.tensor([0.25, math.nan, 0.0]), was, 0.25))
     assert worst_element(was, was, 1.0) == 0
@@ -282,7 +325,9 @@ def test_every_round_clips_the_same_gradients() -> None:
 
         return run
 
-    measure("case", "clipping", FACTOR, work, [Rival("first", start), Rival("second", start)], rounds=3)
+    measure(
+        "case", "clipping", FACTOR, work, [Rival("first", start), Rival("second", start)], rounds=3
+    )
     assert len(norms) == 2 * (3 + 2 + 2)  # two rounds to warm up; checked before and after
     assert norms == pytest.approx([work.norm] * len(norms), rel=1e-12)
 
@@ -342,14 +387,19 @@ def test_goals(goal: Judged, found: str, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(("note", "code"), [("", 0), ("WRONG: off", 1)])
-def test_the_exit_code_tells_whether_distclip_is_right(tmp_path: Path, note: str, code: int) -> None:
+def test_the_exit_code_tells_whether_distclip_is_right(
+    tmp_path: Path, note: str, code: int
+) -> None:
     rows = [
         Row("case", "clipping", TORCH, [1.0]),
         Row("case", "clipping", CLIPPER, [] if note else [1.0], note=note),
         Row("case", "clipping", "peer", note="does not run: no GPU"),
     ]
     goals = [Goal("case", "clipping", 1.0)]
-    assert show.publish("clip", "Title", rows, goals, show.Options(out=tmp_path), show.Began(), "work") == code
+    assert (
+        show.publish("clip", "Title", rows, goals, show.Options(out=tmp_path), show.Began(), "work")
+        == code
+    )
 
 
 # One CUDA device ----------------------------------------------------------------------------------
@@ -360,7 +410,10 @@ def test_without_a_device_there_is_one_line() -> None:
         pytest.skip("there is a CUDA device")
     done = command("gpu")
     assert done.returncode == 2
-    assert done.stderr.strip() == "benchmarks.gpu: torch sees no CUDA device on this machine, so nothing was measured"
+    assert (
+        done.stderr.strip()
+        == "benchmarks.gpu: torch sees no CUDA device on this machine, so nothing was measured"
+    )
     assert done.stdout == ""
 
 
@@ -379,11 +432,20 @@ def test_the_work_of_the_device_runs_on_a_cpu(tmp_path: Path) -> None:
     assert {("not clipping", MEASURING), ("not clipping", COPY)} <= timed
     assert len(counted) == len(timed)
     judged = [goal.judged(rows) for goal in gpu.goals_of(case.name)]
-    assert [line[2:] for line in judged if "syncs" in line[2]] == [["at most 0 syncs", "1", "not reached"]] * 3
-    assert [line[2:] for line in judged if "launches" in line[2]] == [["at most 4 launches", "3", "reached"]] * 2
+    assert [line[2:] for line in judged if "syncs" in line[2]] == [
+        ["at most 0 syncs", "1", "not reached"]
+    ] * 3
+    assert [line[2:] for line in judged if "launches" in line[2]] == [
+        ["at most 4 launches", "3", "reached"]
+    ] * 2
     assert "not measured" not in {line[4] for line in judged}
     options = show.Options(rounds=2, out=tmp_path)
-    assert show.publish("gpu", "One device", rows, gpu.goals_of(case.name), options, show.Began(), "a CPU") == 0
+    assert (
+        show.publish(
+            "gpu", "One device", rows, gpu.goals_of(case.name), options, show.Began(), "a CPU"
+        )
+        == 0
+    )
     assert "3 launches, 1 syncs" in next(tmp_path.glob("*.md")).read_text()
 
 
@@ -398,9 +460,17 @@ def test_a_step_of_the_benchmark_clips_and_steps() -> None:
 
 
 def test_launches_and_syncs_are_counted() -> None:
-    events = [("cudaLaunchKernel", 7), ("cuLaunchKernelEx", 2), ("cudaMemcpyAsync", 5), ("aten::mul_", 9)]
+    events = [
+        ("cudaLaunchKernel", 7),
+        ("cuLaunchKernelEx", 2),
+        ("cudaMemcpyAsync", 5),
+        ("aten::mul_", 9),
+    ]
     assert gpu.num_launches(events) == 9
-    messages = ["called a synchronizing CUDA operation (Triggered internally at ...)", "something is deprecated"]
+    messages = [
+        "called a synchronizing CUDA operation (Triggered internally at ...)",
+        "something is deprecated",
+    ]
     assert gpu.num_syncs(messages) == 1
 
 

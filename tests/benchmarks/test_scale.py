@@ -22,7 +22,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("scale") / "rows.json"
     command = [sys.executable, "-m", "benchmarks.scale", "--quick", "--json", str(out)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False
+    )
     assert out.exists(), done.stderr
     return json.loads(out.read_text())
 
@@ -36,7 +38,9 @@ def test_models_have_the_published_number_of_parameters() -> None:
 
 def test_stages_share_out_every_layer() -> None:
     for num_stages in (1, 7, 16):
-        units = [unit for stage in range(num_stages) for unit in LLAMA_405B.stage(stage, num_stages)]
+        units = [
+            unit for stage in range(num_stages) for unit in LLAMA_405B.stage(stage, num_stages)
+        ]
         assert units == LLAMA_405B.stage(0, 1)
 
 
@@ -46,7 +50,9 @@ def test_every_element_is_counted_exactly_once(rows: list[dict[str, Any]]) -> No
     assert all(row["plans"] >= 2 for row in rows)
 
 
-def test_a_plan_for_16384_ranks_is_made_in_a_second_and_50_megabytes(rows: list[dict[str, Any]]) -> None:
+def test_a_plan_for_16384_ranks_is_made_in_a_second_and_50_megabytes(
+    rows: list[dict[str, Any]],
+) -> None:
     (largest,) = (row for row in rows if row["ranks"] == 16_384)
     assert largest["model"] == "Llama-3 405B"
     assert largest["cpu_seconds"] < SECONDS  # of this process alone: the machine may be busy
@@ -64,7 +70,9 @@ def test_a_step_has_one_collective_over_all_ranks(rows: list[dict[str, Any]]) ->
 def test_the_plan_on_paper_says_what_the_model_gives() -> None:
     command = [sys.executable, "-m", "benchmarks.scale_plan"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=True
+    )
     page = (ROOT / "docs" / "scale.md").read_text()
     assert done.stdout.count("\n") == 2 + 4 * 3
     assert done.stdout in page
