@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,11 @@ class Benchmark:
 
     def facts(self, work: str) -> dict[str, str]:
         about = tables.run_facts(self.began)
-        installed = {d.name: d.version for d in distributions()}
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         about["machine"] += f", {memory:.0f} GiB of memory"
-        about["versions"] += "".join(f", {p} {installed[p]}" for p in PEERS if p in installed)
+        for peer in PEERS:
+            with suppress(PackageNotFoundError):
+                about["versions"] += f", {peer} {version(peer)}"
         load = f"{self.load:.2f} at the start, {os.getloadavg()[0]:.2f} at the end"
         about["load"] = f"{load}, on {os.cpu_count()} cores{self.load_warning}"
         quick = ", --quick: smaller and fewer tensors than the names say" if self.quick else ""

@@ -38,8 +38,8 @@ CASES = (
 )
 QUICK = (
     Case(LLAMA_70B, (10, 3, 10, 4), num_random=0),
-    Case(LLAMA_405B, (16, 2, 64, 8), num_random=0),
-    Case(MIXTURE, (16, 2, 8, 8), (16, 2, 2, 32), num_random=0),
+    Case(LLAMA_405B, (16, 2, 64, 8), num_random=0, num_corners=2),
+    Case(MIXTURE, (16, 2, 8, 8), (16, 2, 2, 32), num_random=0, num_corners=2),
 )
 ON_PAPER = (
     Case(LLAMA_8B, (1, 1, 8, 1)),

@@ -44,13 +44,16 @@ class Case:
     Attributes:
         dense: ranks along (pp, dp_replicate, fsdp, tp).
         experts: the same ranks along (pp, dp_replicate, efsdp, ep), for the experts.
-        num_random: how many plans of random ranks are built, besides those of the corners.
+        num_random: how many random ranks are sampled.
+        num_corners: how many are sampled of rank 0, the last rank, the last rank of the first
+            pipeline stage, the first rank of the last one.
     """
 
     model: Model
     dense: tuple[int, int, int, int]
     experts: tuple[int, int, int, int] | None = None
     num_random: int = 2
+    num_corners: int = 4
 
     @property
     def world(self) -> int:
@@ -116,30 +119,31 @@ def simulated(case: Case, rank: int) -> Iterator[Meshes]:
 
 
 def sharded_stage(case: Case, meshes: Meshes, stage: int, device: str = "meta") -> nn.Module:
-    """`distribute_tensor` over tp or ep, then `fully_shard` of each unit."""
+    """One pipeline stage as torch shards it."""
     # Sliced once: torch compares and hashes all ranks of each new slice.
     slices = {e: (mesh[AXES[e][3]], mesh[AXES[e][1:3]]) for e, mesh in meshes.items()}
-    stack = nn.ModuleList()
-    for unit in case.units(stage):
-        (inner, outer), module = slices[unit[0].expert], nn.Module()
-        for weight in unit:
-            values, (placement, shard) = (
-                torch.ones(weight.shape, device=device),
-                case.placements(weight),
-            )
-            placed = distribute_tensor(values, inner, [placement], src_data_rank=None)
-            module.register_parameter(weight.name, nn.Parameter(placed))
-        stack.append(
-            fully_shard(module, mesh=outer, shard_placement_fn=lambda _, shard=shard: shard)
-        )
-    return stack
+    units = case.units(stage)
+    return nn.ModuleList(_sharded_unit(case, u, *slices[u[0].expert], device) for u in units)
+
+
+def _sharded_unit(
+    case: Case, unit: Unit, inner: DeviceMesh, outer: DeviceMesh, device: str
+) -> nn.Module:
+    """`distribute_tensor` over tp or ep, then `fully_shard`."""
+    module, shard = nn.Module(), case.placements(unit[0])[1]
+    for weight in unit:
+        values = torch.ones(weight.shape, device=device)
+        placements = case.placements(weight)[:1]
+        values = distribute_tensor(values, inner, placements, src_data_rank=None)
+        module.register_parameter(weight.name, nn.Parameter(values))
+    return fully_shard(module, mesh=outer, shard_placement_fn=lambda _: shard)
 
 
 def sample(case: Case, seed: int = 0) -> list[int]:
-    """First and last rank of the first and the last stage, and random ones."""
-    stage = case.world // case.dense[0]
-    corners = {0, stage - 1, case.world - stage, case.world - 1}
-    return sorted(corners | set(random.Random(seed).sample(range(case.world), case.num_random)))
+    """The ranks whose plans are built."""
+    last, stage = case.world - 1, case.world // case.dense[0]
+    corners = {*(0, last, stage - 1, case.world - stage)[: case.num_corners]}
+    return sorted(corners | {*random.Random(seed).sample(range(case.world), case.num_random)})
 
 
 def build_plans(case: Case) -> tuple[dict[Weight, Layout], dict[str, float]]:
@@ -156,24 +160,19 @@ def build_plans(case: Case) -> tuple[dict[Weight, Layout], dict[str, float]]:
             clipper, cost = timed_clipper(sharded_stage(case, meshes, stage))
         weights = [weight for unit in case.units(stage) for weight in unit]
         for weight, local in zip(weights, clipper.plan.params, strict=True):
-            at, layout = (
-                case.coordinates[weight.expert][rank],
-                layouts.setdefault(weight, local.layout),
-            )
+            at = case.coordinates[weight.expert][rank]
             _, _, outer, inner = at.values()
-            found = (
-                local.layout,
-                local.coordinate,
-                local.counted,
-                local.param._local_tensor.numel(),
-            )
-            rule = (layout, at, layout.counted_at(at), local_numel(case, weight, inner, outer))
-            assert found == rule, (weight, rank, found, rule)
+            layout = layouts.setdefault(weight, local.layout)
+            assert local.layout == layout, (weight, rank)
+            assert local.coordinate == at, (weight, rank)
+            assert local.counted == layout.counted_at(at), (weight, rank)
+            numel = local_numel(case, weight, inner, outer)
+            assert local.param._local_tensor.numel() == numel, (weight, rank)
         costs.append({**cost, "tensors": len(weights)})
     return layouts, {"plans": len(costs)} | {n: max(cost[n] for cost in costs) for n in costs[0]}
 
 
-def timed_clipper(module: nn.Module) -> tuple[Clipper[Any], dict[str, float]]:
+def timed_clipper(module: nn.Module) -> tuple[Clipper, dict[str, float]]:
     """Made once for its time and once for its memory, because watching memory takes time."""
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -200,7 +199,7 @@ def local_numel(case: Case, weight: Weight, inner: int, outer: int) -> int:
     _, _, num_outer, num_inner = case.shapes[weight.expert]
     sizes, placements = (num_inner, num_outer), case.placements(weight)
     rule = dtensor_utils._compute_local_shape_and_global_offset
-    return prod(rule(weight.shape, sizes, (inner, outer), placements, skip_offset=True)[0])
+    return prod(rule(weight.shape, sizes, [inner, outer], placements, skip_offset=True)[0])
 
 
 def counted_once(case: Case, layouts: dict[Weight, Layout]) -> bool:
