@@ -1,20 +1,22 @@
-"""What distclip has set out to reach, as ratios of times in one run on a machine with two cores."""
+"""What distclip is to reach, in times of one run on a machine with two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.rivals import CLIPPER, OVERLAP, PLAIN_READ, TORCH
-from benchmarks.timing import Row, Spread, find, ratio, spread
+from benchmarks.baselines import CLIPPER, OVERLAP, PLAIN_READ, TORCH
+from benchmarks.timing import Row, find, milliseconds, ratio
+
+HEAD = ["case", "state", "goal", "found: ratio of medians (p20 to p80 of the rounds)", ""]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`rival` is `times` as fast as `than`; or, where `within` is given, takes at most that many times as long.
+    """`baseline` is `times` as fast as `than`, or takes at most `within` times as long.
 
     Attributes:
-        work: how much of the work of `than` the rival does; what it is compared with then has a name, `said`.
+        work: how much of the work of `than` the baseline does; `label` then names the comparison.
     """
 
     case: str
@@ -22,72 +24,52 @@ class Goal:
     times: float = 0.0
     within: float = 0.0
     than: str = TORCH
-    rival: str = CLIPPER
+    baseline: str = CLIPPER
     work: float = 1.0
-    said: str = ""
+    label: str = ""
 
     @property
     def text(self) -> str:
-        than = self.said or self.than
+        than = self.label or self.than
         return f"within {self.within:g} {than}s" if self.within else f"{self.times:g}x {than}"
 
-    def found(self, rows: Sequence[Row]) -> Spread | None:
-        ours, theirs = (find(rows, self.case, self.state, name) for name in (self.rival, self.than))
-        return ratio(ours, theirs) if self.within else ratio(theirs, ours, self.work)
-
-    def judged(self, rows: Sequence[Row]) -> list[str]:
-        """case, state, goal, what was found, whether that reaches it."""
-        found = self.found(rows)
+    def judge(self, rows: Sequence[Row]) -> list[str]:
+        """A line under `HEAD`."""
+        mine, other = (find(rows, self.case, self.state, n) for n in (self.baseline, self.than))
+        found = ratio(mine, other) if self.within else ratio(other, mine, self.work)
         if found is None:
-            return [self.case, self.state, self.text, "-", "not measured"]
+            return line(self, "-", None)
         reached = found.p50 <= self.within if self.within else found.p50 >= self.times
-        return [self.case, self.state, self.text, found.text(), "reached" if reached else "not reached"]
+        return line(self, str(found), reached)
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """`rival` has at most so many of what `Row` counts under this name."""
+    """An upper bound on the median in milliseconds ("ms"), or on one of the row's counts."""
 
     case: str
     state: str
-    rival: str
-    name: str
-    most: int
-
-    def judged(self, rows: Sequence[Row]) -> list[str]:
-        found: int | None = getattr(find(rows, self.case, self.state, self.rival), self.name)
-        verdict = "not measured" if found is None else "reached" if found <= self.most else "not reached"
-        return [
-            self.case,
-            self.state,
-            f"at most {self.most} {self.name}",
-            "-" if found is None else str(found),
-            verdict,
-        ]
-
-
-@dataclass(frozen=True)
-class Under:
-    """The median of `rival` is below so many milliseconds."""
-
-    case: str
-    state: str
-    rival: str
-    ms: float
+    baseline: str
+    quantity: str
+    most: float
 
     @property
     def text(self) -> str:
-        return f"{self.rival} under {self.ms:g} ms"
+        return f"{self.baseline}: at most {self.most:g} {self.quantity}"
 
-    def judged(self, rows: Sequence[Row]) -> list[str]:
-        seconds = find(rows, self.case, self.state, self.rival).seconds
-        found = spread([1e3 * s for s in seconds]) if seconds else None
-        verdict = "not measured" if found is None else "reached" if found.p50 < self.ms else "not reached"
-        return [self.case, self.state, self.text, "-" if found is None else f"{found.text()} ms", verdict]
+    def judge(self, rows: Sequence[Row]) -> list[str]:
+        row = find(rows, self.case, self.state, self.baseline)
+        if self.quantity == "ms" and (ms := milliseconds(row)):
+            return line(self, f"{ms} ms", ms.p50 <= self.most)
+        if self.quantity in row.counts:
+            count = row.counts[self.quantity]
+            return line(self, f"{count} {self.quantity}", count <= self.most)
+        return line(self, "-", None)
 
 
-Judged = Goal | AtMost | Under
-JUDGED = ["case", "state", "goal", "found: ratio of medians (p20 to p80 of the rounds)", ""]
+def line(goal: Goal | AtMost, found: str, reached: bool | None) -> list[str]:
+    verdict = {True: "reached", False: "not reached", None: "not measured"}[reached]
+    return [goal.case, goal.state, goal.text, found, verdict]
 
 
 def both(case: str, not_clipping: float, clipping: float) -> list[Goal]:
@@ -103,6 +85,6 @@ CLIP = [
     *both(BF16, 2.0, 1.2),
     *both(FP16, 3.0, 1.8),
     *both(SMALL, 3.0, 2.0),
-    Under(BACKWARD, "not clipping", OVERLAP, 1.0),
+    AtMost(BACKWARD, "not clipping", OVERLAP, "ms", 1.0),
 ]
 SHARDED = [*both(FOUR_RANKS, 3.0, 2.0), *both(TWO_AXES, 4.0, 2.5)]

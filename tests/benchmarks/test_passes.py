@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.passes import DTYPES, Traffic, bytes_per_element, main, tensors_in
+from benchmarks.passes import DTYPES, bytes_per_element, main
+from tests.benchmarks.counting import Traffic, tensors_in
 
 READS_AND_WRITES = {  # of unscaling, measuring, clipping and stepping
     ("AdamW, fused", "torch"): (4, 2),
@@ -26,7 +27,7 @@ def test_reads_and_writes(dtype: str) -> None:
     size = DTYPES[dtype].itemsize
     for (optimizer, way), (reads, writes) in READS_AND_WRITES.items():
         counted = bytes_per_element(optimizer, dtype, way, [100_000, 7])
-        assert counted == (reads * size, writes * size), (optimizer, way)
+        assert counted == [reads * size, writes * size], (optimizer, way)
 
 
 def test_what_is_counted() -> None:
