@@ -1,4 +1,6 @@
-"""The functions of torch.nn.utils: their results, their edge cases, and what torch gets wrong in one process."""
+"""The functions of torch.nn.utils: their results, their edge cases, and what torch gets wrong in
+one process.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,8 @@ def test_two_halves_are_the_whole() -> None:
     distclip.clip_grads_with_norm_(halves, 0.5, total)
     assert torch.equal(norm, total)
     for a, b in zip(once, halves, strict=True):
-        # Between the halves the norm is a float32: its rounding, and then that of the coefficient and the products.
+        # Between the halves the norm is a float32: its rounding, and then that of the coefficient
+        # and the products.
         torch.testing.assert_close(a.grad, b.grad, rtol=3e-7, atol=0)
     before = [p.grad.clone() for p in halves]
     distclip.clip_grads_with_norm_(halves, math.inf, total)

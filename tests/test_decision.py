@@ -1,4 +1,6 @@
-"""`decide` measures and writes nothing, `apply_` writes once; `scale=` and `gradient=` cost no pass."""
+"""`decide` measures and writes nothing, `apply_` writes once; `scale=` and `gradient=` cost no
+pass.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,7 @@ def test_scale_is_a_factor_of_the_gradients(policy: Policy, name: str) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("loss_scale", [None, 1024.0])
 def test_scale_goes_into_the_step(fused: bool, loss_scale: float | None) -> None:
-    """With the loss scale and the coefficient: the weights are those of a step on scaled gradients."""
+    """With the loss scale and the coefficient: as a step on gradients that were scaled before."""
     model, by_hand = make_model(), make_model()
     for param in by_hand.parameters():
         param.grad.mul_(1 / 7)
@@ -202,7 +204,9 @@ def test_a_nan_scale_on_the_device_is_a_norm_that_is_not_finite() -> None:
 
 
 def with_main_grads(model: nn.Module) -> dict[int, Tensor]:
-    """Gradients beside the parameters, as Megatron keeps them, and others in `.grad` that do not count."""
+    """Gradients beside the parameters, as Megatron keeps them, and others in `.grad` that do not
+    count.
+    """
     main = {id(p): p.grad.double() for p in model.parameters()}
     for param in model.parameters():
         param.grad = torch.full_like(param, 1e6)

@@ -1,4 +1,6 @@
-"""`torch.set_default_device` moves the models that people make, and nothing that distclip makes for itself."""
+"""`torch.set_default_device` moves the models that people make, and nothing that distclip makes for
+itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""TensorFlow's functions: as TensorFlow recorded them, and the same on DTensors as on whole tensors."""
+"""TensorFlow's functions: as TensorFlow recorded them, and the same on DTensors as on whole
+tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show: no synchronisation, CUDA graphs, few launches, tensors beyond 2**31 elements."""
+"""What only a GPU can show: no synchronisation, CUDA graphs, few launches, tensors beyond 2**31
+elements.
+"""
 
 from __future__ import annotations
 

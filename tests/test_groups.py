@@ -1,4 +1,6 @@
-"""Parameter groups with policies of their own, and states that survive a change of ranks and layout."""
+"""Parameter groups with policies of their own, and states that survive a change of ranks and
+layout.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def fill(model: nn.Module, clipper: Clipper, step: int) -> None:
                 run = grads[part.name].reshape(-1)[piece.start : piece.start + piece.numel]
                 values.view(-1)[piece.offset : piece.offset + piece.numel] = run
             elif values.numel():
-                box = tuple(slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True))
+                box = tuple(
+                    slice(s, s + n) for s, n in zip(piece.offsets, piece.sizes, strict=True)
+                )
                 values.copy_(grads[part.name][box])
 
 
@@ -215,7 +219,9 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
 
 
 def stages_of_tensors() -> None:
-    """Pipeline stages of plain tensors, with different tensors and numbers of tensors, have slots of their own."""
+    """Pipeline stages of plain tensors, with different tensors and numbers of tensors, have slots
+    of their own.
+    """
     stages = mesh((4,), ("pp",))
     rank = dist.get_rank()
     params = [nn.Parameter(torch.zeros(3)) for _ in range(rank + 1)]
@@ -232,7 +238,9 @@ def stages_of_tensors() -> None:
 
 
 def stages_of_shards() -> None:
-    """The norms of sharded tensors travel, in slots of their stage: two tensors on the first, three on the second."""
+    """The norms of sharded tensors travel, in slots of their stage: two tensors on the first, three
+    on the second.
+    """
     both = mesh((2, 2), ("pp", "fsdp"))
     stage = both["pp"].get_local_rank()
     params = []

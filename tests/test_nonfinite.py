@@ -143,7 +143,7 @@ def test_a_nan_on_one_rank(four_ranks: Ranks, layout: str) -> None:
 
 
 def all_stages_skip(fused: bool) -> None:
-    """A pipeline of plain tensors: each rank has a stage of its own, and rank 3 alone sees the NaN."""
+    """A pipeline of plain tensors: each rank has its own stage, and only rank 3 sees the NaN."""
     for way in ("step", "attach"):
         param = nn.Parameter(torch.ones(4))
         optimizer = torch.optim.AdamW([param], lr=0.1, fused=fused, foreach=not fused)

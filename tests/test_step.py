@@ -27,7 +27,8 @@ from tests.support.training import (
     weights,
 )
 
-# Sums of squares, and of squares of squares in Adam's second moments: two float32 roundings of the coefficient.
+# Sums of squares, and of squares of squares in Adam's second moments: two float32 roundings of the
+# coefficient.
 CLOSE = {"rtol": 2e-6, "atol": 2e-7}
 
 

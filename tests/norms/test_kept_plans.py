@@ -1,4 +1,6 @@
-"""The drop-in functions keep plans: right for other parameters, other limits, and never keeping a model alive."""
+"""The drop-in functions keep plans: right for other parameters, other limits, and never keeping a
+model alive.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def test_few_plans_are_kept(made: list[int]) -> None:
 
 
 def test_kept_plans_work_under_threads(made: list[int]) -> None:
-    """Eight threads with more kinds of parameters than plans are kept: each looks up, adds, drops."""
+    """Eight threads with more kinds of parameters than plans are kept."""
 
     def clip(seed: int) -> list[float]:
         lengths = [1 + (seed * 7 + call * 5) % (2 * kept_plans._MAX_PLANS) for call in range(200)]

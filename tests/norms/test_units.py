@@ -1,4 +1,6 @@
-"""Per-tensor, per-unit and per-element policies give on every layout what they give on whole tensors."""
+"""Per-tensor, per-unit and per-element policies give on every layout what they give on whole
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_smaller_scopes_clip_as_the_reference(four_ranks: Ranks, layout: str) ->
 
 
 def wrapped_clips(kind: str, device: str) -> None:
-    """The same elements, whatever the wrapper: a second model beside it, whose gradients are laid out the same."""
+    """The same elements, whatever the wrapper: a second model beside it, whose gradients are laid
+    out the same.
+    """
     whole_model = make_model(device)
     model = with_gradients(kind, device)
     distclip.clip_grad_norm_(model, math.inf)  # reduces Partial gradients

@@ -1,4 +1,6 @@
-"""The named layouts that every distributed test runs over, and how to lay a whole gradient out on them."""
+"""The named layouts that every distributed test runs over, and how to lay a whole gradient out on
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tests.support.ranks import device_of, mesh
 
 @dataclass(frozen=True)
 class Placed:
-    """One tensor of shape `shape` on the mesh `shape x axes`; no mesh: a plain tensor, equal on all ranks."""
+    """One tensor of shape `shape` on the mesh `shape x axes`; no mesh: a plain tensor, equal on all
+    ranks.
+    """
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...] = ()
@@ -52,7 +56,9 @@ UNSHARDED = {"plain", "all copies"}
 def lay_out(
     wholes: Sequence[Tensor], placed: Sequence[Placed], device: str = "cpu"
 ) -> list[nn.Parameter]:
-    """Parameters whose gradients are `wholes`, each laid out as `placed` says. The gradients are clones."""
+    """Parameters whose gradients are `wholes`, each laid out as `placed` says. The gradients are
+    clones.
+    """
     return [_laid_out(whole, p, device) for whole, p in zip(wholes, placed, strict=True)]
 
 

@@ -1,6 +1,8 @@
-"""A small model of dense, expert and attention blocks that can be cut into pipeline stages, and how to check its clip.
+"""A small model of dense, expert and attention blocks that can be cut into pipeline stages, and how
+to check its clip.
 
-In float64: what is left between the parts and the whole model is rounding, so that tolerances can be tight.
+In float64: what is left between the parts and the whole model is rounding, so that tolerances can
+be tight.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Experts(nn.Module):
     """The matrices of all experts in one tensor each. A rank may hold a part of the experts.
 
     Attributes:
-        idle: none of them gets a token, on any rank that holds them: FSDP waits if it is so on some of these alone.
+        idle: none of them gets a token, on any rank that holds them: FSDP waits if it is so on some
+        of these alone.
     """
 
     def __init__(self) -> None:
@@ -51,7 +54,8 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """One expert a token. `ep`: the ranks that share the experts; `tp`: the ranks that share the tokens.
+    """One expert a token. `ep`: the ranks that share the experts; `tp`: the ranks that share the
+    tokens.
 
     Args:
         closed: experts that never get a token.
@@ -99,7 +103,7 @@ class Mixture(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over the whole sequence. `cp`: the ranks that share it, each with a part, in order."""
+    """Attention over the whole sequence, of which each rank of `cp` has a part, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +121,9 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """An embedding, blocks and a head; a stage of a pipeline has a part of them under the same names."""
+    """An embedding, blocks and a head; a stage of a pipeline has a part of them under the same
+    names.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], tied: bool = False) -> None:
         super().__init__()
@@ -156,7 +162,9 @@ def stage_of(model: Model, index: int, num_stages: int) -> Model:
 
 
 def tensor_parallel(model: Model, tp: DeviceMesh) -> Model:
-    """Column and row parallel, embedding and head by vocabulary; norms, routers and experts stay as they are."""
+    """Column and row parallel, embedding and head by vocabulary; norms, routers and experts stay as
+    they are.
+    """
     plan = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
         "head": ColwiseParallel(output_layouts=Replicate()),
@@ -204,8 +212,8 @@ def check_clip(
     """Clips `params` as the model with the gradients `wholes`, then puts the gradients back.
 
     Args:
-        part_of: what this rank holds, as a plain tensor, of a whole gradient. DTensors are compared whole.
-        where: what the Clipper is told of meshes and layouts.
+        part_of: what this rank holds, as a plain tensor, of a whole gradient. DTensors are compared
+        whole. where: what the Clipper is told of meshes and layouts.
     """
     expected = reference.total_norm(list(wholes.values()), norm_type)
     limit = 0.3 * expected.item()
@@ -221,7 +229,8 @@ def check_clip(
     assert same_bits_everywhere(report.total_norm)
     assert same_bits_everywhere(report.coefficient)
     for name, p in params.items():
-        # Other ranks may have a gradient where this one has None: all of them must join in `full_tensor`.
+        # Other ranks may have a gradient where this one has None: all of them must join in
+        # `full_tensor`.
         grad = p.grad if p.grad is not None else torch.zeros_like(p)
         found = grad.full_tensor() if isinstance(grad, DTensor) else grad
         want = (

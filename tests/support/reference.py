@@ -1,6 +1,8 @@
-"""Each method in at most eight lines of float64 on whole tensors: the definition that every layout must meet.
+"""Each method in at most eight lines of float64 on whole tensors: the definition that every layout
+must meet.
 
-The adaptive methods take the norms of all steps, one after the other, and return what is left of them.
+The adaptive methods take the norms of all steps, one after the other, and return what is left of
+them.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def clip_value(grads: Sequence[Tensor], bound: float) -> list[Tensor]:
 
 
 def units(tensor: Tensor, unit_dim: int = 0) -> Tensor:
-    """One row a unit. optax (units on the last dim) takes a tensor with one dim longer than 1 as a single unit."""
+    """One row a unit. optax (units on the last dim) takes a tensor with one dim longer than 1 as a
+    single unit.
+    """
     single = tensor.ndim <= 1 or (unit_dim == -1 and tensor.squeeze().ndim <= 1)
     return (
         tensor.double().reshape(1, -1)

@@ -74,7 +74,7 @@ def train(
 def train_as_torch(
     make: Make, scaler: GradScaler, steps: int = 4, overflows: tuple[int, ...] = ()
 ) -> tuple[nn.Module, Optimizer, Tensor]:
-    """unscale_, clip_grad_norm_, and a step that the host leaves out where the norm is not finite."""
+    """unscale_, clip_grad_norm_, and no step where the norm is not finite."""
     model = make_model()
     optimizer = make(model)
     for step in range(steps):

@@ -1,4 +1,6 @@
-"""One small model in every real wrapper, after a real backward, beside the same model whole in one process."""
+"""One small model in every real wrapper, after a real backward, beside the same model whole in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def _fsdp1_kind(strategy: str, device: str) -> dict[str, object]:
 
 
 def _fsdp1_last_rank_holds_nothing(model: nn.Module, device: str) -> nn.Module:
-    """The head is a unit of 21 elements with 24 after padding; its bias lies on the last ranks alone."""
+    """The head is a unit of 21 elements with 24 after padding; its bias lies on the last ranks
+    alone.
+    """
     model.head = FullyShardedDataParallel(
         model.head, use_orig_params=True, device_id=device_of(device)
     )

@@ -1,7 +1,7 @@
 """Gradients measured during backward: the same numbers, from backward alone, and never stale ones.
 
-`.data` writes past what torch counts, so that a gradient multiplied through it shows whether the number that comes
-out was measured in backward (as before the write) or by the call (as after it).
+`.data` writes past what torch counts, so that a gradient multiplied through it shows whether the
+number that comes out was measured in backward (as before the write) or by the call (as after it).
 """
 
 from __future__ import annotations
@@ -293,7 +293,8 @@ def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
         backward(model, micro[-1])
         norm = plain.clip_().total_norm
         if kind == "ddp" or len(micro) == 1 or not reduce_all:
-            # FSDP2 adds to the gradients of a unit one after the other, and each such write counts for all of them,
+            # FSDP2 adds to the gradients of a unit one after the other, and each such write counts
+            # for all of them,
             # since they lie in one buffer: then the call measures again.
             double_unseen(model)
         report = clipper.clip_()

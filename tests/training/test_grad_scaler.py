@@ -116,7 +116,9 @@ def test_mistakes_have_an_error() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_several_optimizers_under_one_scaler(fused: bool) -> None:
-    """One clipper over both, or one for each; an overflow in one skips what shares its norm, and halves the scale."""
+    """One clipper over both, or one for each; an overflow in one skips what shares its norm, and
+    halves the scale.
+    """
     for shared, overflow in ((True, False), (True, True), (False, False), (False, True)):
         scaler = make_scaler()
         model = scaled_model(scaler)
@@ -179,7 +181,9 @@ def test_overflow_under_each_rule_is_the_scalers(rule: str) -> None:
 
 
 def skips_and_halves_everywhere(layout: str, sharded_scaler: bool) -> None:
-    """An overflow on rank 1 alone; plain tensors of a pipeline or of experts are on no mesh of their own."""
+    """An overflow on rank 1 alone; plain tensors of a pipeline or of experts are on no mesh of
+    their own.
+    """
     placed = LAYOUTS["plain" if layout == "pipeline" else layout]
     wholes = random_wholes(placed, seed=dist.get_rank() if layout == "pipeline" else 2)
     options = {"mesh": mesh((4,), ("pp",))} if layout == "pipeline" else {}
@@ -271,7 +275,9 @@ def check_against_the_whole_model(
 
 
 def fp16_gradients(device: str) -> None:
-    """FSDP1 keeps them in fp16: scaled by 64 their norm passes what unscaled fp16 gradients would hold, or not."""
+    """FSDP1 keeps them in fp16: scaled by 64 their norm passes what unscaled fp16 gradients would
+    hold, or not.
+    """
     mixed = MixedPrecision(
         param_dtype=torch.float16, reduce_dtype=torch.float16, keep_low_precision_grads=True
     )

@@ -33,7 +33,9 @@ def assert_stepped_once_clipped(model: nn.Linear) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("first", ["scheduler", "attach"])
 def test_schedulers_before_and_after(fused: bool, first: str) -> None:
-    """A scheduler puts a step of its own in the place of the optimizer's, and warns where another did."""
+    """A scheduler puts a step of its own in the place of the optimizer's, and warns where another
+    did.
+    """
     model = with_gradients()
     optimizer = SGD(model.parameters(), lr=LR, fused=fused)
     if first == "scheduler":
@@ -132,7 +134,9 @@ def test_a_fused_step_that_raises_leaves_no_factor(monkeypatch: pytest.MonkeyPat
 
 
 def accelerates_step(optimizer: Optimizer, scaler: GradScaler, original: Any) -> None:
-    """As accelerate's AcceleratedOptimizer under a scaler: its own step before, the first one after."""
+    """As accelerate's AcceleratedOptimizer under a scaler: its own step before, the first one
+    after.
+    """
 
     def patched(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
