@@ -28,11 +28,12 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
     It raises a LayoutError for a parameter of a unit that lies in none of them.
     """
     found = {key: layout for module in modules for key, layout in _layouts_in(module)}
+    mark = _flattened_mark()
 
     def read(name: str, param: Tensor) -> TensorLayout | None:
         if (layout := found.get(id(param))) is not None:
             return layout
-        if not isinstance(param, DTensor) and any_flattened([param]):
+        if mark is not None and hasattr(param, mark) and not isinstance(param, DTensor):
             raise LayoutError(
                 f"cannot tell which ranks hold {name!r}: FullyShardedDataParallel has flattened "
                 f"it, and nothing on the tensor says how it is sharded. The norm would be that of "
@@ -45,18 +46,24 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
 
 
 def any_flattened(params: Iterable[Tensor]) -> bool:
-    """Whether FSDP1 has flattened one of the parameters.
+    """Whether FSDP1 has flattened one of the parameters."""
+    mark = _flattened_mark()
+    return mark is not None and any(map(hasattr, params, repeat(mark)))
+
+
+def _flattened_mark() -> str | None:
+    """The attribute of parameters that FSDP1 has flattened; None if nobody uses FSDP1.
 
     Raises:
-        ImportError: this torch has FSDP1, but not the mark that says so.
+        ImportError: this torch has FSDP1, but not the mark.
     """
     if not _may_be_used():
-        return False
+        return None
     try:
         from torch.distributed.fsdp._common_utils import FSDP_FLATTENED
     except ImportError as error:
         raise ImportError(_missing("FSDP_FLATTENED")) from error
-    return any(map(hasattr, params, repeat(FSDP_FLATTENED)))
+    return FSDP_FLATTENED
 
 
 def _may_be_used() -> bool:
@@ -86,24 +93,26 @@ def _layouts_in(module: nn.Module) -> Iterator[tuple[int, TensorLayout]]:
 def _layouts_of_unit(unit: Any, prefix: str) -> Iterator[tuple[int, TensorLayout]]:
     """A flat parameter has one layout; original parameters, which are views of it, one each."""
     handle, flat = unit._handle, unit._handle.flat_param
+    ranks_by_axis = _ranks_by_axis(unit)
+    sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
+    device_type: str = unit.compute_device.type
     names = [bare_name(prefix + name) for name in flat._fqns]
     numels = [shape.numel() for shape in flat._shapes]
     if flat._params is None:
-        shards = map(ParamShard, names, numels, _flat_shards(handle))
-        yield id(flat), _on_ranks_of(unit, *shards)
+        shards = tuple(map(ParamShard, names, numels, _flat_shards(handle)))
+        yield id(flat), TensorLayout(shards, ranks_by_axis, sharded, device_type)
         return
     # A tied parameter, one of `_shared_params`, is one of `_params` as well.
     shards = map(ParamShard, names, numels, _original_shards(handle))
     for param, shard in zip(flat._params, shards, strict=True):
-        yield id(param), _on_ranks_of(unit, shard)
+        yield id(param), TensorLayout((shard,), ranks_by_axis, sharded, device_type)
 
 
-def _on_ranks_of(unit: Any, *shards: ParamShard) -> TensorLayout:
+def _ranks_by_axis(unit: Any) -> dict[str, list[int]]:
     ranks_by_axis = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
     if (replicas := _group_across_replicas(unit)) is not None:
         ranks_by_axis["fsdp_replicate"] = dist.get_process_group_ranks(replicas)
-    sharded = frozenset({"fsdp"} if unit._handle.uses_sharded_strategy else ())
-    return TensorLayout(shards, ranks_by_axis, sharded, unit.compute_device.type)
+    return ranks_by_axis
 
 
 def _group_across_replicas(unit: Any) -> dist.ProcessGroup | None:

@@ -105,7 +105,7 @@ class LocalParam:
 
 def _axes(field_name: str, given: object) -> frozenset[str]:
     """`given` as a set of axis names. Users may pass a tuple or a list."""
-    if isinstance(given, Iterable) and not isinstance(given, str):
+    if hasattr(given, "__iter__") and not isinstance(given, str):
         axes = list(cast("Iterable[Any]", given))
         if all(isinstance(axis, str) for axis in axes) and len(set(axes)) == len(axes):
             return frozenset(axes)

@@ -46,7 +46,7 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
     if kinds != {DTensor} and any_flattened(params):
         return None
     dtypes = frozenset(map(attrgetter("dtype"), params))
-    on_cpu = all(map(attrgetter("is_cpu"), params))
+    device = "cpu" if all(map(attrgetter("is_cpu"), params)) else params[0].device
     # By id: specs that compare equal may have different root meshes, and comparing them takes
     # longer than clipping.
     spec_of_each: list[Any] = []
@@ -54,7 +54,7 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
         spec_of_each = list(map(dtensor_spec, params))
     elif DTensor in kinds:
         spec_of_each = [dtensor_spec(p) if type(p) is DTensor else None for p in params]
-    key = len(params), dtypes, on_cpu or params[0].device, tuple(map(id, spec_of_each))
+    key = len(params), dtypes, device, tuple(map(id, spec_of_each))
     return LayoutCacheKey(key, [spec for spec in spec_of_each if spec is not None])
 
 

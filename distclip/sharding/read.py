@@ -137,8 +137,8 @@ def _local_param(
     layout = Layout(full.sharded & axes, frozenset(axes - full.sharded), counted=counted)
     coordinate = {a: ranks.index(dist.get_rank()) for a, ranks in full.ranks_by_axis.items()}
     mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)})
-    counted = layout.counted_at(coordinate)
-    return LocalParam(name, param, layout, coordinate, mesh, counted, full.shards)
+    counts = layout.counted_at(coordinate)
+    return LocalParam(name, param, layout, coordinate, mesh, counts, full.shards)
 
 
 def _on_all_axes(name: str, own: TensorLayout, reduce_mesh: ReduceMesh) -> TensorLayout:
@@ -150,7 +150,7 @@ def _on_all_axes(name: str, own: TensorLayout, reduce_mesh: ReduceMesh) -> Tenso
     added = set(reduce_mesh.axes) - along
     ranks_by_axis = {**own.ranks_by_axis, **{a: reduce_mesh.ranks_along(a) for a in added}}
     sharded = own.sharded | (added & reduce_mesh.distinct)
-    return replace(own, ranks_by_axis=ranks_by_axis, sharded=sharded)
+    return TensorLayout(own.shards, ranks_by_axis, sharded, own.device_type)
 
 
 def _as_declared(

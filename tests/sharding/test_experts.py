@@ -1,4 +1,4 @@
-"""Experts on a mesh of their own, and context parallel, clip as the whole model in one process does."""
+"""Experts on their own mesh, and context parallelism, clip as the whole model in one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def blocks() -> list[nn.Module]:
 
 
 def blocks_with_idle_experts() -> list[nn.Module]:
-    """The second half of the experts of one mixture gets no token, the first half of the other's."""
+    """In one mixture the second half of the experts gets no token, in the other the first half."""
     half = EXPERTS // 2
     return [Block(8), Mixture(closed=range(half, EXPERTS)), Block(8), Mixture(closed=range(half))]
 
@@ -72,9 +72,10 @@ def shard_experts(model: Model, data: DeviceMesh) -> None:
 
 
 def average(params: list[nn.Parameter], num_batches: int, data: DeviceMesh) -> None:
-    """Tokens of several batches come together at an expert, so that a mean over the ranks of FSDP divides too little.
+    """Tokens of several batches meet at an expert: a mean over FSDP's ranks divides too little.
 
-    `set_gradient_divide_factor` divides more than once where the axis that shards has one rank (torch 2.13).
+    `set_gradient_divide_factor` divides more than once where the axis that shards has one rank
+    (torch 2.13).
     """
     for param in params:
         if param.grad is not None:
@@ -108,7 +109,9 @@ def experts_as_dtensors(dense_shape: tuple[int, ...], expert_shape: tuple[int, .
     [((2, 2, 2), (2, 2, 2)), ((2, 2, 2), (2, 1, 4)), ((1, 4, 2), (1, 2, 4))],
     ids=["ep = tp", "ep over fsdp and tp", "ep over a part of fsdp and tp"],
 )
-def test_experts_as_dtensors(eight_ranks: Ranks, dense_shape: tuple[int, ...], expert_shape: tuple[int, ...]) -> None:
+def test_experts_as_dtensors(
+    eight_ranks: Ranks, dense_shape: tuple[int, ...], expert_shape: tuple[int, ...]
+) -> None:
     eight_ranks.run(experts_as_dtensors, dense_shape, expert_shape)
 
 
@@ -117,15 +120,15 @@ def over_ep(name: str, param: Tensor) -> distclip.Layout | None:
 
 
 def mean_over(grad: Tensor | None, meshes: list[DeviceMesh], num_batches: int) -> None:
-    """As data parallel of plain tensors does. An expert without tokens has none on any rank that holds it."""
-    for each in meshes if grad is not None else ():
-        dist.all_reduce(local(grad), group=each.get_group())
+    """As DDP does. An expert without tokens has no gradient on any of its ranks."""
+    for axis in meshes if grad is not None else ():
+        dist.all_reduce(local(grad), group=axis.get_group())
     if grad is not None:
         local(grad).div_(num_batches)
 
 
 def experts_as_plain_tensors() -> None:
-    """The dense weights are DTensors on one mesh; the experts plain tensors, on the axes of the mesh that is given."""
+    """The dense weights are DTensors on one mesh, the experts plain tensors on that of `mesh=`."""
     dense, expert = mesh((2, 2, 2), DENSE_AXES), mesh((2, 2, 2), EXPERT_AXES)
     for make_blocks in (blocks, blocks_with_idle_experts):
         whole = make_model(make_blocks)
@@ -160,7 +163,7 @@ def mixture_in_the_last_stage() -> list[nn.Module]:
 
 
 def pipeline_of_experts() -> None:
-    """The first stage has no experts; of the last, the ranks at ep = 0 have experts without tokens."""
+    """The first stage has no experts. In the last, those on the ranks at ep = 0 get no tokens."""
     dense, expert = mesh((2, 4), ("pp", "fsdp")), mesh((2, 2, 2), ("pp", "efsdp", "ep"))
     whole = make_model(mixture_in_the_last_stage)
     index = dense["pp"].get_local_rank()
@@ -175,7 +178,7 @@ def pipeline_of_experts() -> None:
     here = index == 1 and expert["ep"].get_local_rank() == 0
     assert sum(p.grad is None for p in params.values()) == (2 if here else 0)
     wholes = whole_gradients(whole)
-    verify(params)  # the ranks find different meshes, as the first stage has no experts
+    verify(params)  # the ranks find different meshes: the first stage has no experts
     for norm_type in NORM_TYPES:
         check_clip(params, wholes, norm_type)
 
@@ -189,7 +192,7 @@ def attention_blocks() -> list[nn.Module]:
 
 
 def context_parallel(flattened: bool) -> None:
-    """Each rank along cp has a part of every sequence. Only the gradients must be brought together over it."""
+    """Each rank along cp has a part of every sequence: only gradients are averaged over cp."""
     root = mesh((2, 2, 2), ("dp", "cp", "tp"))
     whole = make_model(attention_blocks)
     model = tensor_parallel(stage_of(whole, 0, 1), root["tp"])
@@ -210,6 +213,8 @@ def context_parallel(flattened: bool) -> None:
         check_clip(params, wholes, norm_type)
 
 
-@pytest.mark.parametrize("flattened", [False, True], ids=["replicated over cp", "sharded over dp and cp"])
+@pytest.mark.parametrize(
+    "flattened", [False, True], ids=["replicated over cp", "sharded over dp and cp"]
+)
 def test_context_parallel(eight_ranks: Ranks, flattened: bool) -> None:
     eight_ranks.run(context_parallel, flattened)

@@ -14,11 +14,16 @@ from tests.support import reference
 from tests.support.ranks import Ranks, mesh
 
 SHAPES = {"first": (5, 3), "second": (4,), "third": (2, 7)}
-SIZE = 9  # elements a rank: 33 in all, and 3 of padding
+SIZE = 9  # elements per rank: 33 in all, and 3 of padding
 
-POLICIES: dict[str, tuple[distclip.Policy, Callable[[list[Tensor], list[Tensor]], list[Tensor]]]] = {
+POLICIES: dict[
+    str, tuple[distclip.Policy, Callable[[list[Tensor], list[Tensor]], list[Tensor]]]
+] = {
     "norm": (distclip.ClipNorm(1.0), lambda g, w: reference.clip_norm(g, 1.0)),
-    "norm p=inf": (distclip.ClipNorm(1.0, torch.inf), lambda g, w: reference.clip_norm(g, 1.0, torch.inf)),
+    "norm p=inf": (
+        distclip.ClipNorm(1.0, torch.inf),
+        lambda g, w: reference.clip_norm(g, 1.0, torch.inf),
+    ),
     "tensor": (distclip.ClipTensorNorm(1.0), lambda g, w: reference.clip_tensor_norm(g, 1.0)),
     "rms": (distclip.ClipBlockRMS(0.5), lambda g, w: reference.clip_block_rms(g, 0.5)),
     "rows": (distclip.AGC(0.1), lambda g, w: reference.agc(w, g, 0.1)),
@@ -37,17 +42,17 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def parts(rank: int) -> tuple[distclip.sharding.ParamShard, ...]:
+    """What the piece on this rank holds of each tensor."""
     made: list[distclip.sharding.ParamShard] = []
-    begin = 0
+    begin = 0  # of the tensor in the whole buffer
     for name, shape in SHAPES.items():
         numel, here = torch.Size(shape).numel(), SIZE * rank
-        first, end = max(0, here - begin), min(numel, here + SIZE - begin)
+        start, end = max(0, here - begin), min(numel, here + SIZE - begin)
+        size = max(0, end - start)
+        start, offset = (start, max(0, begin - here)) if size else (0, 0)
         boundaries = tuple(SIZE * other - begin for other in range(1, 4))
-        size = max(0, end - first)
-        run = distclip.sharding.FlatShard(
-            shape, first if size else 0, max(0, begin - here) if size else 0, size, boundaries
-        )
-        made.append(distclip.sharding.ParamShard(name, numel, run))
+        shard = distclip.sharding.FlatShard(shape, start, offset, size, boundaries)
+        made.append(distclip.sharding.ParamShard(name, numel, shard))
         begin += numel
     return tuple(made)
 
@@ -59,7 +64,9 @@ def in_a_flat_buffer(policy: str) -> None:
     param.grad = flat(wholes(1))[here].clone()
     clip, oracle = POLICIES[policy]
     layout = distclip.Layout(sharded=frozenset({"dp"}), parts=parts(rank))
-    clipper = distclip.Clipper([("flat", param)], clip, mesh=mesh((4,), ("dp",)), layouts=lambda name, param: layout)
+    clipper = distclip.Clipper(
+        [("flat", param)], clip, mesh=mesh((4,), ("dp",)), layouts=lambda name, param: layout
+    )
     clipper.plan.verify()
     clipper.clip_()
     expected = flat(oracle(wholes(1), wholes(0)))
@@ -79,8 +86,12 @@ def counted_by_hand() -> None:
     param = nn.Parameter(torch.zeros_like(whole) if rank % 2 else torch.zeros(0))
     param.grad = whole.clone() if rank % 2 else torch.zeros(0)
     layout = distclip.Layout(sharded=frozenset({"dp"}), counted=rank == 3)
-    clipper = distclip.Clipper([("copy", param)], mesh=mesh((4,), ("dp",)), layouts=lambda name, param: layout)
-    torch.testing.assert_close(clipper.clip_().total_norm.double(), whole.double().norm(), rtol=1e-7, atol=0)
+    clipper = distclip.Clipper(
+        [("copy", param)], mesh=mesh((4,), ("dp",)), layouts=lambda name, param: layout
+    )
+    torch.testing.assert_close(
+        clipper.clip_().total_norm.double(), whole.double().norm(), rtol=1e-7, atol=0
+    )
 
 
 def test_copies_that_no_axis_shows(four_ranks: Ranks) -> None:

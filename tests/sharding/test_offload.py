@@ -1,4 +1,4 @@
-"""Gradients on the CPU while the ranks compute elsewhere: the sums travel on the device of the mesh."""
+"""Gradients on the CPU while the ranks compute elsewhere: sums are reduced on the mesh's device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.debug import CommDebugMode
@@ -39,7 +44,9 @@ def _fsdp1(original: bool) -> Callable[[nn.Module, str], nn.Module]:
 
 def _fsdp1_unit(module: nn.Module, original: bool, device: str) -> nn.Module:
     offload = CPUOffload(offload_params=True)
-    return FullyShardedDataParallel(module, cpu_offload=offload, use_orig_params=original, device_id=device_of(device))
+    return FullyShardedDataParallel(
+        module, cpu_offload=offload, use_orig_params=original, device_id=device_of(device)
+    )
 
 
 def _fsdp2(model: nn.Module, device: str) -> nn.Module:
@@ -77,7 +84,9 @@ def offloaded_models_clip(device: str) -> None:
             model = with_gradients(kind, device)
             grads = [local(q.grad) for q in model.parameters() if q.grad is not None]
             wanted = {"cpu", device} if kind == "fsdp2 in part" else {"cpu"}
-            assert {g.device.type for g in grads} == wanted or not grads  # a rank may have no part of FSDP1's
+            assert {
+                g.device.type for g in grads
+            } == wanted or not grads  # a rank may have no part of FSDP1's
             before = [g.clone() for g in grads]
 
             clipper = Clipper(model, ClipNorm(max_norm, p))
@@ -88,7 +97,9 @@ def offloaded_models_clip(device: str) -> None:
 
             assert comms.get_total_counts() == 1
             assert report.total_norm.device.type == device
-            torch.testing.assert_close(report.total_norm.cpu().double(), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                report.total_norm.cpu().double(), expected, rtol=1e-5, atol=0
+            )
             assert same_bits_everywhere(report.total_norm)
             assert report.coefficient < 0.31  # it did clip
             factor = max_norm / report.total_norm.item()
@@ -117,34 +128,41 @@ def test_offloaded_models_clip_as_the_whole_model(four_ranks: Ranks) -> None:
         four_ranks.run(offloaded_models_clip_without_an_accelerator)
 
 
-def sums_of_fsdp1_travel_where_it_computes(original: bool) -> None:
+def sums_of_fsdp1_are_reduced_where_it_computes(original: bool) -> None:
     with unpinned():
         model = _fsdp1(original)(make_model(), "cpu")
     assert {q.device.type for q in model.parameters()} == {"cpu"}
     for unit in FullyShardedDataParallel.fsdp_modules(model):
-        unit.compute_device = torch.device("cuda", 0)  # as it is on a GPU, where NCCL takes no CPU tensor
-    team = Clipper(model).plan.reduce_mesh
-    assert team is not None
-    assert team.device_type == "cuda"
+        unit.compute_device = torch.device(
+            "cuda", 0
+        )  # as it is on a GPU, where NCCL takes no CPU tensor
+    reduce_mesh = Clipper(model).plan.reduce_mesh
+    assert reduce_mesh is not None
+    assert reduce_mesh.device_type == "cuda"
 
 
 @pytest.mark.parametrize("original", [False, True])
-def test_sums_of_offloaded_fsdp1_travel_where_it_computes(four_ranks: Ranks, original: bool) -> None:
-    four_ranks.run(sums_of_fsdp1_travel_where_it_computes, original)
+def test_sums_of_offloaded_fsdp1_are_reduced_where_it_computes(
+    four_ranks: Ranks, original: bool
+) -> None:
+    four_ranks.run(sums_of_fsdp1_are_reduced_where_it_computes, original)
 
 
 def on_a_device_without_values() -> None:
-    """An accelerator that only checks: fake tensors know their devices, and refuse to be mixed or read by the host.
+    """Fake tensors have devices but no values: to mix them or to read one on the host is an error.
 
-    Python's own backend (PrivateUse1) lends the device's name and guard; the process group is torch's fake one.
+    Torch's backend in Python (PrivateUse1) gives the device its name and guard, and the process
+    group is torch's fake one.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     backend_registration._setup_privateuseone_for_python_backend("chip")
-    # An index that is a list of numbers becomes a tensor below the fake mode.
+    # Indexing with a list of numbers makes a tensor outside the fake mode.
     empty = torch._C._acc.create_empty_tensor
-    torch.library.impl("aten::empty_strided", "privateuseone")(lambda size, stride, *, dtype, **_: empty(size, dtype))
+    torch.library.impl("aten::empty_strided", "privateuseone")(
+        lambda size, stride, *, dtype, **_: empty(size, dtype)
+    )
     torch.library.impl("aten::_copy_from", "privateuseone")(lambda source, to, *_: to)
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     on = init_device_mesh("chip", (4,), mesh_dim_names=("fsdp",))
@@ -153,14 +171,24 @@ def on_a_device_without_values() -> None:
     def sharded(device: str) -> nn.Parameter:
         with mode:
             shard = torch.empty(2, 3, device=device)
-        spec = DTensorSpec(on, (Shard(0),), tensor_meta=TensorMeta(torch.Size((8, 3)), (3, 1), torch.float32))
+        spec = DTensorSpec(
+            on, (Shard(0),), tensor_meta=TensorMeta(torch.Size((8, 3)), (3, 1), torch.float32)
+        )
         param = nn.Parameter(DTensor(shard, spec, requires_grad=False))
-        param.grad = DTensor(shard, spec, requires_grad=False)  # as FSDP2 makes one, on whichever device
+        param.grad = DTensor(
+            shard, spec, requires_grad=False
+        )  # as FSDP2 makes one, on whichever device
         return param
 
     there, here = sharded("chip:0"), sharded("cpu")
-    # What lies on the CPU is scaled by a number that the host must know: there, nothing is clipped but only measured.
-    for limit, params in ((1.0, [there]), (math.inf, [here]), (math.inf, [there, here]), (math.inf, [here, there])):
+    # Gradients on the CPU are scaled by a number on the host, which has no value here: these are
+    # only measured.
+    for limit, params in (
+        (1.0, [there]),
+        (math.inf, [here]),
+        (math.inf, [there, here]),
+        (math.inf, [here, there]),
+    ):
         for p in (2.0, 1.0, 8.0, math.inf):
             clipper = Clipper(params, ClipNorm(limit, p))
             with mode, mock.patch.object(dist, "all_reduce") as all_reduce:
@@ -173,8 +201,8 @@ def on_a_device_without_values() -> None:
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no backends written in Python",
 )
-def test_sums_travel_on_the_device_of_the_mesh() -> None:
-    """In a process of its own, since a backend's name is given once."""
+def test_sums_are_reduced_on_the_device_of_the_mesh() -> None:
+    """In a process of its own, because a backend can be named only once."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         process.submit(on_a_device_without_values).result(timeout=60)
 
@@ -190,6 +218,10 @@ def test_gradients_on_both_devices_in_one_process(p: float) -> None:
     norm = distclip.clip_grad_norm_(params, 1.0, p)
     assert norm > 1  # it did clip
     assert norm.device.type == "cuda"
-    torch.testing.assert_close(norm.cpu().double(), reference.total_norm(list(wholes.values()), p), **NORM)
+    torch.testing.assert_close(
+        norm.cpu().double(), reference.total_norm(list(wholes.values()), p), **NORM
+    )
     for param, whole in zip(params, wholes.values(), strict=True):
-        torch.testing.assert_close(param.grad.cpu(), whole / (norm.item() + 1e-6), rtol=2e-7, atol=0)
+        torch.testing.assert_close(
+            param.grad.cpu(), whole / (norm.item() + 1e-6), rtol=2e-7, atol=0
+        )

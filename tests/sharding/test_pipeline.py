@@ -29,15 +29,22 @@ from tests.support.wrapped import local
 MICROBATCHES = 4
 
 
-def backward(parts: dict[int, nn.Module], num_stages: int, pp: DeviceMesh, data: tuple[Tensor, Tensor]) -> None:
-    """One step of a real schedule: 1F1B for one stage a rank, interleaved 1F1B for several."""
-    stages = [PipelineStage(p, i, num_stages, torch.device("cpu"), group=pp.get_group()) for i, p in parts.items()]
+def backward(
+    parts: dict[int, nn.Module], num_stages: int, pp: DeviceMesh, data: tuple[Tensor, Tensor]
+) -> None:
+    """One step of a real schedule: 1F1B for one stage per rank, interleaved 1F1B for several."""
+    stages = [
+        PipelineStage(p, i, num_stages, torch.device("cpu"), group=pp.get_group())
+        for i, p in parts.items()
+    ]
     if len(stages) == 1:
         schedule = Schedule1F1B(stages[0], MICROBATCHES, loss_of)
     else:
         schedule = ScheduleInterleaved1F1B(stages, MICROBATCHES, loss_of)
     tokens, targets = data
-    schedule.step(*([tokens] if 0 in parts else []), target=targets if num_stages - 1 in parts else None)
+    schedule.step(
+        *([tokens] if 0 in parts else []), target=targets if num_stages - 1 in parts else None
+    )
 
 
 def own_stages(num_stages: int, pp: DeviceMesh) -> list[int]:
@@ -45,7 +52,11 @@ def own_stages(num_stages: int, pp: DeviceMesh) -> list[int]:
 
 
 def named(parts: dict[int, nn.Module]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): p for part in parts.values() for name, p in part.named_parameters()}
+    return {
+        name.removeprefix("module."): p
+        for part in parts.values()
+        for name, p in part.named_parameters()
+    }
 
 
 def three_axes() -> DeviceMesh:
@@ -95,15 +106,19 @@ def test_a_stage_without_gradients_takes_part(eight_ranks: Ranks) -> None:
 
 
 def plain_stages(model: Model) -> tuple[dict[str, Tensor], DeviceMesh]:
-    """The parameters of this rank's stage, plain tensors under DDP, after a step; and the mesh of all ranks."""
+    """The parameters of this rank's stage under DDP, after a step; and the mesh of all ranks."""
     root = mesh((4, 2), ("pp", "dp"))
     index = root["pp"].get_local_rank()
-    parts = {index: DistributedDataParallel(stage_of(model, index, 4), process_group=root["dp"].get_group())}
+    parts = {
+        index: DistributedDataParallel(
+            stage_of(model, index, 4), process_group=root["dp"].get_group()
+        )
+    }
     backward(parts, 4, root["pp"], tokens_and_targets(2, root["dp"].get_local_rank()))
     return named(parts), root
 
 
-def plain_tensors_are_told_the_mesh() -> None:
+def plain_tensors_on_the_mesh_given() -> None:
     model = make_model(dense_blocks)
     params, root = plain_stages(model)
     wholes = whole_gradients(model)
@@ -111,12 +126,16 @@ def plain_tensors_are_told_the_mesh() -> None:
     for norm_type in (2.0, 1.0, 8.0, torch.inf):
         check_clip(params, wholes, norm_type, mesh=root)
     norm = distclip.get_total_norm([p.grad for p in params.values()], mesh=root)
-    torch.testing.assert_close(norm, distclip.get_total_norm(list(wholes.values())), rtol=1e-7, atol=0)
-    assert norm > 1.1 * distclip.get_total_norm([p.grad for p in params.values()])  # each stage adds to it
+    torch.testing.assert_close(
+        norm, distclip.get_total_norm(list(wholes.values())), rtol=1e-7, atol=0
+    )
+    assert norm > 1.1 * distclip.get_total_norm(
+        [p.grad for p in params.values()]
+    )  # each stage adds to it
 
 
 def test_a_pipeline_of_plain_tensors(eight_ranks: Ranks) -> None:
-    eight_ranks.run(plain_tensors_are_told_the_mesh)
+    eight_ranks.run(plain_tensors_on_the_mesh_given)
 
 
 TIED = {"embed.weight", "head.weight"}
@@ -127,9 +146,9 @@ def tied_over_pp(name: str, param: Tensor) -> distclip.Layout | None:
 
 
 def add_tied_gradients(params: dict[str, Tensor], whole: Tensor, pp: DeviceMesh) -> None:
-    """As Megatron does: each of the two stages gets the sum of both gradients. The others add zeros here."""
-    held = [local(p.grad) for name, p in params.items() if name in TIED]
-    dist.all_reduce(held[0] if held else torch.zeros_like(whole), group=pp.get_group())
+    """As Megatron does: both stages get the sum of their gradients. The other stages add zeros."""
+    tied = [local(p.grad) for name, p in params.items() if name in TIED]
+    dist.all_reduce(tied[0] if tied else torch.zeros_like(whole), group=pp.get_group())
 
 
 def tied_embedding_counts_once(as_dtensors: bool) -> None:

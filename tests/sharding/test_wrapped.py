@@ -1,4 +1,4 @@
-"""Real DDP, FSDP1, FSDP2, HSDP and tensor parallelism clip as the whole model in one process does."""
+"""DDP, FSDP1, FSDP2, HSDP and tensor parallelism clip as the whole model in one process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from tests.support import reference
 from tests.support.ranks import Ranks, same_bits_everywhere
-from tests.support.wrapped import HAS_PARTIAL, UNSHARDED, WRAPPERS, is_partial, local, whole_gradients, with_gradients
+from tests.support.wrapped import (
+    HAS_PARTIAL,
+    UNSHARDED,
+    WRAPPERS,
+    is_partial,
+    local,
+    whole_gradients,
+    with_gradients,
+)
 
 
 def reduce_partial(grad: Tensor | None) -> Tensor | None:
     if grad is None or not is_partial(grad):
         return grad
-    return grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    return grad.redistribute(
+        placements=[Replicate() if p.is_partial() else p for p in grad.placements]
+    )
 
 
 def clips_as_the_whole_model(kind: str, device: str) -> None:
@@ -47,7 +57,9 @@ def clips_as_the_whole_model(kind: str, device: str) -> None:
         for param, was in zip(model.parameters(), before, strict=True):
             assert (was is None) == (param.grad is None)
             if was is not None:
-                torch.testing.assert_close(local(param.grad), was * coefficient, rtol=2e-7, atol=1e-12)
+                torch.testing.assert_close(
+                    local(param.grad), was * coefficient, rtol=2e-7, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
@@ -78,14 +90,18 @@ def every_rank_sees_it(kind: str, device: str) -> None:
     model = with_gradients(kind, device)
     clean = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     last = [name for name, grad in clean.items() if local(grad).numel()][-1]
-    for value, rank, norm_type in itertools.product((math.nan, math.inf), range(4), (1.0, 2.0, 8.0, math.inf)):
+    for value, rank, norm_type in itertools.product(
+        (math.nan, math.inf), range(4), (1.0, 2.0, 8.0, math.inf)
+    ):
         here = dist.get_rank() == rank
         for name, param in model.named_parameters():
             param.grad = clean[name].clone() if name in clean else None
             if here and name == last:
                 local(param.grad).view(-1)[0] = value
         named = re.escape(last.replace("_fsdp_wrapped_module.", "")) if here else ".*"
-        with pytest.raises(distclip.NonFiniteGradientError, match=rf"'{named}'.*rank {rank} is {value}"):
+        with pytest.raises(
+            distclip.NonFiniteGradientError, match=rf"'{named}'.*rank {rank} is {value}"
+        ):
             distclip.clip_grad_norm_(model, 1.0, norm_type, error_if_nonfinite=True)
         norm = distclip.clip_grad_norm_(model, 1.0, norm_type)
         assert same_bits_everywhere(norm)
