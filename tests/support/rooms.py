@@ -36,8 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
-    "adapters": BOTTOM
-    | {"sharding", "nonfinite", "step", "training"},  # and the public names of every room
+    "adapters": BOTTOM | {"sharding", "step", "training"},  # and the public names of every room
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -47,11 +46,18 @@ THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"adapters"} for name in ("deepspeed", "lightning", "accelerate", "transformers")},
 }
 
-# A part of torch -> where it may be named; the longest match decides.
-KNOWS_RANKS = {"torch_private", "sharding", "norms.reduce", "norms.verify"}
+# What works on local tensors alone: no part of torch.distributed.
+LOCAL = {
+    "errors",
+    "policies",
+    "kernels",
+    "norms.units",
+    "norms.power_sums",
+    "norms.measure",
+    "step",
+}
+# A part of torch.distributed -> where it may be named.
 TORCH: dict[str, set[str]] = {
-    "torch": {PUBLIC, *MAY_IMPORT},
-    "torch.distributed": KNOWS_RANKS | {"training", "clipper", "api", "functional", "adapters"},
     "torch.distributed.tensor": {"sharding", "torch_private"},
     "torch.distributed.fsdp": {"sharding"},
 }
@@ -136,11 +142,12 @@ def complaint(package: Package, module: str, use: Use) -> str | None:
 
 
 def forbidden_part_of_torch(module: str, name: str) -> str | None:
-    part = max((part for part in TORCH if lies_in(name, {part})), key=len)
-    allowed = TORCH[part]
-    return (
-        None if lies_in(module, allowed) else f"names {part}; only {', '.join(sorted(allowed))} may"
-    )
+    for part, allowed in TORCH.items():
+        if lies_in(name, {part}) and not lies_in(module, allowed):
+            return f"names {part}; only {', '.join(sorted(allowed))} may"
+    if lies_in(name, {"torch.distributed"}) and lies_in(module, LOCAL):
+        return "names torch.distributed, but works on local tensors alone"
+    return None
 
 
 def forbidden_arrow(package: Package, module: str, name: str) -> str | None:
