@@ -97,6 +97,26 @@ def test_every_policy(
     two_engine_ranks.run(every_stateless_policy, stage, dtype, offload, more)
 
 
+def modules_are_excluded() -> None:
+    with engine(config(2)) as made:
+        last = made.module[4]
+        for policy in (
+            distclip.AGC(0.1, exclude=(last,)),
+            distclip.AGC(0.1, exclude=(last,)) & distclip.AGC(0.2, exclude=(last,)),
+        ):
+            handle = attach(made, policy)
+            step = Applied(made, 0)
+            grads, weights = list(step.grads.values()), list(step.weights.values())
+            expected = [*reference.agc(weights, grads, 0.1)[:4], *grads[4:]]
+            assert norm_of(step.update) < 0.99 * norm_of(step.grads)
+            engines.check_applied(step.update, expected)
+            handle.detach()
+
+
+def test_modules_of_the_model_can_be_excluded(two_engine_ranks: Ranks) -> None:
+    two_engine_ranks.run(modules_are_excluded)
+
+
 def weights_that_moved() -> None:
     with engine(config(2)) as made:
         attach(made, distclip.AGC(0.1))

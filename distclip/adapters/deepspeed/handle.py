@@ -27,7 +27,7 @@ from distclip.adapters.deepspeed.outer_step import OuterStepHook
 from distclip.adapters.deepspeed.partitions import read_partitions
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
-from distclip.policies import ClipNorm, Policy
+from distclip.policies import ClipNorm, Minimum, Policy
 from distclip.report import Report
 from distclip.sharding.layout import Layout, LayoutFunction
 
@@ -164,6 +164,9 @@ def _exclude_by_name(policy: Policy[Any], module: nn.Module) -> Policy[Any]:
 
     The clipper holds DeepSpeed's flat weights, which are in no module.
     """
+    if isinstance(policy, Minimum):
+        first, second = (_exclude_by_name(one, module) for one in (policy.first, policy.second))
+        return Minimum(first, second)
     if not is_dataclass(policy):
         return policy
     exclude = cast("tuple[Any, ...]", policy.exclude)
