@@ -183,3 +183,38 @@ def test_the_command_fails_where_distclip_is_wrong(
     monkeypatch.setattr(correctness, "measure", lambda *asked: {"distclip": wrong})
     assert correctness.main(["--only", "distclip"]) == 1
     assert "distclip is wrong: 2,000 values of 1e-30: 0." in capsys.readouterr().err
+
+
+# Each row of the README's table: the case, and what its cell for torch says of the measurement.
+README_ROWS: dict[str, tuple[str, Callable[[Measured], str]]] = {
+    "FSDP2 parameters on two meshes": ("two_meshes", lambda m: f"`{m.text}`"),
+    "a NaN on one rank, p = inf, gloo": ("nan_lost", lambda m: f"{m.text}: the NaN is lost"),
+    "a list of FSDP1 parameters": (
+        "fsdp1_list",
+        lambda m: f"{min(norms(m)):.0f} to {max(norms(m)):.0f}: each rank its own",
+    ),
+    "p = inf with an empty FSDP2 shard": (
+        "empty_shard",
+        lambda m: "two ranks raise, two hang" if m.text == "hangs (2 of 4 ranks raise)" else m.text,
+    ),
+    "4,096 fp16 gradients of 3,000": (
+        "fp16_overflow",
+        lambda m: f"{m.answered[0].norm}, and every gradient becomes {m.answered[0].largest:.0f}",
+    ),
+}
+
+
+def test_the_readme_has_what_is_measured(four_on_cpus: Ranks) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## What goes wrong today")[2].partition("\n## ")[0]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    cells = {row[0]: row[1:] for row in table if len(row) == 4 and row[0] in README_ROWS}
+    assert len([row for row in table if len(row) == 4]) == 2 + len(README_ROWS)
+    for label, (key, torch_cell) in README_ROWS.items():
+        found = measure(key, four_on_cpus)
+        right, torch_says, ours = cells[label]
+        assert right == found["torch"].right_text.partition(",")[0], label
+        assert torch_says == torch_cell(found["torch"]), label
+        error = found["distclip"].answered[0].error
+        expected = f"a `{error}`" if error else right
+        assert ours.startswith(expected), label
