@@ -167,7 +167,7 @@ def build_plans(case: Case) -> tuple[dict[Weight, Layout], dict[str, float]]:
             assert local.coordinate == at, (weight, rank)
             assert local.counted == layout.counted_at(at), (weight, rank)
             numel = local_numel(case, weight, inner, outer)
-            assert local.param._local_tensor.numel() == numel, (weight, rank)
+            assert local.param.to_local().numel() == numel, (weight, rank)
         costs.append({**cost, "tensors": len(weights)})
     return layouts, {"plans": len(costs)} | {n: max(cost[n] for cost in costs) for n in costs[0]}
 
