@@ -150,7 +150,7 @@ def text_of_errors() -> str:
                 parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
                 lines.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                lines.append(node.value)
+                lines.append(re.sub(r"\{\w+(!r)?\}", "…", node.value))  # for str.format
     return "\n".join(lines)
 
 
