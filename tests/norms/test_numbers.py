@@ -33,6 +33,16 @@ def test_norm_of_any_magnitude(value: float, norm_type: float) -> None:
     torch.testing.assert_close(norm_of(grad, norm_type=norm_type), expected, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 8.0, math.inf])
+@pytest.mark.parametrize("beside", [0.0, 1.0, math.inf])
+def test_a_nan_is_a_nan(norm_type: float, beside: float) -> None:
+    """Under a maximum too, and beside an infinity."""
+    for grads in ([math.nan, beside], [beside, math.nan]):
+        norm = norm_of(*map(torch.tensor, grads), norm_type=norm_type)
+        assert norm.isnan(), grads
+    assert norm_of(torch.tensor([beside, math.nan]), norm_type=norm_type).isnan()
+
+
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, 50.0])
 def test_norm_over_many_magnitudes(norm_type: float) -> None:
     grads = [torch.full((3,), 10.0**k) for k in range(-36, 37, 6)]

@@ -27,7 +27,7 @@ from distclip.adapters.deepspeed.outer_step import OuterStepHook
 from distclip.adapters.deepspeed.partitions import read_partitions
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
-from distclip.policies import ClipNorm, Minimum, Policy
+from distclip.policies import ClipNorm, Minimum, Policy, check_policy
 from distclip.report import Report
 from distclip.sharding.layout import Layout, LayoutFunction
 
@@ -65,7 +65,9 @@ def attach(
     """
     _check_engine(engine)
     _warn_if_untested()
-    return Handle(engine, ClipNorm(1.0) if policy is None else policy, on_nonfinite)
+    policy = ClipNorm(1.0) if policy is None else policy
+    check_policy(policy)
+    return Handle(engine, policy, on_nonfinite)
 
 
 class Handle:
