@@ -151,7 +151,7 @@ def draw_runs(runs: Mapping[str, Sequence[Row]], title: str, path: Path) -> None
     figure, (upper, lower) = _figure(title, [3.5, 3.5])
     ends = _extremes({name: last_loss(rows) for name, rows in runs.items()})
     largest = _extremes({name: max(norms(rows), default=math.nan) for name, rows in runs.items()})
-    _dress(upper, f"Loss at the end: {ends}", "loss [nats a byte] (log scale)")
+    _dress(upper, f"Loss at the end: {ends}", "loss [nats per byte] (log scale)")
     _dress(lower, f"Largest norm: {largest}", "total norm before clipping (log scale)")
     for (name, rows), color in zip(runs.items(), RUN_COLORS * len(runs), strict=False):
         steps = [row["step"] for row in rows]
@@ -168,7 +168,7 @@ def _loss_panel(axes: "Axes", rows: Sequence[Row]) -> None:
     first, last, verb = rows[0]["loss"], last_loss(rows), "ended as"
     if math.isfinite(last) and first is not None:
         verb = "fell to" if last < first else "rose to"
-    _dress(axes, f"The loss {verb} {number(last)} from {number(first)}", "loss [nats a byte]")
+    _dress(axes, f"The loss {verb} {number(last)} from {number(first)}", "loss [nats per byte]")
     axes.plot([row["step"] for row in rows], _column(rows, "loss"), color=BLUE, linewidth=1.4)
 
 
