@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
-    "adapters": BOTTOM | {"sharding", "nonfinite", "step", "training"},  # and the public names of every room
+    # And the public names of every room.
+    "adapters": BOTTOM | {"sharding", "nonfinite", "step", "training"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
