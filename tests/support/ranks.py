@@ -1,7 +1,8 @@
 """A pool of real ranks that lives as long as the test worker.
 
-A test hands over a module-level function; every rank calls it with the same arguments, and the test gets what
-each returned. A rank that raises, or does not answer in time, fails the test with the traceback of every rank.
+A test hands over a module-level function; every rank calls it with the same arguments, and the test
+gets what each returned. A rank that raises, or does not answer in time, fails the test with the
+traceback of every rank.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """`size` processes in one process group, over gloo on CPUs, over NCCL where each has a GPU of its own."""
+    """`size` processes in one process group: gloo on CPUs, NCCL where each has a GPU of its own."""
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         self.size, self.device = size, device
@@ -117,7 +118,7 @@ def _received(pipe: Connection) -> tuple[bool, Any]:
 
 
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
-    gc.freeze()  # what the modules hold stays: collections, of which DeepSpeed asks for many, leave it out
+    gc.freeze()  # later collections, of which DeepSpeed asks for many, leave out the modules
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     own_gpu = device == "cuda" and torch.cuda.device_count() >= size
