@@ -1,4 +1,5 @@
-# make check | test | test-slurm | lint | types | format | clean | run | compare    make run ARGS="--layout tp --steps 50"
+# make check | test | test-slurm | lint | types | format | clean | run | compare
+# Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
@@ -35,12 +36,13 @@ compare: $(STAMP)
 check: lint types
 	$(PY) -m pytest -n 2 -m "not ranks and not slow" $(PYTEST_ARGS)
 
-# Before a push: everything, as CI does. Three workers on two cores: many tests wait for a process to start or to end.
+# Before a push: everything, as CI does. Three workers for two cores: many tests wait for processes.
 test: lint types wheel
 	$(PY) -m pytest -n 3 --ignore=tests/slurm $(PYTEST_ARGS)
 	$(PY) -m pytest tests/slurm -m "not cluster_slow"
 
-# Crashes, cables, time limits on the SLURM cluster: ten minutes. Needs root, and the packages that .ci/run installs.
+# Crashes, cables, time limits on the SLURM cluster: ten minutes. Needs root, and the packages that
+# .ci/run installs.
 test-slurm: $(STAMP)
 	$(PY) -m pytest tests/slurm -m "cluster_slow or not cluster_slow" --durations=0
 
@@ -55,8 +57,8 @@ format: $(STAMP)
 types: $(STAMP)
 	$(PY) -m pyright
 
-# The built wheel in a venv of its own, away from the source. The .pth line lends it torch and nothing else: the
-# .pth file of the editable install lies in the lent folder, and Python does not read those.
+# The built wheel in a venv of its own, away from the source. The .pth line lends it torch and nothing
+# else: the .pth file of the editable install lies in the lent folder, and Python does not read those.
 wheel: $(STAMP)
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT
 	$(PY) -m build --wheel --no-isolation --outdir "$$tmp" . > "$$tmp/log" 2>&1 || { cat "$$tmp/log"; exit 1; }

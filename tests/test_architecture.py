@@ -33,7 +33,6 @@ def test_every_row_of_the_tables_is_there(package: Package) -> None:
     assert places | rooms.TORCH_PRIVATE | set(rooms.FRAMEWORK_PRIVATE) <= modules
 
 
-@pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/architecture.md is not there yet")
 def test_the_document_lists_the_arrows_of_the_code(package: Package) -> None:
     table = rooms.documented(DOCUMENT.read_text())
     assert set(table) == rooms.rooms_of(package)

@@ -380,6 +380,7 @@ for kernel, signature, constants in [
 """
 
 
+@pytest.mark.slow
 def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     """On any machine. Loads and stores are 16 bytes wide, without atomics, whose order varies."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": API,
     "functional": API | {"api"},
     # And the public names of every room.
-    "adapters": BOTTOM | {"sharding", "nonfinite", "step", "training"},
+    "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "step", "training"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
