@@ -191,7 +191,7 @@ README_ROWS: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "a NaN on one rank, p = inf, gloo": ("nan_lost", lambda m: f"{m.text}: the NaN is lost"),
     "a list of FSDP1 parameters": (
         "fsdp1_list",
-        lambda m: f"{min(norms(m)):.0f} to {max(norms(m)):.0f}: each rank its own",
+        lambda m: f"{int(min(norms(m)))} to {int(max(norms(m)))}: each rank its own",
     ),
     "p = inf with an empty FSDP2 shard": (
         "empty_shard",
