@@ -67,8 +67,8 @@ def main() -> None:
         finished = train(options, device)
     except ranks.UserError as error:
         ranks.leave(error)
-    # A mesh that is still alive would hold its process groups beyond their end, and then gloo's
-    # threads abort the process ("terminate called without an active exception").
+    # Modules and hooks form cycles that hold meshes, and a mesh holds its process groups. One that
+    # Python frees at its very end may abort ("terminate called without an active exception").
     gc.collect()
     dist.destroy_process_group()
     if not finished:
