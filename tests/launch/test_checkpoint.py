@@ -42,15 +42,18 @@ def taken_over(folder: Path, moment: str) -> str:
     first = Checkpoints(folder, Value(), {}, resume=False)
     save_steps(first, 1, 2, 3)
     assert names(first) == ["step-0000002", "step-0000003"]
-    later = copy.copy(first)
+    later, discard, finish = copy.copy(first), first._discard, first._finish
+    if moment == "claimed, not yet cleared":
+        later._discard = lambda path: None
     if moment == "before":
         later.token = on_rank_0(lambda: later._claim(resume=True))
     else:  # the ranks have written their shares, and rank 0 is about to complete them
-        finish = first._finish
         first._finish = lambda *args: (later._claim(resume=True), finish(*args))[1]
     with pytest.raises(UserError) as caught:
         save_steps(first, 4)
     later.token = on_rank_0(lambda: later.token)
+    if moment == "claimed, not yet cleared":
+        on_rank_0(lambda: [discard(path) for path in folder.glob("unfinished-*")])
     assert not list(folder.glob("unfinished-*"))
     assert later.load() == 3
     assert later.trainer.value.item() == 3
@@ -59,7 +62,7 @@ def taken_over(folder: Path, moment: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("moment", ["before", "between"])
+@pytest.mark.parametrize("moment", ["before", "between", "claimed, not yet cleared"])
 def test_a_start_that_was_taken_over_completes_no_checkpoint(
     four_on_cpus: Ranks, tmp_path: Path, moment: str
 ) -> None:
