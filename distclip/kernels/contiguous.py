@@ -50,10 +50,9 @@ def flat(tensor: Tensor) -> Tensor:
 
 def grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], object]) -> list[list[Tensor]]:
     """The tensors in lists for which `key` is the same, in the order of their first tensors."""
-    keys = dict.fromkeys(map(key, tensors))
-    if len(keys) == 1:
+    if len(set(map(key, tensors))) == 1:
         return [list(tensors)]
-    return [[t for t in tensors if key(t) == value] for value in keys]
+    return [[t for t in tensors if key(t) == value] for value in dict.fromkeys(map(key, tensors))]
 
 
 def _span(first: Tensor, last: Tensor) -> Tensor:
