@@ -53,7 +53,7 @@ _norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)
 # whose squares are summed in float32.
 _NUMBA_FROM = {torch.float32: 1 << 22, torch.float16: 1 << 20, torch.bfloat16: 1 << 20}
 _ROW = 256  # elements: more in a float32 sum err more, and calls for shorter rows take longer
-_BLOCK = 1 << 17  # elements of 16 bits that are widened at a time: 512 KiB of float32
+_BLOCK = 1 << 18  # elements of 16 bits that are widened at a time: 1 MiB of float32
 _SHORT = 1 << 12  # elements: a call for a shorter tensor costs more than its elements
 _PACK = 1 << 15  # elements of a copy of short tensors: it stays in the cache of a core
 _EXACT = 1 << 16  # elements: so few are all summed in float64
