@@ -44,7 +44,7 @@ class BlockShard:
         offsets: the first index of the block on each dim.
         sizes: the size of the block on each dim.
         sharded_dims: the dims that some boundary between ranks divides. None where nothing says
-            which, so that any unit may be cut.
+            which, and any unit may be cut.
     """
 
     global_shape: tuple[int, ...]
