@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels, nonfinite, step
+from distclip.norms.agreement import policy_text
 from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import (
@@ -35,8 +37,19 @@ from distclip.policies import (
     StatelessPolicy,
 )
 from distclip.policies.checks import check_norm_type, check_not_negative
-from distclip.sharding.local_tensors import layout_cache_key, local_gradients, local_values
+from distclip.sharding.local_tensors import (
+    any_unreduced,
+    layout_cache_key,
+    local_gradients,
+    local_values,
+    unreduced_values,
+)
 from distclip.sharding.mesh import world_id
+from distclip.sharding.partial_gradients import (
+    may_lack_gradient,
+    reduce_gradients_,
+    reduced_values,
+)
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 
@@ -107,7 +120,14 @@ def clip_grad_norm_(
     gradients = local_gradients(tensors)
     if isinstance(given, nn.Module) and all(grad is None for grad in gradients):
         check_model_unchanged(given, tensors)
-    decision = step.decide(gradients, plan, [policy], [EmptyState()])
+    decision = step.decide(
+        gradients,
+        plan,
+        [policy],
+        [EmptyState()],
+        call=policy_text(policy),
+        reduce=partial(reduce_gradients_, tensors),
+    )
     if error_if_nonfinite:
         _check_finite(decision, given, policy, mesh, tuple(distinct))
     decision.apply_()
@@ -148,9 +168,14 @@ def measure_tensors(
     given = _rereadable(tensors)
     policy = ClipNorm(math.inf, float(norm_type))
     listed, plan = _kept_plan(given, policy, mesh, tuple(distinct))
-    is_model = isinstance(given, nn.Module)
-    gradients = local_gradients(listed) if is_model else [local_values(each) for each in listed]
-    return step.decide(gradients, plan, [policy], [EmptyState()])
+    # A module's gradients take their parameters' layout for good; given tensors are not changed.
+    if isinstance(given, nn.Module):
+        gradients, reduce = local_gradients(listed), partial(reduce_gradients_, listed)
+    else:
+        gradients, reduce = unreduced_values(listed), partial(reduced_values, listed)
+    return step.decide(
+        gradients, plan, [policy], [EmptyState()], call=policy_text(policy), reduce=reduce
+    )
 
 
 @torch.no_grad()
@@ -244,5 +269,9 @@ def _make_plan(
 
 
 def _gradients(parameters: Parameters) -> list[Tensor]:
-    gradients = local_gradients([param for _, param in named_tensors(parameters)])
+    params = [param for _, param in named_tensors(parameters)]
+    gradients = local_gradients(params)
+    each = zip(params, gradients, strict=True)
+    if any_unreduced(gradients) or any(g is None and may_lack_gradient(p) for p, g in each):
+        gradients = reduce_gradients_(params, everywhere=False, alike=False)
     return [grad for grad in gradients if grad is not None]

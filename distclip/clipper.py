@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 
 from distclip import nonfinite, parameters, step
 from distclip.nonfinite import OnNonFinite
+from distclip.norms.agreement import policy_text
 from distclip.norms.plan import make_plan
 from distclip.parameters import GradientFunction, Parameters, ParamGroups
 from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
 from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
-from distclip.sharding.local_tensors import local_gradients
+from distclip.sharding.local_tensors import any_unreduced, local_gradients
+from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 from distclip.training import grad_scaler, optimizers
@@ -93,8 +95,11 @@ class Clipper:
             check_policy(group.policy)
         self._modules = given.modules
         sharded = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
-        self.plan = make_plan(sharded, given.groups)
+        rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_consecutive_skips}"
+        self.plan = make_plan(sharded, given.groups, rule)
         self._policies = [group.policy for group in given.groups]
+        texts = [f"{group.name}: {policy_text(group.policy)}" for group in given.groups]
+        self._call = "; ".join([rule, *texts])
         self._params = [param.param for param in self.plan.params]
         self._states = [
             policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
@@ -113,6 +118,7 @@ class Clipper:
         optimizer: Optimizers | None = None,
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
+        step: int | None = None,
     ) -> Report:
         """Scales the gradients in place.
 
@@ -127,17 +133,22 @@ class Clipper:
             scale: a factor that the gradients still need, such as 1 / num_tokens: a finite number,
                 or a tensor with one element that is not waited for. The same on every rank. It
                 costs no pass of its own, and the figures of the report are those after it.
+            step: the number of the step, if you count them: a rank that has left out a call, or
+                made one more, is then found in its next call. The same on every rank.
 
         Raises:
+            LayoutError: on every rank, where a rank makes another call: of a Clipper with other
+                policies or another `on_nonfinite`, of another Clipper, or with another `step`. On
+                an accelerator the norm is NaN first, and the error follows four steps later.
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
                 scaler or `scale` was given; `scale` is no finite number.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
 
-        Collective: one all-reduce of a few numbers; none where nothing is sharded. The first time
-            with a scaler or `scale` and these optimizers, an all-gather of a short text as well.
+        Collective: one all-reduce of a few numbers; none where nothing is sharded. Where some rank
+            has a `Partial` gradient, the ranks say which, reduce them, and all-reduce again.
         """
-        decision = self.decide(optimizer, scaler, scale)
+        decision = self.decide(optimizer, scaler, scale, step)
         decision.apply_()
         return decision.report
 
@@ -147,6 +158,7 @@ class Clipper:
         optimizer: Optimizers | None = None,
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
+        step: int | None = None,
     ) -> Decision:
         """Measures the gradients, makes the one all-reduce and asks the policy. Writes nothing.
 
@@ -165,7 +177,7 @@ class Clipper:
         on_apply = None
         if scaler is not None and scaler.is_enabled():
             on_apply = partial(grad_scaler.record, scaler, stepped)
-        return self._decide(stepped, factor, on_apply)
+        return self._decide(stepped, factor, on_apply, step)
 
     def step(
         self,
@@ -173,6 +185,7 @@ class Clipper:
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
         closure: Callable[[], Any] | None = None,
+        step: int | None = None,
     ) -> Report:
         """`clip_` and `optimizer.step()`, or `scaler.step(optimizer)`.
 
@@ -193,8 +206,8 @@ class Clipper:
         """
         stepped = optimizers.list_optimizers(optimizer)
         if closure is not None:
-            return self._step_closure(stepped, scaler, scale, closure)
-        decision = self.decide(stepped, scaler, scale)
+            return self._step_closure(stepped, scaler, scale, closure, step)
+        decision = self.decide(stepped, scaler, scale, step)
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
             folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
@@ -244,13 +257,13 @@ class Clipper:
         stepped: list[Optimizer],
         scale: Tensor | None,
         on_apply: Callable[[Tensor], None] | None = None,
+        at_step: int | None = None,
     ) -> Decision:
         """`decide` where it is known which factor the gradients still need; float64."""
-        if stepped and scale is not None:
-            self._checked.check(stepped, self.plan)
+        fault = self._follow(stepped, scaled=scale is not None)
         gradients = self._gradients()
         measured = None
-        if self._backward is not None:
+        if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)
         decision = step.decide(
             gradients,
@@ -259,6 +272,9 @@ class Clipper:
             self._states,
             scale=None if scale is None else scale.to(self.plan.device),
             mode=self._on_nonfinite,
+            call=self._call if at_step is None else f"{self._call}; step={at_step}",
+            reduce=partial(reduce_gradients_, self._params),
+            fault=fault,
             measured=measured,
             in_grad=self._gradient is None,
             on_apply=on_apply,
@@ -266,6 +282,15 @@ class Clipper:
         self._raise_if_nonfinite(decision)
         self._states = decision.next_policy_states(self._states)
         return decision
+
+    def _follow(self, stepped: Sequence[Optimizer], scaled: bool) -> Exception | None:
+        """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
+        try:
+            if stepped:
+                self._checked.new_params(stepped, self.plan.params, scaled)
+        except ValueError as error:
+            return error
+        return None
 
     def _raise_if_nonfinite(self, decision: Decision) -> None:
         counts = self._on_nonfinite in ("skip", "zero")
@@ -296,6 +321,7 @@ class Clipper:
         scaler: GradScaler | None,
         scale: float | Tensor | None,
         closure: Callable[[], Any],
+        at_step: int | None,
     ) -> Report:
         (optimizer,) = stepped
         if scaler is not None and scaler.is_enabled():
@@ -303,7 +329,7 @@ class Clipper:
         factor = None if scale is None else parameters.as_scalar(scale, self.plan.device)
 
         def decide_scaled(stepped: list[Optimizer], *_: Any) -> Decision:
-            return self._decide(stepped, factor)
+            return self._decide(stepped, factor, at_step=at_step)
 
         attached = StepHook(optimizer, None, decide_scaled)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import NonFiniteGradientError
+from distclip.norms.late_reads import LateReads
 from distclip.norms.measure import measure
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import RankGroup, gather_objects, rank_group
@@ -20,7 +20,6 @@ from distclip.norms.reduce import RankGroup, gather_objects, rank_group
 OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
 
 _MAX_NAMES = 100  # that a rank sends: after a NaN in the loss every parameter has a NaN
-_LAG = 4  # steps after which an accelerator's counter is read
 
 
 def check_mode(mode: str, max_consecutive_skips: int) -> None:
@@ -55,7 +54,7 @@ class SkipCounter:
     def __init__(self, max_consecutive: int) -> None:
         self.max_consecutive = max_consecutive
         self._counts: Tensor | None = None  # of all such steps; of the latest ones in a row
-        self._in_flight: deque[tuple[Any, Tensor]] = deque()  # event, copy of the second count
+        self._late = LateReads()
 
     @property
     def total(self) -> Tensor:
@@ -64,31 +63,12 @@ class SkipCounter:
         return self._counts[0]
 
     def count_(self, finite: Tensor) -> bool:
-        """Whether too many came in a row. On an accelerator the answer is `_LAG` steps old."""
+        """Whether too many came in a row. On an accelerator the answer is some steps old."""
         if self._counts is None:
             self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         self._counts.add_(~finite)
         self._counts[1].mul_(~finite)
-        if finite.device.type == "cpu":
-            return int(self._counts[1]) > self.max_consecutive
-        return self._read_late(torch.get_device_module(finite.device.type))
-
-    def _read_late(self, device_module: Any) -> bool:
-        # The copy that is read was made `_LAG` steps ago and has arrived, so reading it waits for
-        # nothing. All ranks read the same step's copy and raise together. A step inside a CUDA
-        # graph cannot raise.
-        assert self._counts is not None
-        is_capturing = getattr(device_module, "is_current_stream_capturing", None)
-        if is_capturing is not None and is_capturing():
-            return False
-        event = device_module.Event()
-        self._in_flight.append((event, self._counts[1].to("cpu", non_blocking=True)))
-        event.record()
-        if len(self._in_flight) <= _LAG:
-            return False
-        event, in_a_row = self._in_flight.popleft()
-        event.synchronize()
-        return int(in_a_row) > self.max_consecutive
+        return self._late.read(self._counts[1]) > self.max_consecutive
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from distclip import kernels
+from distclip.errors import LayoutError
 from distclip.nonfinite import (
     NonFiniteSearch,
     OnNonFinite,
     coefficient_under,
     limit_under,
 )
+from distclip.norms.agreement import Header
 from distclip.norms.measure import GroupMeasurement, TensorLists, measure
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
-from distclip.norms.reduce import GroupNorms, rank_group, total_norms
+from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
 from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import NormContext, Policy, Scope
 from distclip.report import Report
+from distclip.sharding.local_tensors import reducible, unreduced_text
 from distclip.sharding.shard import UnitView
+
+
+class ReduceGradients(Protocol):
+    """Reduces the gradients that have no values yet, and returns all; see `reduce_together`."""
+
+    def __call__(self, everywhere: bool, alike: bool) -> list[Tensor | None]: ...
 
 
 class GroupClip(NamedTuple):
@@ -186,6 +195,9 @@ def decide(
     policies: Sequence[Policy[Any]],
     states: Sequence[Any],
     *,
+    call: str,
+    reduce: ReduceGradients | None = None,
+    fault: Exception | None = None,
     scale: Tensor | None = None,
     mode: OnNonFinite = "propagate",
     measured: Sequence[GroupMeasurement] | None = None,
@@ -195,18 +207,41 @@ def decide(
     """Measures, reduces, and asks the policies for limits. Writes nothing.
 
     Args:
-        gradients: on this rank, in the order of `plan.params`; None where there is none.
+        gradients: on this rank, in the order of `plan.params`; None where there is none, and a
+            DTensor where a collective has yet to make its values.
         policies, states: of each parameter group of the plan.
+        call: what must be the same on all ranks, as text.
+        reduce: makes these values.
+        fault: an error that this rank has found. All ranks raise it, after the all-reduce.
         scale: a factor that the gradients still need; a float64 scalar on the plan's device. Norms
             are those of the gradients times `scale`.
         measured: what `measure` would return, where it is known already.
         in_grad: the gradients are those in `.grad`, which optimizers read.
         on_apply: called with `Decision.found_inf` when the decision takes effect.
 
-    Collective: one all-reduce; none where nothing is sharded.
+    Raises:
+        LayoutError: the ranks do not mean the same call; see `total_norms`.
+
+    Collective: one all-reduce; none where nothing is sharded. Where some rank has a gradient
+        without values, the collectives of `reduce` and the all-reduce once more.
     """
-    measured = measure(gradients, plan) if measured is None else measured
-    norms = total_norms(measured, plan)
+    fault = fault or _fault(gradients, plan)
+    lacks = any(gradients[i] is None for i in plan.copied_dtensors)
+    header = Header(call, unreduced_text(gradients), lacks, fault is not None)
+    if measured is None or header.unreduced:
+        measured = measure(reducible(gradients), plan)
+    totals = total_norms(measured, plan, header)
+    if totals.reduce_gradients and reduce is not None:
+        try:
+            gradients = reduce(plan.reduce_mesh is not None, totals.alike)
+        except LayoutError as error:
+            fault, gradients = fault or error, reducible(gradients)
+        measured = measure(gradients, plan)
+        fault = fault or _fault(gradients, plan)
+        totals = total_norms(measured, plan, Header(call, fault=fault is not None))
+    if totals.fault:
+        raise_fault(fault, plan)
+    norms = totals.norms
     if scale is not None:
         magnitude = scale.abs()
         norms = [each.scaled(magnitude) for each in norms]
@@ -230,6 +265,17 @@ def decide(
         in_grad,
         on_apply,
     )
+
+
+def _fault(gradients: Sequence[Tensor | None], plan: Plan) -> Exception | None:
+    """What must be known before anything is written, and before a policy counts the step."""
+    clamped = [group for group in plan.groups if group.scope is Scope.ELEMENT]
+    try:
+        for group in clamped:
+            check_real(gradients[group.members])
+    except ValueError as error:
+        return error
+    return None
 
 
 def _ask_policy(norms: GroupNorms, group: ParamGroup, policy: Policy[Any], state: Any) -> GroupClip:

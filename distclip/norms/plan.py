@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from distclip import kernels
 from distclip.norms import power_sums
+from distclip.norms.agreement import message_size
+from distclip.norms.late_reads import LateReads
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh, all_gather_objects
+from distclip.sharding.partial_gradients import may_lack_gradient
 from distclip.sharding.read import ShardedParams
 
 
@@ -50,6 +54,19 @@ class ParamGroup:
         return power_sums.num_partials(self.norm_type) * num_norms
 
 
+@dataclass
+class Calls:
+    """What is known from earlier calls with a plan, on accelerators.
+
+    Attributes:
+        late: numbers that are read some steps later.
+        is_settled: no rank had a gradient that must be reduced first, and none lacked one.
+    """
+
+    late: LateReads = field(default_factory=LateReads)
+    is_settled: bool = False
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every parameter that this rank holds, in groups, and the ranks to reduce over.
@@ -57,12 +74,23 @@ class Plan:
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         device: where the partial sums are combined and reduced.
+        rule: what must be the same on all ranks beside the policies, as text.
+        copied_dtensors: the indices of parameters of which another rank may have a gradient that
+            must be reduced before it is measured, while this one has none.
     """
 
     params: Sequence[LocalParam]
     reduce_mesh: ReduceMesh | None
     groups: Sequence[ParamGroup]
     device: torch.device
+    rule: str = ""
+    copied_dtensors: Sequence[int] = ()
+    calls: Calls = field(default_factory=Calls, compare=False, repr=False)
+
+    @cached_property
+    def message_size(self) -> int:
+        """How many numbers each rank sends in the all-reduce."""
+        return message_size([group.payload_size for group in self.groups])
 
     def verify(self) -> None:
         """Compares the plans of all ranks, and the bits of parameters that are laid out as copies.
@@ -72,13 +100,14 @@ class Plan:
         Raises:
             LayoutError: on every rank, with the same message: a parameter that a rank lacks or
                 lays out otherwise, copies that differ, other policies, another order of groups,
-                another mesh. A rank that does not call within the timeout of the process group is
-                named on the ranks that did.
+                another `on_nonfinite` or `max_consecutive_skips`, another mesh. A rank
+                that does not call within the timeout of the process group is named on the ranks
+                that did.
 
         Collective: all ranks of the mesh (without one: of the world) must call.
         """
         policies = [f"{group.name}: {group.description}" for group in self.groups]
-        verify(self.params, self.reduce_mesh, policies, self.device)
+        verify(self.params, self.reduce_mesh, [*policies, self.rule], self.device)
 
     def without_params(self) -> Plan:
         """The plan for any parameters that are laid out alike; it keeps no tensor alive."""
@@ -110,13 +139,16 @@ class Plan:
     def _collective(self) -> str:
         if self.reduce_mesh is None:
             return "no collective: no rank holds elements that another lacks"
-        size = sum(group.payload_size for group in self.groups)
+        size = self.message_size
         axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
         return f"one all-reduce of {size} float64 ({8 * size} bytes) over {axes}, on {self.device}"
 
 
-def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
+def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = "") -> Plan:
     """The plan for groups of `sharded.params`.
+
+    Args:
+        rule: see `Plan`.
 
     Chooses and compiles the kernels for accelerators as well, or the first step would.
 
@@ -134,7 +166,8 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
-    return Plan(params, mesh, groups, device)
+    copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
+    return Plan(params, mesh, groups, device, rule, copied)
 
 
 def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.device) -> ParamGroup:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distclip.errors import LayoutError
 from distclip.norms import power_sums
+from distclip.norms.agreement import HEADER_SIZE, Answer, Header, decode
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.sharding.mesh import all_gather_objects
@@ -35,39 +37,138 @@ class GroupNorms(NamedTuple):
         return GroupNorms(self.total * scale, units, self.weights)
 
 
-def total_norms(measured: Sequence[GroupMeasurement], plan: Plan) -> list[GroupNorms]:
+class Totals(NamedTuple):
+    """The norms of all groups, and what the ranks said beside their sums.
+
+    Attributes:
+        norms: of each group.
+        reduce_gradients: some rank has gradients that must be reduced before they are measured.
+        alike: all ranks have the same ones.
+        fault: some rank has found an error that others cannot see.
+    """
+
+    norms: list[GroupNorms]
+    reduce_gradients: bool
+    alike: bool
+    fault: bool
+
+
+def total_norms(measured: Sequence[GroupMeasurement], plan: Plan, header: Header) -> Totals:
     """The norms of each group over all ranks; the same bits on every rank.
 
-    Collective: see `all_reduce_`.
-    """
-    reduced = torch.cat([group.payload for group in measured])
-    all_reduce_(reduced, plan)
-    parts = [reduced]
-    if len(plan.groups) > 1:
-        parts = list(torch.split(reduced, [group.payload_size for group in plan.groups]))
-    return [_norms(*each) for each in zip(plan.groups, parts, measured, strict=True)]
+    Raises:
+        LayoutError: on every rank, where the ranks do not mean the same call. On an accelerator the
+            norms are NaN in this step, and the error follows some steps later.
 
-
-def all_reduce_(payload: Tensor, plan: Plan) -> None:
-    """Combines the payloads of all ranks in place; the same bits on every rank afterwards.
-
-    Shapes: payload: those of all groups, one after the other; float64, flat.
     Collective: one over the reduce mesh: an all-reduce, or an all-gather where some groups take
         sums and others maxima; none if the plan has no reduce mesh.
     """
+    payload = [group.payload for group in measured]
     if plan.reduce_mesh is None:
-        return
+        norms = [_norms(*each) for each in zip(plan.groups, payload, measured, strict=True)]
+        return Totals(norms, bool(header.unreduced) or header.missing, False, header.fault)
+    reduced, answer = _all_reduce(payload, plan, header)
+    flags = _read(answer, plan, header)
+    parts = torch.split(reduced, [group.payload_size for group in plan.groups])
+    norms = [_norms(*each) for each in zip(plan.groups, parts, measured, strict=True)]
+    return Totals(norms, *flags)
+
+
+def _all_reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tensor, Answer]:
+    """The payloads of all groups, combined over the ranks, and what the ranks said beside them.
+
+    The payloads become NaN where the ranks do not agree.
+    """
+    assert plan.reduce_mesh is not None
     process_group = plan.reduce_mesh.group
     is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    num_filled = HEADER_SIZE + sum(map(len, payload))
+    filling = payload[0].new_zeros(plan.message_size - num_filled)
+    first = header.encode(all(is_max), plan.device)
+    message = torch.cat([first, *payload, filling])
     if all(is_max) or not any(is_max):
-        op = dist.ReduceOp.MAX if any(is_max) else dist.ReduceOp.SUM
-        dist.all_reduce(payload, op, group=process_group)
-        return
-    everyone = payload.new_empty(dist.get_world_size(process_group), len(payload))
-    dist.all_gather(list(everyone.unbind()), payload, group=process_group)
-    parts = torch.split(everyone, [group.payload_size for group in plan.groups], dim=1)
-    combined = [p.amax(0) if is_ else p.sum(0) for p, is_ in zip(parts, is_max, strict=True)]
-    payload.copy_(torch.cat(combined))
+        op = dist.ReduceOp.MAX if all(is_max) else dist.ReduceOp.SUM
+        dist.all_reduce(message, op, group=process_group)
+    else:
+        message = _gather(message, [HEADER_SIZE, *map(len, payload), len(filling)], is_max, plan)
+    num_ranks = dist.get_world_size(process_group)
+    answer = decode(message[:HEADER_SIZE], header, all(is_max), num_ranks)
+    reduced = message[HEADER_SIZE:num_filled]
+    if message.device.type != "cpu":
+        reduced = reduced.masked_fill(~answer.agrees, math.nan)
+    return reduced, answer
+
+
+def _gather(message: Tensor, sizes: Sequence[int], is_max: Sequence[bool], plan: Plan) -> Tensor:
+    """As an all-reduce that takes maxima for some groups and sums for everything else."""
+    assert plan.reduce_mesh is not None
+    process_group = plan.reduce_mesh.group
+    everyone = message.new_empty(dist.get_world_size(process_group), len(message))
+    dist.all_gather(list(everyone.unbind()), message, group=process_group)
+    parts = torch.split(everyone, list(sizes), dim=1)
+    each = zip(parts, [False, *is_max, False], strict=True)
+    return torch.cat([part.amax(0) if is_ else part.sum(0) for part, is_ in each])
+
+
+class _Flags(NamedTuple):
+    reduce_gradients: bool
+    alike: bool
+    fault: bool
+
+
+def _read(answer: Answer, plan: Plan, header: Header) -> _Flags:
+    """Raises LayoutError where the ranks do not mean the same call."""
+    calls, alike, missing = plan.calls, True, False
+    if plan.device.type == "cpu" or (plan.copied_dtensors and not calls.is_settled):
+        agrees, alike = bool(answer.agrees), bool(answer.alike)
+        unreduced, missing, fault = cast("list[bool]", answer.flags.tolist())
+        # Whether a gradient has to be reduced depends on how the model is written, and not on its
+        # input: where all were here and none had to, the host need not look again.
+        calls.is_settled = not (unreduced or missing)
+    else:
+        late = calls.late.read((~answer.agrees).long() + 2 * answer.flags.any())
+        agrees, unreduced, fault = late % 2 == 0, False, late >= 2 or header.fault
+    if not agrees:
+        raise _disagreement(plan, header.text)
+    return _Flags(unreduced, alike and not missing, fault)
+
+
+def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
+    """Raises the error that one or more ranks have found, on all ranks together.
+
+    Args:
+        fault: what this rank has found.
+
+    Collective: on CPUs an all-gather of objects, so that every rank has the same text.
+    """
+    found = None if fault is None else (isinstance(fault, LayoutError), str(fault))
+    if plan.device.type == "cpu":
+        by_rank = gather_objects(found, rank_group(plan)).values()
+        found = next((each for each in by_rank if each is not None), found)
+    if found is None:
+        found = True, "cannot clip together: another rank has found an error, and raised it there."
+    is_layout, text = found
+    raise LayoutError(text) if is_layout else ValueError(text)
+
+
+def _disagreement(plan: Plan, call: str) -> LayoutError:
+    assert plan.reduce_mesh is not None
+    found = ""
+    if plan.device.type == "cpu":
+        try:
+            by_rank = all_gather_objects(call, plan.reduce_mesh.group)
+        except RuntimeError:  # messages of other sizes have left the process group unusable
+            by_rank = {}
+        ranks: dict[str, list[int]] = {}
+        for rank, text in by_rank.items():
+            ranks.setdefault(text, []).append(rank)
+        found = "; ".join(f"ranks {who}: {text[:200]}" for text, who in ranks.items())
+    return LayoutError(
+        f"cannot clip together: the ranks of this all-reduce do not make the same call "
+        f"({found or 'their tags differ'}), and sums of different things would be added. Give the "
+        f"Clipper the same policies, groups and `on_nonfinite` on every rank, and call it equally "
+        f"often and in the same order, with the same `step=`."
+    )
 
 
 def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:

@@ -61,17 +61,34 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
 def local_gradient(param: Tensor) -> Tensor | None:
     """The dense values of a parameter's gradient on this rank, in the memory of the gradient.
 
-    A `Partial` gradient, or one laid out unlike its parameter, takes its parameter's layout first
-    and keeps it. An uncoalesced sparse gradient is coalesced.
-
-    Collective: one `redistribute` for each gradient that must change its layout.
+    A `Partial` gradient, or one laid out unlike its parameter, is returned as the DTensor that it
+    is: `reduce_gradients_` gives it values. An uncoalesced sparse gradient is coalesced.
     """
     if (grad := param.grad) is None:
         return None
-    resolved = _resolve(grad, like=param)
-    if resolved is not grad:
-        param.grad = resolved
-    return _dense(resolved)
+    if isinstance(grad, DTensor) and isinstance(param, DTensor):
+        return _dense(grad) if grad.placements == placements_without_partial(param) else grad
+    if grad.layout is torch.sparse_coo and not grad.is_coalesced():
+        param.grad = grad = grad.coalesce()
+    return _dense(grad)
+
+
+def any_unreduced(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient has no values yet: a DTensor among what `local_gradients` returned."""
+    return DTensor in set(map(type, gradients))
+
+
+def unreduced_text(gradients: Sequence[Tensor | None]) -> str:
+    """Which gradients have no values yet, and how they lie; "" where all have them."""
+    if not any_unreduced(gradients):
+        return ""
+    each = ((i, grad) for i, grad in enumerate(gradients) if isinstance(grad, DTensor))
+    return ", ".join(f"{i}: {grad.placements} {grad.dtype}" for i, grad in each)
+
+
+def reducible(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients that have values, and None for the others."""
+    return [None if type(grad) is DTensor else grad for grad in gradients]
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -99,13 +116,23 @@ def final_gradient(param: Tensor) -> Tensor | None:
     if grad is None or grad.layout is torch.sparse_coo:
         return None
     if isinstance(grad, DTensor) and isinstance(param, DTensor):
-        return _dense(grad) if grad.placements == _without_partial(param) else None
+        return _dense(grad) if grad.placements == placements_without_partial(param) else None
     return _dense(grad)
 
 
 def local_values(tensor: Tensor) -> Tensor:
     """The dense values of a tensor on this rank, `Partial` ones reduced."""
     return _dense(resolve_partial(tensor))
+
+
+def unreduced_values(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """`local_values` of each, but a `Partial` tensor as it is."""
+    return [
+        tensor
+        if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements)
+        else local_values(tensor)
+        for tensor in tensors
+    ]
 
 
 def resolve_partial(tensor: Tensor) -> Tensor:
@@ -124,12 +151,13 @@ def groups_sharding(tensor: Tensor, dims: Sequence[int]) -> list[dist.ProcessGro
 
 def _resolve(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
-        wanted = _without_partial(like)
+        wanted = placements_without_partial(like)
         return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
 
 
-def _without_partial(like: DTensor) -> tuple[Placement, ...]:
+def placements_without_partial(like: DTensor) -> tuple[Placement, ...]:
+    """The placements of a tensor after its partial sums have been reduced."""
     return tuple(Replicate() if p.is_partial() else p for p in like.placements)
 
 

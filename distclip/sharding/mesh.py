@@ -52,7 +52,7 @@ class ReduceMesh:
         """
         axes = axis_names(mesh)
         distinct = frozenset(distinct) & set(axes)
-        return cls(mesh.mesh, axes, distinct, _group_of(mesh), mesh.device_type, from_user)
+        return cls(mesh.mesh, axes, distinct, group_of(mesh), mesh.device_type, from_user)
 
     @classmethod
     def world(cls, device_type: str) -> ReduceMesh:
@@ -213,7 +213,11 @@ def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
 _groups = WeakIdKeyDictionary()
 
 
-def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The process group over all ranks of a mesh that contains this one.
+
+    Collective: see `ReduceMesh.of`.
+    """
     if mesh.size() == dist.get_world_size():
         return world_group()
     if mesh.ndim == 1:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.norms.plan import Plan
-from distclip.norms.reduce import gather_objects, rank_group
+from distclip.sharding.layout import LocalParam
 
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
 
@@ -142,40 +144,97 @@ class HiddenGradients:
 
 
 class CheckedOptimizers:
-    """The optimizers that are known to step what a plan holds; keeps none of them alive."""
+    """What the optimizers given so far step beside what a Clipper holds; keeps none of them alive.
+
+    Optimizers get parameters during training (`add_param_group`), and parameters are unfrozen.
+    """
 
     def __init__(self) -> None:
-        self._checked: list[tuple[weakref.ref[Optimizer], ...]] = []
+        self._seen: list[_Seen] = []
 
-    def check(self, optimizers: Sequence[Optimizer], plan: Plan) -> None:
-        """Raises ValueError, on every rank, unless these step what the plan holds and nothing else.
+    def new_params(
+        self, optimizers: Sequence[Optimizer], params: Sequence[LocalParam], scaled: bool
+    ) -> list[Tensor]:
+        """The parameters that these optimizers have begun to step since they were seen first.
 
-        Collective: the first time with these optimizers, an all-gather of a short text.
+        Only where they stepped nothing but the Clipper's parameters at that time: a Clipper may
+        hold a part of what an optimizer steps.
+
+        Args:
+            params: those that the Clipper holds.
+            scaled: the gradients still need a factor, so that all must be held.
+
+        Raises:
+            ValueError: gradients would be left scaled, or be unscaled although a scaler does not
+                know it.
         """
-        known = [[ref() for ref in refs] for refs in self._checked]
-        if list(optimizers) in known:
-            return
-        for rank, found in gather_objects(_difference(optimizers, plan), rank_group(plan)).items():
-            if found is not None:
-                raise ValueError(
-                    f"cannot unscale and clip together: on rank {rank} {found}. Some gradients "
-                    f"would be left scaled, or be unscaled although the scaler does not know it. "
-                    f"Pass all optimizers of the parameters that the Clipper holds, "
-                    f"`[first, second]`; or call `scaler.unscale_(optimizer)` for each before."
-                )
-        alive = zip(self._checked, known, strict=True)
-        self._checked = [refs for refs, each in alive if None not in each]
-        self._checked.append(tuple(map(weakref.ref, optimizers)))
+        stepped = _params(optimizers)
+        seen = next((each for each in self._seen if each.is_of(optimizers)), None)
+        if seen is None or not seen.is_same(stepped):
+            held = {id(param.param) for param in params}
+            others = [param for param in stepped if id(param) not in held]
+            covers = seen.covers if seen is not None else not any(map(_is_trained, others))
+            self._seen = [each for each in self._seen if each.is_alive() and each is not seen]
+            self._seen.append(
+                seen := _Seen(tuple(map(weakref.ref, optimizers)), stepped, others, covers)
+            )
+        trained = [param for param in seen.others if _is_trained(param)]
+        if trained and seen.covers:
+            return trained
+        if scaled:
+            _check_same(trained, stepped, params)
+        return []
 
 
-def _difference(optimizers: Sequence[Optimizer], plan: Plan) -> str | None:
-    stepped, planned = {id(p) for p in _params(optimizers)}, {id(p.param) for p in plan.params}
-    left = [p.name for p in plan.params if p.param.requires_grad and id(p.param) not in stepped]
+@dataclass
+class _Seen:
+    """The optimizers of one call, and the parameters that they stepped.
+
+    Attributes:
+        others: those that the Clipper does not hold.
+        covers: when they were seen first, the Clipper held all that they trained.
+    """
+
+    optimizers: tuple[weakref.ref[Optimizer], ...]
+    stepped: list[Tensor]
+    others: list[Tensor]
+    covers: bool
+
+    def is_of(self, optimizers: Sequence[Optimizer]) -> bool:
+        same_number = len(optimizers) == len(self.optimizers)
+        return same_number and all(
+            ref() is o for ref, o in zip(self.optimizers, optimizers, strict=True)
+        )
+
+    def is_alive(self) -> bool:
+        return all(ref() is not None for ref in self.optimizers)
+
+    def is_same(self, stepped: Sequence[Tensor]) -> bool:
+        return len(stepped) == len(self.stepped) and all(map(is_, stepped, self.stepped))
+
+
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad or param.grad is not None
+
+
+def _check_same(
+    others: Sequence[Tensor], stepped: Sequence[Tensor], params: Sequence[LocalParam]
+) -> None:
+    ids = {id(param) for param in stepped}
+    left = [p.name for p in params if p.param.requires_grad and id(p.param) not in ids]
+    if not left and not others:
+        return
     if left:
-        return f"no optimizer given steps {left[0]!r}"
-    if others := stepped - planned:
-        return f"{len(others)} parameters of the optimizer are not the Clipper's"
-    return None
+        found = f"no optimizer given steps {left[0]!r}"
+    else:
+        shape = list(others[0].shape)
+        found = f"{len(others)} parameters of the optimizer are not the Clipper's (shape {shape})"
+    raise ValueError(
+        f"cannot unscale and clip together: {found}. Some gradients would be left scaled, or be "
+        f"unscaled although the scaler does not know it. Pass all optimizers of the parameters "
+        f"that the Clipper holds, `[first, second]`; or call `scaler.unscale_(optimizer)` for each "
+        f"before."
+    )
 
 
 def _params(optimizers: Sequence[Optimizer]) -> list[Tensor]:

@@ -266,5 +266,5 @@ def test_the_plan_prints_who_counts_what(four_on_cpus: Ranks) -> None:
         "12",
     ]
     assert re.split(r"  +", last[2])[2:] == ["sharded over dp; copies over tp", "1", "2", "0", "8"]
-    assert first[-1] == "one all-reduce of 1 float64 (8 bytes) over dp=2 x tp=2, on cpu"
+    assert first[-1] == "one all-reduce of 8 float64 (64 bytes) over dp=2 x tp=2, on cpu"
     assert "no collective" in str(distclip.Clipper(Small()).plan)
