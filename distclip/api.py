@@ -23,7 +23,6 @@ from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import (
     Parameters,
-    check_model_unchanged,
     named_tensors,
     read_parameters,
     unique_tensors,
@@ -118,8 +117,6 @@ def clip_grad_norm_(
     given = _rereadable(parameters)
     tensors, plan = _kept_plan(given, policy, mesh, tuple(distinct))
     gradients = local_gradients(tensors)
-    if isinstance(given, nn.Module) and all(grad is None for grad in gradients):
-        check_model_unchanged(given, tensors)
     decision = step.decide(
         gradients,
         plan,

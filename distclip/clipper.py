@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from distclip import nonfinite, parameters, step
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
-from distclip.norms.plan import make_plan
-from distclip.parameters import GradientFunction, Parameters, ParamGroups
+from distclip.norms.plan import Plan, make_plan
+from distclip.parameters import GradientFunction, NamedParameters, Parameters, ParamGroups
 from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
 from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
@@ -26,6 +26,7 @@ from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 from distclip.training import grad_scaler, optimizers
 from distclip.training.backward import BackwardNorms
+from distclip.training.model_changes import ModelChanges, check_present
 from distclip.training.optimizers import Optimizers
 from distclip.training.step_hook import StepHook
 
@@ -89,24 +90,36 @@ class Clipper:
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._skips = nonfinite.SkipCounter(max_consecutive_skips)
-        self._checked = optimizers.CheckedOptimizers()
-        given = parameters.read_parameters(model_or_parameters, policy)
-        for group in given.groups:
+        self._sources = parameters.list_sources(model_or_parameters, policy)
+        for group in self._sources:
             check_policy(group.policy)
-        self._modules = given.modules
-        sharded = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
+        self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_consecutive_skips}"
-        self.plan = make_plan(sharded, given.groups, rule)
-        self._policies = [group.policy for group in given.groups]
-        texts = [f"{group.name}: {policy_text(group.policy)}" for group in given.groups]
-        self._call = "; ".join([rule, *texts])
-        self._params = [param.param for param in self.plan.params]
+
+        def plan_for(read: NamedParameters) -> Plan:
+            sharded = read_layouts(read.named, read.modules, mesh, tuple(distinct), layouts)
+            return make_plan(sharded, read.groups, rule)
+
+        self._plan_for = plan_for
+        self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
+        self._hold(parameters.read_sources(self._sources))
+
+    def _hold(self, read: NamedParameters) -> None:
+        """Makes the plan for these parameters, and the policies' states before the first step."""
+        self.plan = plan = self._plan_for(read)
+        self._read, self._changes = read, ModelChanges(read)
+        self._params = [param.param for param in plan.params]
         self._states = [
-            policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
-            for group, policy in zip(self.plan.groups, self._policies, strict=True)
+            policy.init(1 if group.units is None else group.units.num_units, plan.device)
+            for group, policy in zip(plan.groups, self._policies, strict=True)
         ]
-        self._gradient = gradient
-        self._backward = BackwardNorms(self.plan, self._modules) if overlap else None
+        policies = zip(plan.groups, self._policies, strict=True)
+        texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
+        # With layouts= the ranks may hold different parameters, such as experts.
+        held = "" if self._layouts is not None else plan.parameters_text
+        self._call = "; ".join([plan.rule, *texts, held])
+        self._checked = optimizers.CheckedOptimizers()
+        self._backward = BackwardNorms(plan, read.modules) if self._overlap else None
 
     @property
     def skipped(self) -> Tensor:
@@ -262,6 +275,8 @@ class Clipper:
         """`decide` where it is known which factor the gradients still need; float64."""
         fault = self._follow(stepped, scaled=scale is not None)
         gradients = self._gradients()
+        if fault is None and stepped and all(grad is None for grad in gradients):
+            fault = optimizers.unheld_gradient(stepped)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)
@@ -286,11 +301,31 @@ class Clipper:
     def _follow(self, stepped: Sequence[Optimizer], scaled: bool) -> Exception | None:
         """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
         try:
+            if self._changes.any():
+                self._hold_again(parameters.read_sources(self._sources))
             if stepped:
-                self._checked.new_params(stepped, self.plan.params, scaled)
+                added = self._checked.new_params(stepped, self.plan.params, scaled)
+                if added:
+                    self._sources = parameters.with_params(self._sources, added)
+                    self._hold_again(parameters.read_sources(self._sources))
         except ValueError as error:
             return error
         return None
+
+    def _hold_again(self, read: NamedParameters) -> None:
+        """`_hold`, where the model or the optimizer has got other parameters during training."""
+        before, now = self._read.named, read.named
+        same = len(before) == len(now) and all(
+            a[1] is b[1] for a, b in zip(before, now, strict=True)
+        )
+        if same and not self._changes.needs_new_plan():
+            self._read, self._changes = read, ModelChanges(read)
+            return
+        check_present(read, before)
+        states = self._group_states()
+        self._backward = None  # its hooks go before others come
+        self._hold(read)
+        self._states = state_dict.carried_over(states, self._group_states())
 
     def _raise_if_nonfinite(self, decision: Decision) -> None:
         counts = self._on_nonfinite in ("skip", "zero")
@@ -307,9 +342,6 @@ class Clipper:
             gradients = self._backward.gradients()
         else:
             gradients = local_gradients(self._params)
-        if all(grad is None for grad in gradients):
-            for module in self._modules:
-                parameters.check_model_unchanged(module, self._params)
         for group in self.plan.groups:
             if group.scope is Scope.UNIT:
                 parameters.check_dense(self.plan.params[group.members])

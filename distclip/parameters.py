@@ -6,17 +6,19 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, SupportsFloat, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
+from distclip.sharding.fsdp2 import reshard, sharded_params
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.local_tensors import local_values, resolve_partial
+from distclip.sharding.local_tensors import is_dtensor, local_values, resolve_partial
 from distclip.sharding.read import named_parameters
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -25,12 +27,32 @@ GradientFunction: TypeAlias = Callable[[Tensor], "Tensor | None"]
 
 
 @dataclass(frozen=True)
+class GroupSource:
+    """A parameter group as the user gives it, to be read as often as needed.
+
+    Attributes:
+        params: a module, or tensors with their names.
+        added: tensors that came during training.
+    """
+
+    name: str
+    params: nn.Module | list[tuple[str, Tensor]]
+    policy: Policy[Any]
+    added: Sequence[tuple[str, Tensor]] = ()
+
+
+@dataclass(frozen=True)
 class NamedParameters:
-    """Everything that a user passes: parameters in the order of groups, and their modules."""
+    """Everything that a user passes: parameters in the order of groups, and their modules.
+
+    Attributes:
+        skipped: what cannot have a gradient as it is now.
+    """
 
     named: list[tuple[str, Tensor]]
     groups: list[GroupSpec]
     modules: list[nn.Module]
+    skipped: list[Tensor]
 
 
 def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> NamedParameters:
@@ -41,39 +63,84 @@ def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> Nam
     Raises:
         ValueError: a parameter or a name is in two groups; what `named_tensors` raises.
     """
+    return read_sources(list_sources(given, policy))
+
+
+def list_sources(given: Parameters | ParamGroups, policy: Policy[Any]) -> list[GroupSource]:
+    """The groups of what `read_parameters` takes; iterables are read here, and only once."""
     if not isinstance(given, nn.Module | Tensor | types.GeneratorType):
         listed = list(cast("Iterable[Any]", given))
         if listed and all(isinstance(group, dict) for group in listed):
-            return _read_groups(listed, policy)
+            return [_group_source(i, group, policy) for i, group in enumerate(listed)]
         given = cast("Iterable[Tensor]", listed)
-    named = named_tensors(cast(Parameters, given))
-    modules = [given] if isinstance(given, nn.Module) else []
-    return NamedParameters(named, [GroupSpec("all", slice(0, len(named)), policy)], modules)
+    return [GroupSource("all", _source(cast(Parameters, given)), policy)]
 
 
-def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> NamedParameters:
-    read = NamedParameters([], [], [])
+def _group_source(index: int, group: dict[str, Any], policy: Policy[Any]) -> GroupSource:
+    name = str(group.get("name", f"group{index}"))
+    params = _source(group["params"])
+    if not isinstance(params, nn.Module):
+        params = [(f"{name}.{n}" if n.startswith("#") else n, tensor) for n, tensor in params]
+    return GroupSource(name, params, group.get("policy", policy))
+
+
+def _source(given: Parameters) -> nn.Module | list[tuple[str, Tensor]]:
+    return given if isinstance(given, nn.Module) else _listed(given)
+
+
+def read_sources(sources: Sequence[GroupSource]) -> NamedParameters:
+    """The parameters that groups have now.
+
+    Raises:
+        ValueError: a parameter or a name is in two groups.
+    """
+    read = NamedParameters([], [], [], [])
     seen: set[int] = set()
-    for index, group in enumerate(groups):
-        name = str(group.get("name", f"group{index}"))
-        members = named_tensors(group["params"])
+    for group in sources:
+        params = group.params
+        if isinstance(params, nn.Module):
+            reshard(params)
+            every = list(named_parameters(params))
+            inside = {id(tensor) for _, tensor in every}
+            every += [(name, tensor) for name, tensor in group.added if id(tensor) not in inside]
+            read.modules.append(params)
+        else:
+            listed = [*params, *group.added]
+            sharded = sharded_params([tensor for _, tensor in listed])
+            every = [(name, tensor) for (name, _), tensor in zip(listed, sharded, strict=True)]
+        members = [(name, tensor) for name, tensor in every if can_have_gradient(tensor)]
+        read.skipped.extend(tensor for _, tensor in every if not can_have_gradient(tensor))
         twice = [n for n, tensor in members if id(tensor) in seen]
-        if twice or name in (other.name for other in read.groups):
+        if twice or group.name in (other.name for other in read.groups):
             raise ValueError(
-                f"cannot make the parameter group {name!r}: "
+                f"cannot make the parameter group {group.name!r}: "
                 f"{f'{twice[0]!r} is' if twice else 'its name is that'} of an earlier group, and "
                 f"it is unclear which limit holds. Put each parameter into one group, and give "
                 f"each group a name of its own."
             )
         seen |= {id(tensor) for _, tensor in members}
         first = len(read.named)
-        is_module = isinstance(group["params"], nn.Module)
-        prefix = "" if is_module else f"{name}."
-        read.named.extend((f"{prefix}{n}" if n.startswith("#") else n, t) for n, t in members)
-        own_policy = group.get("policy", policy)
-        read.groups.append(GroupSpec(name, slice(first, len(read.named)), own_policy))
-        read.modules.extend([group["params"]] if is_module else [])
+        read.named.extend(members)
+        read.groups.append(GroupSpec(group.name, slice(first, len(read.named)), group.policy))
     return read
+
+
+def with_params(sources: Sequence[GroupSource], added: Sequence[Tensor]) -> list[GroupSource]:
+    """The groups, of which the only one holds `added` as well.
+
+    Raises:
+        ValueError: there are several groups.
+    """
+    if len(sources) > 1:
+        raise ValueError(
+            f"cannot clip {len(added)} parameters, one of shape {list(added[0].shape)}: the "
+            f"optimizer got them after the Clipper was made, and it is unclear which of the groups "
+            f"{[group.name for group in sources]} they belong to. Make a new Clipper with them, "
+            f"and load the state of this one if its policies keep any."
+        )
+    (group,) = sources
+    named = [(f"added.{i}", tensor) for i, tensor in enumerate(added, len(group.added))]
+    return [replace(group, added=[*group.added, *named])]
 
 
 def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
@@ -86,12 +153,19 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         ValueError: a tensor of integers or bools, which has no gradient to clip.
     """
     if isinstance(given, nn.Module):
-        # Frozen integer weights (quantised layers) are no mistake there.
-        return [(n, p) for n, p in named_parameters(given) if _can_have_gradient(p)]
-    listed = [given] if isinstance(given, Tensor) else list(cast(Iterable[Any], given))
+        reshard(given)
+        return [(name, p) for name, p in named_parameters(given) if can_have_gradient(p)]
+    listed = _listed(given)
+    sharded = sharded_params([tensor for _, tensor in listed])
+    each = zip(listed, sharded, strict=True)
+    return [(name, tensor) for (name, _), tensor in each if can_have_gradient(tensor)]
+
+
+def _listed(given: Tensor | Iterable[Any]) -> list[tuple[str, Tensor]]:
+    listed = [given] if isinstance(given, Tensor) else list(given)
     if not listed and isinstance(given, types.GeneratorType):
         warnings.warn(
-            "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=4
+            "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=5
         )
     named: dict[int, tuple[str, Tensor]] = {}
     for index, item in enumerate(listed):
@@ -104,18 +178,24 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
 
 
 def unique_tensors(given: Parameters) -> list[Tensor] | None:
-    """The tensors of a module or a list, quickly.
+    """The tensors of a module or a list that can have a gradient, quickly.
 
-    None unless each can have a gradient, and is there once.
+    None unless each is there once.
     """
     if isinstance(given, nn.Module):
-        given = [p for p in given.parameters() if _can_have_gradient(p)]
+        reshard(given)
+        given = given.parameters()
     tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
-    if not tensors or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
+    kinds = set(map(type, tensors))
+    if not tensors or not all(issubclass(kind, Tensor) for kind in kinds):
         return None
+    tensors = list(sharded_params(tensors))
     dtypes = set(map(attrgetter("dtype"), tensors))
-    right = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
-    return tensors if right and len(set(map(id, tensors))) == len(tensors) else None
+    if not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        if any(type(tensor) is Tensor and not can_have_gradient(tensor) for tensor in tensors):
+            return None  # no parameter: `named_tensors` raises an error
+        tensors = [tensor for tensor in tensors if can_have_gradient(tensor)]
+    return tensors if tensors and len(set(map(id, tensors))) == len(tensors) else None
 
 
 def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> list[Tensor | None]:
@@ -172,19 +252,6 @@ def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
-def check_model_unchanged(module: nn.Module, params: Iterable[Tensor]) -> None:
-    """Raises LayoutError where a parameter of the module with a gradient is none of `params`."""
-    known = {id(param) for param in params}
-    for name, param in module.named_parameters():
-        if param.grad is not None and id(param) not in known:
-            raise LayoutError(
-                f"cannot clip {name!r}: the model got this parameter after the Clipper was made, "
-                f"and none of the parameters that the Clipper knows has a gradient: nothing would "
-                f"be clipped. Make the Clipper after the model has been wrapped (fully_shard, "
-                f"FSDP, parallelize_module)."
-            )
-
-
 def check_dense(params: Iterable[LocalParam]) -> None:
     """Raises ValueError where a gradient is sparse."""
     for param in params:
@@ -198,8 +265,14 @@ def check_dense(params: Iterable[LocalParam]) -> None:
             )
 
 
-def _can_have_gradient(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def can_have_gradient(tensor: Tensor) -> bool:
+    """False for frozen weights of integers or of an unknown kind, as quantisation makes them, and
+    for lazy parameters without a shape: nothing of these is looked at.
+    """
+    if is_lazy(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    is_known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
+    return is_known or tensor.requires_grad or tensor.grad is not None
 
 
 def _check(name: str, tensor: Any) -> None:
@@ -208,7 +281,8 @@ def _check(name: str, tensor: Any) -> None:
             f"cannot clip {name!r}: it is a {type(tensor).__name__}, but only tensors have "
             f"gradients. Pass a tensor, an iterable of tensors, or an nn.Module."
         )
-    if not _can_have_gradient(tensor):
+    # A parameter of integers is frozen, and its gradient None.
+    if not (tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, nn.Parameter)):
         raise ValueError(
             f"cannot clip {name!r}: its dtype is {tensor.dtype}, and a scaled gradient does not "
             f"fit into whole numbers. Pass floating-point or complex tensors only."

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -83,6 +83,20 @@ def root_mesh(mesh: Any) -> Any:
     from torch.distributed import device_mesh
 
     return cast(Any, device_mesh)._mesh_resources.get_root_mesh(mesh)  # goes with torch < 2.11
+
+
+# torch.nn.Module.named_parameters() takes ten times as long to tell whether a module has changed.
+parameters_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_parameters")
+children_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_modules")
+
+
+def fsdp2_modules() -> list[nn.Module]:
+    """Every living module that `fully_shard` was applied to; public names need one to start at."""
+    from torch.distributed import _composable_state
+    from torch.distributed.fsdp import FSDPModule
+
+    living = cast("list[nn.Module]", list(cast(Any, _composable_state)._module_state_mapping))
+    return [module for module in living if isinstance(module, FSDPModule)]
 
 
 def local_shape_and_offset(

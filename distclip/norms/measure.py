@@ -125,11 +125,17 @@ def _of_units(
         added = torch.where(counted | ~partials.isfinite(), partials, 0.0)
     payload, weights = [power_sums.combine(added, p), _in_slots(added, group, units)], None
     if group.needs_weights:
-        weights = _unit_partials([param.weights for param in params], p, units)
+        weights = _unit_partials([_weights(param) for param in params], p, units)
         payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
     flat = torch.cat([part.flatten() for part in payload])
     norms = power_sums.norm_from_partials(partials, p)
     return GroupMeasurement(flat, units.row_names, norms, partials, weights)
+
+
+def _weights(param: LocalParam) -> Tensor | None:
+    """None for what is frozen: it has no gradient to limit, and may be of a kind nobody reads."""
+    is_looked_at = param.param.requires_grad and not param.param.is_meta
+    return param.weights if is_looked_at or param.param.grad is not None else None
 
 
 def _in_slots(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:

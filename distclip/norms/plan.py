@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,6 +92,15 @@ class Plan:
     def message_size(self) -> int:
         """How many numbers each rank sends in the all-reduce."""
         return message_size([group.payload_size for group in self.groups])
+
+    @property
+    def parameters_text(self) -> str:
+        """The names of all parameters, in short; "" where ranks hold different ones."""
+        mesh = self.reduce_mesh
+        if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+            return ""
+        names = ",".join(param.name for param in self.params)
+        return f"{len(self.params)} parameters, names {zlib.crc32(names.encode()):x}"
 
     def verify(self) -> None:
         """Compares the plans of all ranks, and the bits of parameters that are laid out as copies.
@@ -207,7 +217,8 @@ def _reduce_device(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> tor
     if mesh is not None:
         types = [mesh.device_type]
     else:
-        types = [param.param.device.type for param in params]
+        types = [param.param.device.type for param in params if not param.param.is_meta]
+        types = types or [param.param.device.type for param in params]
     device_type = next((t for t in types if t != "cpu"), "cpu")
     if device_type in ("cpu", "meta") or not torch.get_device_module(device_type).is_available():
         return torch.device(device_type)

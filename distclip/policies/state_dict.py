@@ -56,6 +56,31 @@ def from_dict(groups: Sequence[GroupState], saved: dict[str, Any]) -> list[Any]:
     return loaded
 
 
+def carried_over(before: Sequence[GroupState], now: Sequence[GroupState]) -> list[Any]:
+    """The states of the same groups after a model got other parameters: those of new tensors are as
+    before the first step.
+    """
+    each = zip(before, now, strict=True)
+    return [_carry_over(a.state, a.tensor_names, b.state, b.tensor_names) for a, b in each]
+
+
+def _carry_over(old: Any, old_names: list[str] | None, new: Any, names: list[str] | None) -> Any:
+    carried: list[Any] = []
+    for was, leaf in zip(old, new, strict=True):
+        if not isinstance(leaf, Tensor):
+            carried.append(_carry_over(was, old_names, leaf, names))
+        elif old_names is None or names is None or not leaf.ndim:
+            carried.append(was.to(leaf.device))
+        else:
+            row_of = {name: i for i, name in enumerate(old_names)}
+            rows = [
+                was[row_of[n]] if n in row_of else first
+                for n, first in zip(names, leaf, strict=True)
+            ]
+            carried.append(torch.stack(rows) if rows else leaf)
+    return type(new)(*carried)
+
+
 def _save(state: Any, tensor_names: list[str] | None) -> dict[str, Any]:
     saved: dict[str, Any] = {}
     for key, leaf in zip(state._fields, state, strict=True):

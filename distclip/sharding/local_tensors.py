@@ -125,6 +125,10 @@ def local_values(tensor: Tensor) -> Tensor:
     return _dense(resolve_partial(tensor))
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
 def unreduced_values(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """`local_values` of each, but a `Partial` tensor as it is."""
     return [

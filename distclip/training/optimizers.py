@@ -213,6 +213,19 @@ class _Seen:
         return len(stepped) == len(self.stepped) and all(map(is_, stepped, self.stepped))
 
 
+def unheld_gradient(optimizers: Sequence[Optimizer]) -> ValueError | None:
+    """The error where these step gradients, and none of what a Clipper holds has one."""
+    param = next((param for param in _params(optimizers) if param.grad is not None), None)
+    if param is None:
+        return None
+    return ValueError(
+        f"cannot clip: no parameter that the Clipper holds has a gradient, but the optimizer steps "
+        f"others that have, one of shape {list(param.shape)}: they have taken the places of those "
+        f"that the Clipper was made with (fully_shard, FSDP, `load_state_dict(assign=True)`). Make "
+        f"the Clipper after the model has been wrapped, or pass the module instead of a list."
+    )
+
+
 def _is_trained(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
