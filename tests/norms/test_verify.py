@@ -139,6 +139,14 @@ def _local_experts() -> distclip.Clipper:
     return distclip.Clipper(params)
 
 
+def _other_rule() -> distclip.Clipper:
+    return distclip.Clipper(Small(), on_nonfinite="zero" if dist.get_rank() == 1 else "skip")
+
+
+def _other_number_of_skips() -> distclip.Clipper:
+    return distclip.Clipper(Small(), max_consecutive_skips=3 if dist.get_rank() == 1 else 20)
+
+
 DISAGREEING: dict[str, tuple[Callable[[], distclip.Clipper], str]] = {
     "a copy differs by one bit": (
         _perturbed,
@@ -163,6 +171,14 @@ DISAGREEING: dict[str, tuple[Callable[[], distclip.Clipper], str]] = {
         r"ranks \[0\]: .*max_norm=2\.0.*; ranks \[1, 2, 3\]: .*max_norm=1\.0",
     ),
     "another max_norm and other values": (_other_limit_and_values, r"ranks \[0\]: .*max_norm=2\.0"),
+    "another on_nonfinite": (
+        _other_rule,
+        r"ranks \[0, 2, 3\]: .*on_nonfinite=skip.*; ranks \[1\]: .*on_nonfinite=zero",
+    ),
+    "another number of skips": (
+        _other_number_of_skips,
+        r"ranks \[1\]: .*max_consecutive_skips=3",
+    ),
     "another order of groups": (
         _other_order,
         r"ranks \[0, 1, 3\]: body: .*, head: .*; ranks \[2\]: head: ",

@@ -1,0 +1,236 @@
+"""Ranks that do not make the same call find it in that call, all of them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import distclip
+from distclip import AGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, LayoutError, ZClip
+from distclip.norms.agreement import HEADER_SIZE, Header, decode, message_size, policy_text
+from tests.support.ranks import Ranks, device_of, mesh
+
+
+def sharded(device: str, seed: int = 0, size: int = 8) -> nn.Parameter:
+    """A parameter of which each of four ranks has a quarter, with a gradient of norm 10."""
+    on = mesh((4,), ("dp",), device)
+    torch.manual_seed(seed)
+    whole = torch.randn(size, 3)
+    whole *= 10 / whole.norm()
+    param = nn.Parameter(
+        distribute_tensor(torch.zeros(size, 3).to(device_of(device)), on, [Shard(0)])
+    )
+    param.grad = distribute_tensor(whole.to(device_of(device)), on, [Shard(0)])
+    return param
+
+
+def is_odd() -> bool:
+    return dist.get_rank() == 2
+
+
+Call = Callable[[str], Any]
+
+
+def two_clippers(device: str) -> None:
+    """The same two on every rank; one rank calls them the other way round."""
+    clippers = [Clipper([("a", sharded(device))]), Clipper([("b", sharded(device, 1))])]
+    clippers[is_odd()].clip_()
+
+
+def two_clippers_of_other_policies(device: str) -> None:
+    param = sharded(device)
+    clippers = [Clipper([param], ClipNorm(1.0)), Clipper([param], ClipNorm(1.0, math.inf))]
+    clippers[is_odd()].clip_()
+
+
+def with_policy(usual: Any, odd: Any) -> Call:
+    return lambda device: Clipper([sharded(device)], odd if is_odd() else usual).clip_()
+
+
+def with_option(**options: tuple[Any, Any]) -> Call:
+    def call(device: str) -> None:
+        Clipper([sharded(device)], **{k: v[is_odd()] for k, v in options.items()}).clip_()
+
+    return call
+
+
+def grouped(device: str) -> None:
+    groups = [
+        {"name": "a", "params": [sharded(device)]},
+        {"name": "b", "params": [sharded(device, 1)]},
+    ]
+    Clipper(groups[::-1] if is_odd() else groups).clip_()
+
+
+def function(usual: dict[str, Any], odd: dict[str, Any]) -> Call:
+    def call(device: str) -> None:
+        distclip.clip_grad_norm_([sharded(device)], **(odd if is_odd() else usual))
+
+    return call
+
+
+def two_functions(device: str) -> None:
+    param = sharded(device)
+    if is_odd():
+        distclip.get_total_norm([param.grad])
+    else:
+        distclip.clip_grad_norm_([param], 1.0)
+
+
+def left_out(device: str) -> None:
+    param = sharded(device)
+    clipper = Clipper([param])
+    for step in range(3):
+        if not (is_odd() and step == 1):
+            clipper.clip_(step=step)
+    if is_odd():
+        clipper.clip_(step=3)
+
+
+def once_more(device: str) -> None:
+    param = sharded(device)
+    clipper = Clipper([param])
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    clipper.step(optimizer, step=0)
+    if is_odd():
+        clipper.decide(step=0)
+    clipper.step(optimizer, step=1)
+
+
+DIFFERENT: dict[str, Call] = {
+    "limit": with_policy(ClipNorm(1.0), ClipNorm(1.0001)),
+    "p": with_policy(ClipNorm(1.0), ClipNorm(1.0, 3.0)),
+    "p in bins": with_policy(ClipNorm(1.0), ClipNorm(1.0, 8.0)),
+    "p = inf": with_policy(ClipNorm(1.0), ClipNorm(1.0, math.inf)),
+    "p = inf on most": with_policy(ClipNorm(1.0, math.inf), ClipNorm(1.0)),
+    "limit, p = inf": with_policy(ClipNorm(1.0, math.inf), ClipNorm(2.0, math.inf)),
+    "policy": with_policy(ZClip(), AutoClip()),
+    "a field of a policy": with_policy(ZClip(), ZClip(alpha=0.9)),
+    "values": with_policy(ClipValue(1.0), ClipValue(2.0)),
+    "units": with_policy(AGC(0.1), AGC(0.2)),
+    "tensors": with_policy(ClipTensorNorm(1.0), ClipTensorNorm(2.0)),
+    "combined": with_policy(ZClip() & ClipNorm(1.0), ZClip() & ClipNorm(2.0)),
+    "on_nonfinite": with_option(on_nonfinite=("skip", "zero")),
+    "max_consecutive_skips": with_option(
+        on_nonfinite=("skip", "skip"), max_consecutive_skips=(20, 3)
+    ),
+    "groups": grouped,
+    "two clippers": two_clippers,
+    "two clippers, p = inf": two_clippers_of_other_policies,
+    "function": function({"max_norm": 1.0}, {"max_norm": 2.0}),
+    "function, p": function({"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": 1.0}),
+    "two functions": two_functions,
+    "a call left out": left_out,
+    "a call once more": once_more,
+}
+
+
+def raises_together(name: str, device: str) -> str:
+    with pytest.raises(LayoutError, match="do not make the same call") as caught:
+        DIFFERENT[name](device)
+    # The ranks are still in step: no collective has been left without its partners.
+    dist.barrier()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == 4
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_that_make_different_calls_raise_together(four_on_cpus: Ranks, name: str) -> None:
+    texts = set(four_on_cpus.run(raises_together, name, "cpu"))
+    assert len(texts) == 1
+    (text,) = texts
+    assert "ranks [0, 1, 3]" in text
+    assert "ranks [2]" in text
+
+
+class Halving(distclip.PolicyBase):
+    """A policy of the user: no dataclass, so that its text holds an address."""
+
+    scope = distclip.Scope.MODEL
+    norm_type = 2.0
+
+    def init(self, num_groups: int, device: torch.device) -> Any:
+        return distclip.policies.EmptyState()
+
+    def limit(self, norms: torch.Tensor, state: Any, context: Any) -> Any:
+        return norms / 2, state
+
+
+def same_calls(device: str) -> None:
+    """What may differ between ranks that agree: objects, modules and names of pipeline stages."""
+    rank = dist.get_rank()
+    param = sharded(device)
+    keep = [object() for _ in range(rank)]  # other addresses on every rank
+    report = Clipper([param], Halving()).clip_(step=7)
+    torch.testing.assert_close(report.total_norm.item(), 10.0, rtol=1e-6, atol=0)
+    del keep
+    stages = mesh((4,), ("pp",), device)
+    plain = nn.Linear(3, 1 + rank).to(device_of(device))
+    plain.weight.grad = torch.full_like(plain.weight, 1.0 + rank)
+    expected = math.sqrt(sum(3 * (1 + r) * (1 + r) ** 2 for r in range(4)))
+    for policy in (ClipNorm(1e9), AGC(0.1, exclude=(plain,))):
+        clipper = Clipper(
+            [(f"stage{rank}.{n}", p) for n, p in plain.named_parameters()], policy, mesh=stages
+        )
+        torch.testing.assert_close(clipper.clip_().total_norm.item(), expected, rtol=1e-6, atol=0)
+
+
+def test_what_may_differ_between_ranks_that_agree(four_ranks: Ranks) -> None:
+    four_ranks.run(same_calls, four_ranks.device)
+
+
+@pytest.mark.parametrize("is_max", [False, True])
+@pytest.mark.parametrize("others", ["", "call"])
+def test_a_header_is_a_sum_or_a_maximum_of_all_ranks(is_max: bool, others: str) -> None:
+    cpu = torch.device("cpu")
+    for num_ranks in (1, 2, 3, 1 << 14):
+        mine = Header("call", "0: Partial")
+        rows = [mine.encode(is_max, cpu)] * (num_ranks - 1) + [
+            Header(others or "other", "0: Partial").encode(is_max, cpu)
+        ]
+        combined = torch.stack(rows).amax(0) if is_max else torch.stack(rows).sum(0)
+        if num_ranks == 1:
+            mine = Header(others or "other", "0: Partial")
+        answer = decode(combined, mine, is_max, num_ranks)
+        assert bool(answer.agrees) == (others == "call" or num_ranks == 1)
+        assert bool(answer.alike)
+        assert answer.flags.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("text", ["a", "b", "c"])
+def test_tags_whose_mean_is_another_tag_are_found(text: str) -> None:
+    mine = Header(text)
+    header = mine.encode(False, torch.device("cpu"))
+    tag = header[0].item()
+    others = [header.clone(), header.clone()]
+    for other, wrong in zip(others, (tag - 1, tag + 1), strict=True):
+        other[:2] = torch.tensor([wrong, wrong**2])
+    assert not decode(header + sum(others), mine, False, 3).agrees
+    assert decode(3 * header, mine, False, 3).agrees
+
+
+def test_usual_calls_have_messages_of_one_size() -> None:
+    """gloo waits for ever where ranks send other sizes; where only tags differ, all learn it."""
+    assert {message_size([size]) for size in (1, 2)} == {8}
+    assert message_size([3]) == 16
+    assert HEADER_SIZE == 6
+
+
+def test_the_text_of_a_policy_has_its_numbers_and_no_address() -> None:
+    assert (
+        policy_text(ClipNorm(1))
+        == policy_text(ClipNorm(1.0))
+        == ("ClipNorm(max_norm=1.0, norm_type=2.0)")
+    )
+    assert policy_text(ClipNorm(1.0) & ZClip()) != policy_text(ClipNorm(1.0) & ZClip(alpha=0.5))
+    assert policy_text(Halving()) == policy_text(Halving()) == "Halving()"
+    assert "Linear" not in policy_text(AGC(exclude=(nn.Linear(1, 1),)))
