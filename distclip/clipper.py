@@ -102,6 +102,7 @@ class Clipper:
 
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
+        self._checked = optimizers.CheckedOptimizers()
         self._hold(parameters.read_sources(self._sources))
 
     def _hold(self, read: NamedParameters) -> None:
@@ -118,7 +119,7 @@ class Clipper:
         # With layouts= the ranks may hold different parameters, such as experts.
         held = "" if self._layouts is not None else plan.parameters_text
         self._call = "; ".join([plan.rule, *texts, held])
-        self._checked = optimizers.CheckedOptimizers()
+        self._checked.look_again()
         self._backward = BackwardNorms(plan, read.modules) if self._overlap else None
 
     @property

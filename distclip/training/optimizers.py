@@ -152,6 +152,11 @@ class CheckedOptimizers:
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
 
+    def look_again(self) -> None:
+        """Call it when the Clipper holds other parameters than before."""
+        for each in self._seen:
+            each.stepped = None
+
     def new_params(
         self, optimizers: Sequence[Optimizer], params: Sequence[LocalParam], scaled: bool
     ) -> list[Tensor]:
@@ -181,6 +186,8 @@ class CheckedOptimizers:
         trained = [param for param in seen.others if _is_trained(param)]
         if trained and seen.covers:
             return trained
+        if trained:
+            _check_replaced(trained, stepped, params)
         if scaled:
             _check_same(trained, stepped, params)
         return []
@@ -191,12 +198,13 @@ class _Seen:
     """The optimizers of one call, and the parameters that they stepped.
 
     Attributes:
+        stepped: None where they have to be compared with the Clipper's again.
         others: those that the Clipper does not hold.
         covers: when they were seen first, the Clipper held all that they trained.
     """
 
     optimizers: tuple[weakref.ref[Optimizer], ...]
-    stepped: list[Tensor]
+    stepped: list[Tensor] | None
     others: list[Tensor]
     covers: bool
 
@@ -210,19 +218,35 @@ class _Seen:
         return all(ref() is not None for ref in self.optimizers)
 
     def is_same(self, stepped: Sequence[Tensor]) -> bool:
-        return len(stepped) == len(self.stepped) and all(map(is_, stepped, self.stepped))
+        known = self.stepped
+        return known is not None and len(stepped) == len(known) and all(map(is_, stepped, known))
 
 
 def unheld_gradient(optimizers: Sequence[Optimizer]) -> ValueError | None:
     """The error where these step gradients, and none of what a Clipper holds has one."""
     param = next((param for param in _params(optimizers) if param.grad is not None), None)
-    if param is None:
-        return None
+    return None if param is None else _replaced(param)
+
+
+def _check_replaced(
+    others: Sequence[Tensor], stepped: Sequence[Tensor], params: Sequence[LocalParam]
+) -> None:
+    """Raises ValueError where an optimizer steps a parameter in the place of one that is held."""
+    ids = {id(param) for param in stepped}
+    left = [p.param for p in params if p.param.grad is None and id(p.param) not in ids]
+    shapes = {param.shape for param in left if param.requires_grad}
+    for other in others:
+        if other.grad is not None and other.shape in shapes:
+            raise _replaced(other)
+
+
+def _replaced(param: Tensor) -> ValueError:
     return ValueError(
-        f"cannot clip: no parameter that the Clipper holds has a gradient, but the optimizer steps "
-        f"others that have, one of shape {list(param.shape)}: they have taken the places of those "
-        f"that the Clipper was made with (fully_shard, FSDP, `load_state_dict(assign=True)`). Make "
-        f"the Clipper after the model has been wrapped, or pass the module instead of a list."
+        f"cannot clip: the optimizer steps a parameter of shape {list(param.shape)} that the "
+        f"Clipper does not hold, and what it holds instead has no gradient: others have taken the "
+        f"places of those that the Clipper was made with (fully_shard, FSDP, parallelize_module, "
+        f"`load_state_dict(assign=True)`). Make the Clipper after the model has been wrapped, or "
+        f"pass the module instead of a list."
     )
 
 
