@@ -90,13 +90,14 @@ parameters_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_parameters")
 children_of: Callable[[nn.Module], dict[str, Any]] = attrgetter("_modules")
 
 
-def fsdp2_modules() -> list[nn.Module]:
-    """Every living module that `fully_shard` was applied to; public names need one to start at."""
-    from torch.distributed import _composable_state
-    from torch.distributed.fsdp import FSDPModule
+def composable_modules() -> list[nn.Module]:
+    """Every living module that `fully_shard` or `replicate` was applied to.
 
-    living = cast("list[nn.Module]", list(cast(Any, _composable_state)._module_state_mapping))
-    return [module for module in living if isinstance(module, FSDPModule)]
+    Public names find them only below a module that is known.
+    """
+    from torch.distributed import _composable_state
+
+    return list(cast(Any, _composable_state)._module_state_mapping)
 
 
 def local_shape_and_offset(

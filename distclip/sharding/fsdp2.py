@@ -7,12 +7,12 @@ After a forward without backward the root stays unsharded; so does everything un
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from distclip.torch_private import fsdp2_modules
+from distclip.torch_private import composable_modules
 
 
 def reshard(module: nn.Module) -> None:
@@ -28,7 +28,7 @@ def sharded_params(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """`tensors`, with sharded parameters in the place of unsharded ones of any FSDP2 module."""
     if not is_used() or all(tensor.grad is not None for tensor in tensors if tensor.requires_grad):
         return tensors
-    modules = fsdp2_modules()
+    modules = list(_fsdp2(composable_modules()))
     before = [list(module.parameters()) for module in modules]
     _reshard(modules)
     sharded: dict[int, Tensor] = {}
@@ -45,9 +45,11 @@ def is_used() -> bool:
 
 
 def _reshard(modules: Iterable[nn.Module]) -> None:
+    for module in _fsdp2(modules):
+        module.reshard()
+
+
+def _fsdp2(modules: Iterable[nn.Module]) -> Iterator[Any]:
     from torch.distributed.fsdp import FSDPModule
 
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            inner: Any = module
-            inner.reshard()
+    return (module for module in modules if isinstance(module, FSDPModule))
