@@ -272,3 +272,17 @@ def test_every_wrapper_has_the_names_of_the_bare_model(four_on_cpus: Ranks) -> N
 def names_in(kind: str) -> list[str]:
     plan = Clipper(with_gradients(kind, "cpu"), ClipTensorNorm(1.0)).plan
     return [part.name for held in plan.params for part in held.shards]
+
+
+def test_an_error_in_the_last_group_comes_before_the_first_is_scaled_or_counted() -> None:
+    plain, complex_ = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4, dtype=torch.cfloat))
+    plain.grad, complex_.grad = torch.ones(4), torch.ones(4, dtype=torch.cfloat)
+    groups = [
+        {"name": "a", "params": [plain], "policy": distclip.ZClip(max_norm=0.5)},
+        {"name": "b", "params": [complex_], "policy": distclip.ClipValue(0.1)},
+    ]
+    clipper = distclip.Clipper(groups)
+    with pytest.raises(ValueError, match="complex"):
+        clipper.clip_()
+    assert torch.equal(plain.grad, torch.ones(4))
+    assert clipper.state_dict()["groups"]["a"]["ZClip"]["num_steps"] == 0
