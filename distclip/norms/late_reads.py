@@ -31,11 +31,13 @@ class LateReads:
         is_capturing = getattr(device_module, "is_current_stream_capturing", None)
         if is_capturing is not None and is_capturing():
             return 0
-        event = device_module.Event()
-        self._in_flight.append((event, number.to("cpu", non_blocking=True)))
-        event.record()
+        event = device_module.Event() if hasattr(device_module, "Event") else None
+        self._in_flight.append((event, number.to("cpu", non_blocking=event is not None)))
+        if event is not None:
+            event.record()
         if len(self._in_flight) <= _LAG:
             return 0
         event, earlier = self._in_flight.popleft()
-        event.synchronize()
+        if event is not None:
+            event.synchronize()
         return int(earlier)
