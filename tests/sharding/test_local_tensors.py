@@ -10,13 +10,17 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from distclip.sharding.local_tensors import (
+    any_unreduced,
     final_gradient,
     groups_sharding,
     layout_cache_key,
     local_gradient,
     local_gradients,
     local_values,
+    reducible,
+    unreduced_text,
 )
+from distclip.sharding.partial_gradients import reduce_gradients_
 from tests.support.ranks import Ranks, device_of, mesh
 
 
@@ -58,12 +62,19 @@ def every_kind(device: str) -> list[nn.Parameter]:
 
 def all_at_once(device: str) -> None:
     kinds, again = every_kind(device), every_kind(device)
-    for found, param in zip(local_gradients(kinds), again, strict=True):
+    found = local_gradients(kinds)
+    for values, param in zip(found, again, strict=True):
         want = local_gradient(param)
-        assert (found is None) == (want is None)
+        assert type(values) is type(want)
         if want is not None:
-            assert type(found) is Tensor
-            torch.testing.assert_close(found, want, rtol=0, atol=0)
+            torch.testing.assert_close(values, want, rtol=0, atol=0)
+    assert [type(values) is DTensor for values in found] == [*[False] * 5, True, True, False]
+    assert any_unreduced(found)
+    assert not any_unreduced(reducible(found))
+    assert unreduced_text(found).startswith("5: (Partial(sum),) torch.float32, 6: (Shard(dim=1),)")
+    reduced = reduce_gradients_(kinds, everywhere=True, alike=True)
+    assert unreduced_text(reduced) == ""
+    assert [values is None for values in reduced] == [values is None for values in found]
     for param in kinds:
         if isinstance(param.grad, DTensor):
             assert param.grad.placements == param.placements
@@ -80,8 +91,10 @@ def partial_is_never_local(device: str) -> None:
     """Also where parameter and gradient share one spec."""
     param = with_gradient(on_mesh(Partial(), device), on_mesh(Partial(), device))
     param.grad._spec = param._spec
-    for read in (lambda: local_gradients([param])[0], lambda: local_values(param.grad)):
-        assert read()[0, 0] == 4  # the sum over the ranks
+    assert local_gradients([param]) == [param.grad]
+    assert local_values(param.grad)[0, 0] == 4  # the sum over the ranks
+    (values,) = reduce_gradients_([param], everywhere=True, alike=False)
+    assert values[0, 0] == 4
     assert param.grad.placements == (Replicate(),)
 
 
