@@ -15,6 +15,7 @@ from benchmarks.timing import Baseline, Run
 
 ONE_ULP = 1.2e-7  # of float32: the tolerance of distclip's norm
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
+FOLLOWING = "distclip, Clipper of modules"
 OVERLAP, MEASURING = "distclip, overlap", "distclip, measuring alone"
 PLAIN_READ, PLAIN_WRITE, COPY = "plain read", "plain write (mul_)", "device copy"
 PLAIN_BOTH, LOOK = "sum, then mul_", "a look at .grad and its version"
@@ -63,6 +64,18 @@ def clipper_of(gradients: Gradients, limit: float, **options: Any) -> distclip.C
 def clipper_clip(gradients: Gradients, limit: float) -> Run:
     clipper = clipper_of(gradients, limit)
     return lambda: clipper.clip_().total_norm
+
+
+def following_clip(gradients: Gradients, limit: float) -> Run:
+    """It looks for other parameters in the modules, of two tensors each, and in the optimizer."""
+    pairs = zip(gradients.params[::2], gradients.params[1::2], strict=False)
+    modules = [nn.ParameterList(pair) for pair in pairs]
+    if len(gradients.params) % 2:
+        modules.append(nn.ParameterList(gradients.params[-1:]))
+    model = nn.ModuleList(modules)
+    clipper = distclip.Clipper(model, distclip.ClipNorm(limit))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return lambda: clipper.clip_(optimizer).total_norm
 
 
 def overlap_clip(gradients: Gradients, limit: float) -> Run:
@@ -139,6 +152,7 @@ ON_RANKS = (
 )
 IN_ONE_PROCESS = (
     *ON_RANKS,
+    Baseline(FOLLOWING, following_clip, ONE_ULP),
     Baseline("Megatron-core", megatron_clip, needs="float32 gradients on CUDA and a process group"),
     Baseline("DeepSpeed", deepspeed_clip),
     Baseline(PLAIN_WRITE, plain_write, tolerance=None),

@@ -17,7 +17,16 @@ import torch
 from matplotlib.image import imread
 
 from benchmarks import clip, gpu, report, sharded
-from benchmarks.baselines import CLIPPER, COPY, FUNCTION, MEASURING, ON_RANKS, OVERLAP, TORCH
+from benchmarks.baselines import (
+    CLIPPER,
+    COPY,
+    FOLLOWING,
+    FUNCTION,
+    MEASURING,
+    ON_RANKS,
+    OVERLAP,
+    TORCH,
+)
 from benchmarks.goals import CLIP, SHARDED, AtMost, Goal
 from benchmarks.timing import STATES, Baseline, Row
 from tests.benchmarks.models import LLAMA_1B
@@ -91,7 +100,7 @@ def check_lines(lines: list[Line], result: str, cases: dict[str, Sequence[Baseli
         cells = [line["baseline"], f"{p50} ({p20} to {p80})"]
         assert any(row[:2] == cells for row in rows), line
     for line in lines:
-        if line["baseline"] in (CLIPPER, FUNCTION, OVERLAP):
+        if line["baseline"] in (CLIPPER, FUNCTION, FOLLOWING, OVERLAP):
             assert float(line["norm_error"]) < 1.2e-7
             assert float(line["times_torch_p50"]) > 0
 
