@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite, parameters, step
+from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.plan import make_plan
 from distclip.parameters import GradientFunction, Parameters, ParamGroups
@@ -78,7 +79,12 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
     ) -> None:
-        nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
+        max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
+        check_mesh_type(mesh)
+        distinct = as_axes("distinct", distinct)
+        check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
+        check_function("gradient", gradient, "`parameter -> its gradient`, or None")
+        overlap = as_flag("overlap", overlap)
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -86,13 +92,14 @@ class Clipper:
             )
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
-        self._skips = nonfinite.SkipCounter(max_consecutive_skips)
+        self._skips = nonfinite.SkipCounter(max_skips)
         self._checked = optimizers.CheckedOptimizers()
         given = parameters.read_parameters(model_or_parameters, policy)
+        check_policy(policy)
         for group in given.groups:
-            check_policy(group.policy)
+            check_policy(group.policy, group.name)
         self._modules = given.modules
-        sharded = read_layouts(given.named, given.modules, mesh, tuple(distinct), layouts)
+        sharded = read_layouts(given.named, given.modules, mesh, distinct, layouts)
         self.plan = make_plan(sharded, given.groups)
         self._policies = [group.policy for group in given.groups]
         self._params = [param.param for param in self.plan.params]
@@ -157,6 +164,7 @@ class Clipper:
         Args, Raises, Collective: as `clip_`. A scaler learns that its gradients are unscaled from
             `apply_`.
         """
+        grad_scaler.check_scaler(scaler)
         stepped = optimizers.list_optimizers(optimizer)
         factor = grad_scaler.inverse_scale(scaler, stepped)
         if scale is not None:
@@ -191,7 +199,10 @@ class Clipper:
 
         Other args, Raises, Collective: as `clip_`.
         """
+        grad_scaler.check_scaler(scaler)
+        check_function("closure", closure, "a function that computes the loss and its gradients")
         stepped = optimizers.list_optimizers(optimizer)
+        optimizers.check_steps(stepped, closure)
         if closure is not None:
             return self._step_closure(stepped, scaler, scale, closure)
         decision = self.decide(stepped, scaler, scale)
@@ -220,6 +231,8 @@ class Clipper:
 
         Collective: in each step, as `clip_`; all ranks must step.
         """
+        grad_scaler.check_scaler(scaler)
+        optimizers.check_one(optimizer)
         return StepHook(optimizer, scaler, self._decide)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
+from distclip.arguments import check_function
 from distclip.nonfinite import (
     NonFiniteSearch,
     OnNonFinite,
@@ -88,6 +89,7 @@ class Decision:
             RuntimeError: the gradients were scaled before.
             ValueError: `scale` without `gradient`, or a complex gradient that would be clamped.
         """
+        check_function("gradient", gradient, "`parameter -> its gradient now`, or None")
         if gradient is None:
             if scale is not None:
                 raise ValueError(

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
+from distclip.policies.checks import (
+    check_count,
+    check_finite,
+    check_fraction,
+    check_not_negative,
+    store_checked,
+)
 
 
 class AdaGCState(NamedTuple):
@@ -57,10 +63,8 @@ class AdaGC(PolicyBase):
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_finite("ratio", self.ratio)
-        check_not_negative("max_norm", self.max_norm)
-        check_between("beta", self.beta, 0, 1)
-        check_count("warmup_steps", self.warmup_steps)
+        store_checked(self, ratio=check_finite, max_norm=check_not_negative)
+        store_checked(self, beta=check_fraction, warmup_steps=check_count)
 
     def init(self, num_groups: int, device: torch.device) -> AdaGCState:
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count
+from distclip.policies.checks import check_count, check_percentage, store_checked
 
 
 class AutoClipState(NamedTuple):
@@ -51,8 +51,7 @@ class AutoClip(PolicyBase):
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_between("percentile", self.percentile, 0, 100)
-        check_count("history", self.history)
+        store_checked(self, percentile=check_percentage, history=check_count)
 
     def init(self, num_groups: int, device: torch.device) -> AutoClipState:
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)

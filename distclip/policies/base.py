@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distclip.arguments import shown
+from distclip.policies.checks import check_norm_type
+
 # A NamedTuple of tensors, or of such NamedTuples.
 State = TypeVar("State", bound="tuple[Any, ...]")
 
@@ -209,8 +212,12 @@ class Minimum(PolicyBase):
 _MEMBERS = ("scope", "norm_type", "unit_dim", "exclude", "needs_weights", "init", "limit")
 
 
-def check_policy(policy: Any) -> None:
-    """Raises TypeError unless `policy` is an instance with every member of `Policy`."""
+def check_policy(policy: Any, group: str | None = None) -> None:
+    """Raises TypeError unless `policy` is an instance with every member of `Policy`.
+
+    Args:
+        group: the name of the parameter group that has it, for the error.
+    """
     missing = [name for name in _MEMBERS if not hasattr(policy, name)]
     if isinstance(policy, type):
         found = "it is a class and not an instance of one"
@@ -219,10 +226,13 @@ def check_policy(policy: Any) -> None:
     elif not isinstance(policy.scope, Scope):
         found = f"its scope is {policy.scope!r}, which is no member of distclip.Scope"
     else:
+        check_norm_type("norm_type", policy.norm_type)
         return
+    of_group = "" if group is None else f" of group {group!r}"
     raise TypeError(
-        f"cannot clip with the policy {policy!r}: {found}. Pass an instance of a policy, such as "
-        f"distclip.ClipNorm(1.0); to write a policy, derive from distclip.PolicyBase."
+        f"cannot clip with the policy {shown(policy)}{of_group}: {found}. Pass an instance "
+        f"of a policy, such as distclip.ClipNorm(1.0); to write a policy, derive from "
+        f"distclip.PolicyBase."
     )
 
 

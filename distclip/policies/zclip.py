@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
+from distclip.policies.checks import (
+    check_count,
+    check_finite,
+    check_fraction,
+    check_not_negative,
+    store_checked,
+)
 
 
 class ZClipState(NamedTuple):
@@ -40,7 +47,7 @@ class ZClip(PolicyBase):
     z; nothing is added here, because the limit would then depend on the scale of the loss.
 
     Args:
-        max_norm: `math.inf` switches this bound off.
+        max_norm: `math.inf` or None, as in the authors' code, switches this bound off.
 
     Raises:
         ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps`
@@ -54,15 +61,13 @@ class ZClip(PolicyBase):
     z_thresh: float = 2.5
     alpha: float = 0.97
     warmup_steps: int = 25
-    max_norm: float = 1.0
+    max_norm: float | None = 1.0
     scope = Scope.MODEL
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_finite("z_thresh", self.z_thresh)
-        check_between("alpha", self.alpha, 0, 1)
-        check_count("warmup_steps", self.warmup_steps)
-        check_not_negative("max_norm", self.max_norm)
+        store_checked(self, z_thresh=check_finite, alpha=check_fraction, warmup_steps=check_count)
+        store_checked(self, max_norm=_check_bound)
 
     def init(self, num_groups: int, device: torch.device) -> ZClipState:
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
@@ -76,8 +81,12 @@ class ZClip(PolicyBase):
         first = _sample_statistics(norms, state)
         later = _moving_statistics(torch.minimum(norms, highest), state, self.alpha)
         mean, var = (torch.where(warming_up, a, b) for a, b in zip(first, later, strict=True))
-        limit = torch.where(warming_up, self.max_norm, highest.clamp(max=self.max_norm))
+        limit = torch.where(warming_up, math.inf, highest).clamp(max=self.max_norm)
         return limit, ZClipState(mean, var, state.num_steps + 1)
+
+
+def _check_bound(name: str, value: Any) -> float:
+    return check_not_negative(name, math.inf if value is None else value)
 
 
 def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:

@@ -108,6 +108,10 @@ def local_values(tensor: Tensor) -> Tensor:
     return _dense(resolve_partial(tensor))
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
 def resolve_partial(tensor: Tensor) -> Tensor:
     """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
     return _resolve(tensor, like=tensor)
