@@ -103,10 +103,7 @@ class Clipper:
         self.plan = make_plan(sharded, given.groups)
         self._policies = [group.policy for group in given.groups]
         self._params = [param.param for param in self.plan.params]
-        self._states = [
-            policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
-            for group, policy in zip(self.plan.groups, self._policies, strict=True)
-        ]
+        self._states = self._initial_states()
         self._gradient = gradient
         self._backward = BackwardNorms(self.plan, self._modules) if overlap else None
 
@@ -241,16 +238,17 @@ class Clipper:
         The names are those of parameter groups, policies and parameters.
         The same on every rank (of a pipeline stage), however many ranks share the model.
         """
-        return state_dict.to_dict(self._group_states())
+        return state_dict.to_dict(self._group_states(self._states))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on any number of ranks.
 
         Raises:
-            ValueError: a state of another version, another policy or other parameters. Nothing is
-                loaded then.
+            ValueError: a state of another version, another policy or other parameters, or a
+                number in it that cannot be one of the policy's. Nothing is loaded then.
+            TypeError: `saved` is no dictionary.
         """
-        self._states = state_dict.from_dict(self._group_states(), saved)
+        self._states = state_dict.from_dict(self._group_states(self._initial_states()), saved)
 
     def _decide(
         self,
@@ -326,15 +324,20 @@ class Clipper:
         assert attached.report is not None
         return attached.report
 
-    def _group_states(self) -> list[state_dict.GroupState]:
+    def _initial_states(self) -> list[Any]:
+        return [
+            policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
+            for group, policy in zip(self.plan.groups, self._policies, strict=True)
+        ]
+
+    def _group_states(self, states: Sequence[Any]) -> list[state_dict.GroupState]:
         return [
             state_dict.GroupState(
                 group.name,
                 type(policy).__name__,
                 group.units.row_names if group.units and group.scope is Scope.TENSOR else None,
                 state,
+                policy,
             )
-            for group, policy, state in zip(
-                self.plan.groups, self._policies, self._states, strict=True
-            )
+            for group, policy, state in zip(self.plan.groups, self._policies, states, strict=True)
         ]

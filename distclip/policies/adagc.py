@@ -70,6 +70,9 @@ class AdaGC(PolicyBase):
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
         return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
 
+    def valid_state(self, state: AdaGCState) -> AdaGCState:
+        return AdaGCState(state.gamma >= 0, state.num_steps >= 0)
+
     def limit(
         self, norms: Tensor, state: AdaGCState, context: NormContext
     ) -> tuple[Tensor | None, AdaGCState]:

@@ -57,6 +57,12 @@ class AutoClip(PolicyBase):
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
         return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
 
+    def valid_state(self, state: AutoClipState) -> AutoClipState:
+        index = torch.arange(self.history, device=state.history.device)
+        is_norm = (state.history >= 0) & state.history.isfinite()
+        history = torch.where(index < state.num_steps, is_norm, state.history == math.inf)
+        return AutoClipState(history, state.num_steps >= 0)
+
     def limit(
         self, norms: Tensor, state: AutoClipState, context: NormContext
     ) -> tuple[Tensor | None, AutoClipState]:

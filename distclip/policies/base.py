@@ -117,8 +117,21 @@ class PolicyBase:
     exclude = ()
     needs_weights = False
 
+    def valid_state(self, state: Any) -> Any:
+        """Which numbers of a loaded state can be some: bools in the form of `state`, or None.
+
+        None, the default, allows every finite number, and NaN and infinity in the fields where
+        `init` has some. These need not be excluded here.
+        """
+        return None
+
     def __and__(self: Policy[Any], other: Policy[Any]) -> Minimum:
         return Minimum(self, other)
+
+
+def valid_state(policy: Any, state: Any) -> Any:
+    """`policy.valid_state(state)`; None where the policy has no such method."""
+    return policy.valid_state(state) if hasattr(policy, "valid_state") else None
 
 
 class EmptyState(NamedTuple):
@@ -199,6 +212,10 @@ class Minimum(PolicyBase):
     def init(self, num_groups: int, device: torch.device) -> MinimumState:
         first = self.first.init(num_groups, device)
         return MinimumState(first, self.second.init(num_groups, device))
+
+    def valid_state(self, state: MinimumState) -> MinimumState:
+        first = valid_state(self.first, state.first)
+        return MinimumState(first, valid_state(self.second, state.second))
 
     def limit(
         self, norms: Tensor, state: MinimumState, context: NormContext

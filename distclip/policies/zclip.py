@@ -73,6 +73,9 @@ class ZClip(PolicyBase):
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
 
+    def valid_state(self, state: ZClipState) -> ZClipState:
+        return ZClipState(*(number >= 0 for number in state))
+
     def limit(
         self, norms: Tensor, state: ZClipState, context: NormContext
     ) -> tuple[Tensor | None, ZClipState]:

@@ -121,8 +121,8 @@ class FlatShard:
             raise LayoutError(
                 f"cannot make a FlatShard of {self.numel} elements from {self.start}, at "
                 f"{self.offset} in its buffer: a tensor of shape {self.global_shape} has "
-                f"{prod(self.global_shape)}, and others would be counted as its own. Pass the first index in the whole tensor, and how many "
-                f"elements of it lie on this rank."
+                f"{prod(self.global_shape)}, and others would be counted as its own. Pass the "
+                f"first index in the whole tensor, and how many elements of it lie on this rank."
             )
 
     def unit_range(self, dim: int | None) -> UnitRange:
@@ -191,15 +191,15 @@ class ParamShard:
 
     def __post_init__(self) -> None:
         _store(self, "numel", as_int("ParamShard", "numel", self.numel))
-        if isinstance(cast(Any, self.name), str) and isinstance(
-            cast(Any, self.shard), BlockShard | FlatShard
-        ):
-            return
-        raise LayoutError(
-            f"cannot make a ParamShard of name={shown(self.name)}, shard={shown(self.shard)}: "
-            f"statistics are kept under the name, and norms need to know which elements are here. "
-            f"Pass a string, and a BlockShard or a FlatShard."
-        )
+        name, shard = cast(Any, self.name), cast(Any, self.shard)
+        is_shard = isinstance(shard, BlockShard | FlatShard)
+        if not isinstance(name, str) or not is_shard or self.numel < 0:
+            raise LayoutError(
+                f"cannot make a ParamShard of name={shown(name)}, numel={self.numel}, "
+                f"shard={shown(shard)}: statistics are kept under the name, and norms need to know "
+                f"which elements are here. Pass a string, the number of elements of the whole "
+                f"tensor, and a BlockShard or a FlatShard."
+            )
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ def _dims(given: Any, ndim: int) -> Iterator[int]:
         if type(dim) is not int or not -ndim <= dim < max(ndim, 1):
             raise LayoutError(
                 f"cannot make a BlockShard with sharded_dims={shown(given)}: {shown(dim)} is no "
-                f"dim of a tensor with {ndim} dims, and the units that ranks share would be missed. "
+                f"dim of a tensor with {ndim} dims, and units that ranks share would be missed. "
                 f"Pass a set of dims, such as {{0}}, or None where it is unknown."
             )
         yield dim % max(ndim, 1)
