@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from distclip import nonfinite, parameters, step
 from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.plan import make_plan
 from distclip.parameters import GradientFunction, Parameters, ParamGroups
@@ -104,6 +105,7 @@ class Clipper:
         self._policies = [group.policy for group in given.groups]
         self._params = [param.param for param in self.plan.params]
         self._states = self._initial_states()
+        self._limit_checks = LimitChecks(self.plan, self._policies)
         self._gradient = gradient
         self._backward = BackwardNorms(self.plan, self._modules) if overlap else None
 
@@ -273,7 +275,9 @@ class Clipper:
             measured=measured,
             in_grad=self._gradient is None,
             on_apply=on_apply,
+            invalid=self._limit_checks.invalid,
         )
+        self._limit_checks.check([clip.valid for clip in decision.clips], decision.finite)
         self._raise_if_nonfinite(decision)
         self._states = decision.next_policy_states(self._states)
         return decision

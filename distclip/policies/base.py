@@ -134,6 +134,16 @@ def valid_state(policy: Any, state: Any) -> Any:
     return policy.valid_state(state) if hasattr(policy, "valid_state") else None
 
 
+def never_negative(policy: Any) -> bool:
+    """Whether limits for finite norms are known to be 0 or above, as tests show for distclip's.
+
+    Those that follow from weights may be NaN where the weights are.
+    """
+    if isinstance(policy, Minimum):
+        return never_negative(policy.first) and never_negative(policy.second)
+    return type(policy).__module__.startswith("distclip.") and not policy.needs_weights
+
+
 class EmptyState(NamedTuple):
     """The state of a policy that keeps none."""
 

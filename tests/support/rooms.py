@@ -17,7 +17,8 @@ PUBLIC = "distclip"  # the package's own __init__.py
 BOTTOM = {"errors", "torch_private", "arguments"}
 NORMS = BOTTOM | {"sharding", "kernels", "policies"}
 NONFINITE = NORMS | {"norms", "report"}
-STEP = NONFINITE | {"nonfinite", "parameters"}
+LIMITS = NONFINITE | {"nonfinite"}
+STEP = LIMITS | {"limits", "parameters"}
 TRAINING = STEP | {"step"}
 CLIPPER = TRAINING | {"training"}
 API = CLIPPER | {"clipper"}
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parameters": BOTTOM | {"sharding", "policies"},
     "norms": NORMS,
     "nonfinite": NONFINITE,
+    "limits": LIMITS,
     "step": STEP,
     "training": TRAINING,
     "clipper": CLIPPER,
