@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ from distclip.training import grad_scaler, optimizers
 from distclip.training.backward import BackwardNorms
 from distclip.training.optimizers import Optimizers
 from distclip.training.step_hook import StepHook
+
+# What is made in inference mode cannot be written outside of it: policies' states, counters,
+# buffers of a plan. `inference_mode(False)` alone would record operations for autograd.
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _kept_between_calls(function: _F) -> _F:
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class Clipper:
@@ -67,6 +75,7 @@ class Clipper:
         per tensor or unit. All ranks of the mesh must make the clipper, and call it every step.
     """
 
+    @_kept_between_calls
     def __init__(
         self,
         model_or_parameters: Parameters | ParamGroups,
@@ -234,6 +243,7 @@ class Clipper:
         optimizers.check_one(optimizer)
         return StepHook(optimizer, scaler, self._decide)
 
+    @_kept_between_calls
     def state_dict(self) -> dict[str, Any]:
         """What the policies remember: tensors and numbers under names.
 
@@ -242,6 +252,7 @@ class Clipper:
         """
         return state_dict.to_dict(self._group_states(self._states))
 
+    @_kept_between_calls
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on any number of ranks.
 
@@ -252,6 +263,7 @@ class Clipper:
         """
         self._states = state_dict.from_dict(self._group_states(self._initial_states()), saved)
 
+    @_kept_between_calls
     def _decide(
         self,
         stepped: list[Optimizer],

@@ -118,7 +118,10 @@ class LimitChecks:
         if shared := [group for group in invalid if is_shared(group, self._plan)]:
             raise _error(_text(shared), "now")
         if invalid:
-            self._found, self.invalid = _text(invalid), torch.ones((), dtype=torch.bool, device="cpu")
+            self._found, self.invalid = (
+                _text(invalid),
+                torch.ones((), dtype=torch.bool, device="cpu"),
+            )
 
 
 def _text(groups: Sequence[ParamGroup]) -> str:

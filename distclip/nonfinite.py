@@ -74,7 +74,8 @@ class SkipCounter:
     def count_(self, finite: Tensor) -> bool:
         """Whether too many came in a row. On an accelerator the answer is `_LAG` steps old."""
         if self._counts is None:
-            self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+            with torch.inference_mode(False):  # counted up outside of inference mode too
+                self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         self._counts.add_(~finite)
         self._counts[1].mul_(~finite)
         if finite.device.type == "cpu":

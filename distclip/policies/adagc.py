@@ -52,12 +52,12 @@ class AdaGC(PolicyBase):
 
     Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
         Clipping", 2025 (arXiv:2502.11034), which writes λ_rel for ratio, λ_abs for max_norm and
-        T_start for warmup_steps.
+        T_start for warmup_steps; the defaults are those of the authors' code.
     """
 
-    ratio: float = 1.05
+    ratio: float = 1.04
     max_norm: float = 1.0
-    beta: float = 0.98
+    beta: float = 0.99
     warmup_steps: int = 100
     scope = Scope.TENSOR
     norm_type = 2.0

@@ -174,7 +174,7 @@ class Minimum(PolicyBase):
     Example:
         >>> import distclip
         >>> distclip.ClipBlockRMS(0.1) & distclip.AdaGC(warmup_steps=5)  # doctest: +ELLIPSIS
-        Minimum(first=ClipBlockRMS(threshold=0.1), second=AdaGC(ratio=1.05, ...warmup_steps=5))
+        Minimum(first=ClipBlockRMS(threshold=0.1), second=AdaGC(ratio=1.04, ...warmup_steps=5))
     """
 
     first: Policy[Any]

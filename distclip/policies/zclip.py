@@ -23,7 +23,7 @@ class ZClipState(NamedTuple):
     """
     Attributes:
         mean, var: of the norms so far, spikes pulled back; float64 scalars.
-        num_steps: the number of norms so far; int64 scalar.
+        num_steps: the number of norms above 0 so far; int64 scalar.
     """
 
     mean: Tensor
@@ -45,6 +45,9 @@ class ZClip(PolicyBase):
     `warmup_steps` norms are clipped to `max_norm` alone; their mean and variance are the first μ
     and σ². Where σ is 0, any norm above μ is pulled back to μ. The authors' code adds 1e-6 to σ in
     z; nothing is added here, because the limit would then depend on the scale of the loss.
+
+    A norm of 0 changes no statistic and is no step of the warm-up, because it says nothing about a
+    scale: parameters that were frozen during the warm-up would be clipped to 0 for ever.
 
     Args:
         max_norm: `math.inf` or None, as in the authors' code, switches this bound off.
@@ -84,8 +87,11 @@ class ZClip(PolicyBase):
         first = _sample_statistics(norms, state)
         later = _moving_statistics(torch.minimum(norms, highest), state, self.alpha)
         mean, var = (torch.where(warming_up, a, b) for a, b in zip(first, later, strict=True))
+        after = ZClipState(mean, var, state.num_steps + 1)
+        is_norm = norms > 0
+        after = ZClipState(*(torch.where(is_norm, a, b) for a, b in zip(after, state, strict=True)))
         limit = torch.where(warming_up, math.inf, highest).clamp(max=self.max_norm)
-        return limit, ZClipState(mean, var, state.num_steps + 1)
+        return limit, after
 
 
 def _check_bound(name: str, value: Any) -> float:
