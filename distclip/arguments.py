@@ -62,8 +62,9 @@ def as_int(what: str, name: str, value: Any) -> int:
 
 def as_ints(what: str, name: str, value: Any) -> tuple[int, ...]:
     """Whole numbers as a tuple. Raises LayoutError for anything else."""
-    if isinstance(value, Iterable) and not isinstance(value, str | Mapping | Set):
-        return tuple(as_int(what, name, each) for each in cast("Iterable[Any]", value))
+    each = None if isinstance(value, Set) else items(value)
+    if each is not None:
+        return tuple(as_int(what, name, number) for number in each)
     raise LayoutError(
         f"cannot make a {what} with {name}={shown(value)}: it is {kind_of(value)}, but it has one "
         f"number for each dim, or for each boundary, in order. Pass a tuple of ints, such as "
@@ -92,10 +93,9 @@ def as_axes(name: str, value: Any) -> tuple[str, ...]:
     Raises:
         TypeError: no iterable of strings. A string alone would be read letter by letter.
     """
-    if not isinstance(value, str | bytes | Mapping) and isinstance(value, Iterable):
-        axes = tuple(cast("Iterable[Any]", value))
-        if all(isinstance(axis, str) for axis in axes):
-            return axes
+    axes = items(value)
+    if axes is not None and all(isinstance(axis, str) for axis in axes):
+        return tuple(axes)
     raise TypeError(
         f"cannot read {name}={shown(value)}: it is {kind_of(value)}, but there may be several such "
         f'mesh axes, each with a name. Pass a tuple of their names, such as ("pp",), or ().'
@@ -153,6 +153,14 @@ def check_group_keys(name: str, group: dict[str, Any]) -> None:
                 f"distclip.ClipNorm(0.1), and a 'name'; keys of torch's optimizers are allowed "
                 f"beside them. Correct the key, or leave it out."
             )
+
+
+def items(value: Any) -> list[Any] | None:
+    """The items of an iterable; None where there are none: texts, mappings, 0-d arrays."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        return None
+    given = cast("Iterable[Any]", value)
+    return None if getattr(given, "ndim", 1) == 0 else list(given)
 
 
 def shown(value: Any) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distclip import api, kernels, step
-from distclip.arguments import as_number, kind_of, shown
+from distclip.arguments import as_number, items, kind_of, shown
 from distclip.norms import reduce
 from distclip.parameters import list_items, named_tensors
 from distclip.policies import check_not_negative
@@ -140,7 +140,8 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 def _bound(name: str, given: Any, t: Tensor) -> Any:
     """A bound as a number, or as a tensor that can be broadcast to `t`."""
     if not isinstance(given, Tensor) or given.numel() == 1:
-        return as_number(name, given, "a number or a tensor")
+        plain = gradients.local_values(given) if isinstance(given, Tensor) else given
+        return as_number(name, plain, "a number or a tensor")
     if given.is_complex() or given.dtype is torch.bool:
         as_number(name, given, "real numbers")  # raises
     if gradients.is_dtensor(t) or gradients.is_dtensor(given):
@@ -214,8 +215,8 @@ def _check_dense(t: Tensor) -> None:
 
 def _dims(t: Tensor, axes: int | Sequence[int]) -> list[int]:
     """`axes` counted from the first dim, each once."""
-    several = isinstance(axes, Iterable) and not isinstance(axes, str | Tensor)
-    given = list(cast("Iterable[Any]", axes)) if several else [axes]
+    given = items(axes)
+    given = [axes] if given is None else given
     numbers = [as_number("axes", axis, "whole numbers, or None for all dims") for axis in given]
     if broken := [number for number in numbers if not number.is_integer()]:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distclip.arguments import as_number, check_group_keys, kind_of, shown
+from distclip.arguments import as_number, check_group_keys, items, kind_of, shown
 from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
 from distclip.sharding.layout import LocalParam
@@ -120,8 +120,8 @@ def list_items(given: Any) -> list[Any]:
         instead = "the parameters first: `distclip.Clipper(model, policy)`"
     elif isinstance(given, Optimizer):
         instead = "the model whose parameters it steps"
-    elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        return list(cast("Iterable[Any]", given))
+    elif (listed := items(given)) is not None:
+        return listed
     raise TypeError(
         f"cannot clip {shown(given)}: it is {kind_of(given)}, which holds no tensors with "
         f"gradients, or nothing says which. Pass {instead}."

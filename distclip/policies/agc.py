@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from distclip.arguments import as_number, shown
+from distclip.arguments import as_number, items, shown
 from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
 from distclip.policies.checks import check_finite, check_norm_type, store_checked
 
@@ -70,13 +69,12 @@ def _check_unit_dim(name: str, value: Any) -> int:
 
 
 def _names_and_modules(name: str, exclude: Any) -> tuple[str | nn.Module, ...]:
-    one = isinstance(exclude, str | nn.Module) or not isinstance(exclude, Iterable)
-    listed = () if one else tuple(cast("Iterable[Any]", exclude))
-    if one or not all(isinstance(each, str | nn.Module) for each in listed):
+    listed = None if isinstance(exclude, nn.Module) else items(exclude)
+    if listed is None or not all(isinstance(each, str | nn.Module) for each in listed):
         raise ValueError(
             f"cannot use {name}={shown(exclude)}: it must be a tuple of names and modules. "
             f"Anything else matches no parameter, and those to leave out would be clipped. "
             f'Pass, for example, `exclude=("head", model.norm)`.'
         )
     # The order of a set differs between ranks, and the text of a policy must not.
-    return tuple(sorted(listed, key=str)) if isinstance(exclude, set | frozenset) else listed
+    return tuple(sorted(listed, key=str) if isinstance(exclude, set | frozenset) else listed)
