@@ -89,6 +89,7 @@ def clip_grad_norm_(
         LayoutError: it is unknown which ranks hold which elements.
         ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or a tensor holds
             integers.
+        TypeError: an argument is of another type, such as the groups of an optimizer.
 
     Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded.
 

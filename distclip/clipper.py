@@ -44,7 +44,7 @@ class Clipper:
     Args:
         model_or_parameters: an `nn.Module` (FSDP1 needs it, and parameters keep their names), an
             iterable of parameters, or parameter groups `{"params", "policy", "name"}`, whose
-            "params" are either. Make the clipper after the model has been wrapped and sharded.
+            "params" are either, also with the keys of an optimizer's groups. Make the clipper after the model has been wrapped and sharded.
         policy: how large the gradients may be. Parameter groups without a policy use this one.
         mesh: a `DeviceMesh` over all ranks that train together. If omitted, it is found from the
             parameters' DTensors.
@@ -146,7 +146,9 @@ class Clipper:
         Raises:
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
-                scaler or `scale` was given; `scale` is no finite number.
+                scaler or `scale` was given; `scale` is no finite number; a policy returned a limit
+                that is negative or NaN although the norm is finite.
+            TypeError: an argument, or a limit that a policy returned, is of another type.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
 
         Collective: one all-reduce of a few numbers; none where nothing is sharded. The first time

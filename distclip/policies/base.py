@@ -77,7 +77,8 @@ class Policy(Protocol[State]):
     ) -> tuple[Tensor | None, State]:
         """The largest norms allowed, and the state after this step. Never waits for the device.
 
-        A limit of None means: measure only, write nothing. The caller keeps the new state where
+        A limit of None means: measure only, write nothing. One that is negative or NaN for a finite
+        norm is an error, and nothing is scaled by it. The caller keeps the new state where
         the total norm is finite, and the old state where it is not.
 
         Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distclip import Clipper
 from distclip.policies import AdaGC, AutoClip, Policy, ZClip
@@ -21,6 +22,7 @@ from tests.policies.steps import (
     spiky_norms,
 )
 from tests.support import reference
+from tests.support.ranks import Ranks, mesh
 from tests.test_api import recorded
 
 
@@ -209,3 +211,32 @@ def test_a_group_that_is_frozen_during_the_warm_up_trains_afterwards() -> None:
         assert report.norms["body"] > 0
         assert report.coefficients["body"] > 0.01
         assert model[0].weight.grad.abs().max() > 0
+
+
+def thawed_on_two_by_two(policy: Policy[Any]) -> None:
+    """HSDP: no rank has a gradient of the body while it is frozen."""
+    on = mesh((2, 2), ("dp", "fsdp"))
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros(4), on, [Replicate(), Shard(0)]))
+        for _ in range(2)
+    ]
+    groups = [{"name": n, "params": [p]} for n, p in zip(("body", "head"), params, strict=True)]
+    clipper, expected = (
+        Clipper(groups, policy),
+        Clipper([("w", nn.Parameter(torch.zeros(4)))], policy),
+    )
+    for step, norm in enumerate([0.0] * 30 + spiky_norms(30, seed=5)):
+        gradient = torch.full((4,), norm / 2)
+        if norm:
+            params[0].grad = distribute_tensor(gradient.clone(), on, [Replicate(), Shard(0)])
+            held = expected.plan.params[0].param
+            held.grad = gradient
+            want = expected.clip_().coefficient
+        params[1].grad = distribute_tensor(torch.ones(4), on, [Replicate(), Shard(0)])
+        found = clipper.clip_().coefficients["body"]
+        assert step < 30 or found == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", [ZClip(1.0, 0.8, 5, math.inf), AutoClip(60.0)], ids=repr)
+def test_a_group_that_thaws_on_four_ranks(four_ranks: Ranks, policy: Policy[Any]) -> None:
+    four_ranks.run(thawed_on_two_by_two, policy)
