@@ -44,7 +44,8 @@ class Clipper:
     Args:
         model_or_parameters: an `nn.Module` (FSDP1 needs it, and parameters keep their names), an
             iterable of parameters, or parameter groups `{"params", "policy", "name"}`, whose
-            "params" are either, also with the keys of an optimizer's groups. Make the clipper after the model has been wrapped and sharded.
+            "params" are either, also with the keys of an optimizer's groups. Make the clipper after
+            the model has been wrapped and sharded.
         policy: how large the gradients may be. Parameter groups without a policy use this one.
         mesh: a `DeviceMesh` over all ranks that train together. If omitted, it is found from the
             parameters' DTensors.
