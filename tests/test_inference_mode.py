@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipValue, Policy, ZClip
+from distclip.nonfinite import SkipCounter
 
 POLICIES: dict[str, Policy[Any]] = {
     "norm": ClipNorm(1.0),
@@ -99,3 +100,12 @@ def test_gradients_that_were_made_in_inference_mode() -> None:
             param.grad = torch.tensor([3.0, 4.0])
             assert clipper.clip_().clipped
             torch.testing.assert_close(param.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_a_counter_alone() -> None:
+    counter = SkipCounter(1)
+    for inside in (True, False, True):
+        with context(inside):
+            too_many = counter.count_(torch.tensor(False))
+    assert too_many
+    assert counter.total == 3

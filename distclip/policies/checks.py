@@ -13,7 +13,7 @@ def check_norm_type(name: str, value: Any) -> float:
     number = as_norm_type(name, value)
     if not number > 0:
         raise ValueError(
-            f"cannot measure with {name}={number}: only p > 0 and inf give a norm that is 0 "
+            f"cannot measure with norm_type={number}: only p > 0 and inf give a norm that is 0 "
             f"for zero gradients alone and can be summed over shards (p = 0 counts entries, "
             f"p < 0 is 0 as soon as one entry is, NaN compares with nothing). Pass a number above "
             f"0, such as 2.0, or math.inf."
