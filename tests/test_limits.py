@@ -24,6 +24,7 @@ from distclip import (
     Scope,
     StatelessPolicy,
 )
+from distclip.limits import read_limits
 from tests.support.ranks import Ranks, mesh
 
 
@@ -221,3 +222,16 @@ def test_a_limit_that_one_rank_knows(
     four_ranks: Ranks, value: float, mode: str, norm_type: float
 ) -> None:
     four_ranks.run(a_limit_that_one_rank_knows, value, mode, norm_type)
+
+
+def test_limits_are_read_without_a_wait_for_the_device() -> None:
+    """A meta tensor has no values: `.item()` and `bool()` raise."""
+    (param,) = parameters([3.0, 4.0])
+    clipper = Clipper([param], Returns(-1.0))
+    (group,) = clipper.plan.groups
+    norms = torch.ones((), dtype=torch.float64, device="meta")
+    found = read_limits(norms, norms, group, clipper.plan, Returns(-1.0), norms > 0)
+    assert found.limits.is_meta
+    assert found.valid is not None
+    ours = read_limits(norms, norms, group, clipper.plan, ClipNorm(1.0), norms > 0)
+    assert ours.valid is None  # known, and costs nothing
