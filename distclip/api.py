@@ -8,21 +8,23 @@ torch's argument and ignored: the device chooses the kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels, nonfinite, step
+from distclip.arguments import as_axes, as_flag, as_number, check_mesh_type
 from distclip.norms.agreement import policy_text
 from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
 from distclip.parameters import (
     Parameters,
+    list_items,
     named_tensors,
     read_parameters,
     unique_tensors,
@@ -35,7 +37,7 @@ from distclip.policies import (
     Scope,
     StatelessPolicy,
 )
-from distclip.policies.checks import check_norm_type, check_not_negative
+from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
 from distclip.sharding.local_tensors import (
     any_unreduced,
     layout_cache_key,
@@ -64,8 +66,7 @@ class _TorchClipNorm(StatelessPolicy):
     scope = Scope.MODEL
 
     def __post_init__(self) -> None:
-        check_not_negative("max_norm", self.max_norm)
-        check_norm_type(self.norm_type)
+        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext
@@ -100,6 +101,7 @@ def clip_grad_norm_(
         LayoutError: it is unknown which ranks hold which elements.
         ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or a tensor holds
             integers.
+        TypeError: an argument is of another type, such as the groups of an optimizer.
 
     Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded.
 
@@ -112,8 +114,9 @@ def clip_grad_norm_(
         >>> [round(x, 2) for x in weight.grad.tolist()]
         [4.01, 8.02, 12.03]
     """
-    del foreach
-    policy = _TorchClipNorm(float(max_norm), float(norm_type))
+    policy = _TorchClipNorm(max_norm, norm_type)
+    error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
+    distinct = as_axes("distinct", distinct)
     given = _rereadable(parameters)
     tensors, plan = _kept_plan(given, policy, mesh, tuple(distinct))
     gradients = local_gradients(tensors)
@@ -145,7 +148,8 @@ def get_total_norm(
 
     Result, errors and collective are those of `clip_grad_norm_`; nothing is changed.
     """
-    del foreach
+    error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
+    distinct = as_axes("distinct", distinct)
     given = _rereadable(tensors)
     decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct)
     if error_if_nonfinite:
@@ -163,7 +167,7 @@ def measure_tensors(
 ) -> Decision:
     """The decision of a policy that only measures tensors, or the gradients of a module."""
     given = _rereadable(tensors)
-    policy = ClipNorm(math.inf, float(norm_type))
+    policy = ClipNorm(math.inf, norm_type)
     listed, plan = _kept_plan(given, policy, mesh, tuple(distinct))
     # A module's gradients take their parameters' layout for good; given tensors are not changed.
     if isinstance(given, nn.Module):
@@ -186,8 +190,8 @@ def clip_grads_with_norm_(
 
     Collective: none.
     """
-    del foreach
-    policy, norm = _TorchClipNorm(float(max_norm)), local_values(total_norm).double()
+    _check_arguments(False, foreach)
+    policy, norm = _TorchClipNorm(max_norm), _total_norm(total_norm)
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
         lists = kernels.tensor_lists(_gradients(parameters))
@@ -205,12 +209,37 @@ def clip_grad_value_(
 
     Collective: none (`Partial` gradients are reduced first).
     """
-    del foreach
-    check_not_negative("clip_value", clip_value := float(clip_value))
+    _check_arguments(False, foreach)
+    clip_value = check_not_negative("clip_value", clip_value)
     gradients = _gradients(parameters)
     step.check_real(gradients)
     bound = torch.full((), clip_value, dtype=torch.float64, device="cpu")
     step.clamp_(kernels.tensor_lists(gradients), bound)
+
+
+def _check_arguments(
+    error_if_nonfinite: bool, foreach: bool | None, mesh: DeviceMesh | None = None
+) -> bool:
+    """`error_if_nonfinite` as a bool. Raises TypeError where one is of another type."""
+    if foreach is not None:
+        as_flag("foreach", foreach)
+    check_mesh_type(mesh)
+    return as_flag("error_if_nonfinite", error_if_nonfinite)
+
+
+def _total_norm(given: Any) -> Tensor:
+    """A norm that the caller knows as a float64 scalar; a tensor's device stays."""
+    if not isinstance(given, Tensor):
+        number = as_number("total_norm", given, "what `get_total_norm` returned, or a number")
+        if number < 0:
+            check_not_negative("total_norm", number)
+        return torch.full((), number, dtype=torch.float64, device="cpu")
+    if given.numel() != 1 or given.dtype is torch.bool or given.is_complex():
+        raise ValueError(
+            f"cannot clip with a total_norm of shape {list(given.shape)} and {given.dtype}: all "
+            f"gradients have one norm, a real number. Pass what `get_total_norm` returned."
+        )
+    return local_values(given).double().reshape(())
 
 
 class _TensorsAndPlan(NamedTuple):
@@ -222,7 +251,10 @@ def _rereadable(given: Parameters) -> Parameters:
     """Iterables as lists; an empty generator stays, because `named_tensors` warns about it."""
     if isinstance(given, nn.Module | Tensor):
         return given
-    return cast(Parameters, list(cast("Iterable[Any]", given)) or given)
+    listed = list_items(given)
+    if listed and isinstance(listed[0], dict):
+        named_tensors(listed)  # raises: one limit is for all, and groups have one each
+    return listed or given
 
 
 def _kept_plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite, parameters, step
+from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
 from distclip.norms.plan import Plan, make_plan
@@ -30,6 +32,14 @@ from distclip.training.model_changes import ModelChanges, check_present
 from distclip.training.optimizers import Optimizers
 from distclip.training.step_hook import StepHook
 
+# What is made in inference mode cannot be written outside of it: policies' states, counters,
+# buffers of a plan. `inference_mode(False)` alone would record operations for autograd.
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _kept_between_calls(function: _F) -> _F:
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
 
 class Clipper:
     """Clips the gradients of a model, however it is sharded.
@@ -37,7 +47,8 @@ class Clipper:
     Args:
         model_or_parameters: an `nn.Module` (FSDP1 needs it, and parameters keep their names), an
             iterable of parameters, or parameter groups `{"params", "policy", "name"}`, whose
-            "params" are either. Make the clipper after the model has been wrapped and sharded.
+            "params" are either, also with the keys of an optimizer's groups. Make the clipper after
+            the model has been wrapped and sharded.
         policy: how large the gradients may be. Parameter groups without a policy use this one.
         mesh: a `DeviceMesh` over all ranks that train together. If omitted, it is found from the
             parameters' DTensors.
@@ -68,6 +79,7 @@ class Clipper:
         per tensor or unit. All ranks of the mesh must make the clipper, and call it every step.
     """
 
+    @_kept_between_calls
     def __init__(
         self,
         model_or_parameters: Parameters | ParamGroups,
@@ -81,7 +93,12 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
     ) -> None:
-        nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
+        max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
+        check_mesh_type(mesh)
+        distinct = as_axes("distinct", distinct)
+        check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
+        check_function("gradient", gradient, "`parameter -> its gradient`, or None")
+        overlap = as_flag("overlap", overlap)
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -89,15 +106,16 @@ class Clipper:
             )
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
-        self._skips = nonfinite.SkipCounter(max_consecutive_skips)
+        self._skips = nonfinite.SkipCounter(max_skips)
         self._sources = parameters.list_sources(model_or_parameters, policy)
+        check_policy(policy)
         for group in self._sources:
-            check_policy(group.policy)
+            check_policy(group.policy, group.name)
         self._policies = [group.policy for group in self._sources]
-        rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_consecutive_skips}"
+        rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
 
         def plan_for(read: NamedParameters) -> Plan:
-            sharded = read_layouts(read.named, read.modules, mesh, tuple(distinct), layouts)
+            sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule)
 
         self._plan_for = plan_for
@@ -110,10 +128,8 @@ class Clipper:
         self.plan = plan = self._plan_for(read)
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]
-        self._states = [
-            policy.init(1 if group.units is None else group.units.num_units, plan.device)
-            for group, policy in zip(plan.groups, self._policies, strict=True)
-        ]
+        self._states = self._initial_states()
+        self._limit_checks = LimitChecks(plan, self._policies)
         policies = zip(plan.groups, self._policies, strict=True)
         texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
         # With layouts= the ranks may hold different parameters, such as experts.
@@ -156,7 +172,9 @@ class Clipper:
                 an accelerator the norm is NaN first, and the error follows four steps later.
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
-                scaler or `scale` was given; `scale` is no finite number.
+                scaler or `scale` was given; `scale` is no finite number; a policy returned a limit
+                that is negative or NaN although the norm is finite.
+            TypeError: an argument, or a limit that a policy returned, is of another type.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
 
         Collective: one all-reduce of a few numbers; none where nothing is sharded. Where some rank
@@ -183,6 +201,7 @@ class Clipper:
         Args, Raises, Collective: as `clip_`. A scaler learns that its gradients are unscaled from
             `apply_`.
         """
+        grad_scaler.check_scaler(scaler)
         stepped = optimizers.list_optimizers(optimizer)
         factor = grad_scaler.inverse_scale(scaler, stepped)
         if scale is not None:
@@ -218,7 +237,10 @@ class Clipper:
 
         Other args, Raises, Collective: as `clip_`.
         """
+        grad_scaler.check_scaler(scaler)
+        check_function("closure", closure, "a function that computes the loss and its gradients")
         stepped = optimizers.list_optimizers(optimizer)
+        optimizers.check_steps(stepped, closure)
         if closure is not None:
             return self._step_closure(stepped, scaler, scale, closure, step)
         decision = self.decide(stepped, scaler, scale, step)
@@ -247,25 +269,31 @@ class Clipper:
 
         Collective: in each step, as `clip_`; all ranks must step.
         """
+        grad_scaler.check_scaler(scaler)
+        optimizers.check_one(optimizer)
         return StepHook(optimizer, scaler, self._decide)
 
+    @_kept_between_calls
     def state_dict(self) -> dict[str, Any]:
         """What the policies remember: tensors and numbers under names.
 
         The names are those of parameter groups, policies and parameters.
         The same on every rank (of a pipeline stage), however many ranks share the model.
         """
-        return state_dict.to_dict(self._group_states())
+        return state_dict.to_dict(self._group_states(self._states))
 
+    @_kept_between_calls
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on any number of ranks.
 
         Raises:
-            ValueError: a state of another version, another policy or other parameters. Nothing is
-                loaded then.
+            ValueError: a state of another version, another policy or other parameters, or a
+                number in it that cannot be one of the policy's. Nothing is loaded then.
+            TypeError: `saved` is no dictionary.
         """
-        self._states = state_dict.from_dict(self._group_states(), saved)
+        self._states = state_dict.from_dict(self._group_states(self._initial_states()), saved)
 
+    @_kept_between_calls
     def _decide(
         self,
         stepped: list[Optimizer],
@@ -275,7 +303,10 @@ class Clipper:
     ) -> Decision:
         """`decide` where it is known which factor the gradients still need; float64."""
         fault = self._follow(stepped, scaled=scale is not None)
-        gradients = self._gradients()
+        try:
+            gradients = self._gradients()
+        except (TypeError, ValueError) as error:  # which other ranks may not have
+            fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
             fault = optimizers.unheld_gradient(stepped)
         measured = None
@@ -294,7 +325,9 @@ class Clipper:
             measured=measured,
             in_grad=self._gradient is None,
             on_apply=on_apply,
+            invalid=self._limit_checks.invalid,
         )
+        self._limit_checks.check([clip.valid for clip in decision.clips], decision.finite)
         self._raise_if_nonfinite(decision)
         self._states = decision.next_policy_states(self._states)
         return decision
@@ -323,10 +356,10 @@ class Clipper:
             self._read, self._changes = read, ModelChanges(read)
             return
         check_present(read, before)
-        states = self._group_states()
+        states = self._group_states(self._states)
         self._backward = None  # its hooks go before others come
         self._hold(read)
-        self._states = state_dict.carried_over(states, self._group_states())
+        self._states = state_dict.carried_over(states, self._group_states(self._states))
 
     def _raise_if_nonfinite(self, decision: Decision) -> None:
         counts = self._on_nonfinite in ("skip", "zero")
@@ -372,15 +405,20 @@ class Clipper:
         assert attached.report is not None
         return attached.report
 
-    def _group_states(self) -> list[state_dict.GroupState]:
+    def _initial_states(self) -> list[Any]:
+        return [
+            policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
+            for group, policy in zip(self.plan.groups, self._policies, strict=True)
+        ]
+
+    def _group_states(self, states: Sequence[Any]) -> list[state_dict.GroupState]:
         return [
             state_dict.GroupState(
                 group.name,
                 type(policy).__name__,
                 group.units.row_names if group.units and group.scope is Scope.TENSOR else None,
                 state,
+                policy,
             )
-            for group, policy, state in zip(
-                self.plan.groups, self._policies, self._states, strict=True
-            )
+            for group, policy, state in zip(self.plan.groups, self._policies, states, strict=True)
         ]

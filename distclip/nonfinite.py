@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
+from distclip.arguments import as_number, shown
 from distclip.errors import NonFiniteGradientError
 from distclip.norms.late_reads import LateReads
 from distclip.norms.measure import measure
@@ -22,18 +23,25 @@ OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
 _MAX_NAMES = 100  # that a rank sends: after a NaN in the loss every parameter has a NaN
 
 
-def check_mode(mode: str, max_consecutive_skips: int) -> None:
-    """Raises ValueError unless both are what `Clipper` takes."""
+def check_mode(mode: str, max_consecutive_skips: Any) -> float:
+    """`max_consecutive_skips` as a number, which may be infinite.
+
+    Raises:
+        ValueError, TypeError: one is not what `Clipper` takes.
+    """
     if mode not in get_args(OnNonFinite):
         raise ValueError(
-            f"cannot make a Clipper with on_nonfinite={mode!r}: no behaviour has that name, and it "
-            f'is unclear what a NaN should do. Pass "propagate", "raise", "skip" or "zero".'
+            f"cannot make a Clipper with on_nonfinite={shown(mode)}: no behaviour has that name, "
+            f'and it is unclear what a NaN should do. Pass "propagate", "raise", "skip" or "zero".'
         )
-    if max_consecutive_skips < 0:
+    number = as_number("max_consecutive_skips", max_consecutive_skips, "a number of steps")
+    if not (number >= 0 and (number.is_integer() or math.isinf(number))):
         raise ValueError(
-            f"cannot make a Clipper with max_consecutive_skips={max_consecutive_skips}: a number "
-            f"of steps is never negative. Pass 0 or above."
+            f"cannot make a Clipper with max_consecutive_skips={shown(max_consecutive_skips)}: a "
+            f"number of steps is whole and never negative, and no step could be compared with "
+            f"this one. Pass 0 or above; math.inf never raises."
         )
+    return number if math.isinf(number) else int(number)
 
 
 def coefficient_under(mode: OnNonFinite, coefficient: Tensor, finite: Tensor) -> Tensor:
@@ -51,7 +59,7 @@ def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor) -> Tensor:
 class SkipCounter:
     """Counts, on the device, the steps whose norm was not finite."""
 
-    def __init__(self, max_consecutive: int) -> None:
+    def __init__(self, max_consecutive: float) -> None:
         self.max_consecutive = max_consecutive
         self._counts: Tensor | None = None  # of all such steps; of the latest ones in a row
         self._late = LateReads()
@@ -65,7 +73,8 @@ class SkipCounter:
     def count_(self, finite: Tensor) -> bool:
         """Whether too many came in a row. On an accelerator the answer is some steps old."""
         if self._counts is None:
-            self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+            with torch.inference_mode(False):  # counted up outside of inference mode too
+                self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         self._counts.add_(~finite)
         self._counts[1].mul_(~finite)
         return self._late.read(self._counts[1]) > self.max_consecutive
@@ -128,7 +137,7 @@ def error(
     total_norm: Tensor,
     gradients: Sequence[Tensor | None],
     plan: Plan,
-    skipped: int | None = None,
+    skipped: float | None = None,
 ) -> NonFiniteGradientError:
     """The error for all ranks, which come here together because `total_norm` is the same on each.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, SupportsFloat, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
+from distclip.arguments import as_number, check_group_keys, items, kind_of, shown
 from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
 from distclip.sharding.fsdp2 import reshard, sharded_params
@@ -61,7 +63,8 @@ def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> Nam
     Groups without a policy use `policy`.
 
     Raises:
-        ValueError: a parameter or a name is in two groups; what `named_tensors` raises.
+        ValueError: a parameter or a name is in two groups; a group without "params", or with a key
+            that means nothing; what `named_tensors` raises.
     """
     return read_sources(list_sources(given, policy))
 
@@ -69,7 +72,7 @@ def read_parameters(given: Parameters | ParamGroups, policy: Policy[Any]) -> Nam
 def list_sources(given: Parameters | ParamGroups, policy: Policy[Any]) -> list[GroupSource]:
     """The groups of what `read_parameters` takes; iterables are read here, and only once."""
     if not isinstance(given, nn.Module | Tensor | types.GeneratorType):
-        listed = list(cast("Iterable[Any]", given))
+        listed = list_items(given)
         if listed and all(isinstance(group, dict) for group in listed):
             return [_group_source(i, group, policy) for i, group in enumerate(listed)]
         given = cast("Iterable[Tensor]", listed)
@@ -78,6 +81,7 @@ def list_sources(given: Parameters | ParamGroups, policy: Policy[Any]) -> list[G
 
 def _group_source(index: int, group: dict[str, Any], policy: Policy[Any]) -> GroupSource:
     name = str(group.get("name", f"group{index}"))
+    check_group_keys(name, group)
     params = _source(group["params"])
     if not isinstance(params, nn.Module):
         params = [(f"{name}.{n}" if n.startswith("#") else n, tensor) for n, tensor in params]
@@ -149,7 +153,7 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
     A generator is read once.
 
     Raises:
-        TypeError: something that is no tensor.
+        TypeError: something that is no tensor, such as a parameter group.
         ValueError: a tensor of integers or bools, which has no gradient to clip.
     """
     if isinstance(given, nn.Module):
@@ -162,19 +166,40 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
 
 
 def _listed(given: Tensor | Iterable[Any]) -> list[tuple[str, Tensor]]:
-    listed = [given] if isinstance(given, Tensor) else list(given)
+    listed = list_items(given)
     if not listed and isinstance(given, types.GeneratorType):
         warnings.warn(
             "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=5
         )
     named: dict[int, tuple[str, Tensor]] = {}
     for index, item in enumerate(listed):
-        name, tensor = (
-            cast(tuple[str, Any], item) if isinstance(item, tuple) else (f"#{index}", item)
-        )
+        name, tensor = _name_and_tensor(index, item)
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
+
+
+def list_items(given: Any) -> list[Any]:
+    """The items of an iterable of tensors, of pairs or of groups; a tensor is its own.
+
+    Raises:
+        TypeError: there are none.
+    """
+    if isinstance(given, Tensor):
+        return [given]
+    instead = "a tensor, an iterable of tensors, or an nn.Module"
+    if isinstance(given, Mapping):
+        instead = "its values, `list(gradients.values())`"
+    elif hasattr(given, "scope") and hasattr(given, "limit"):
+        instead = "the parameters first: `distclip.Clipper(model, policy)`"
+    elif isinstance(given, Optimizer):
+        instead = "the model whose parameters it steps"
+    elif (listed := items(given)) is not None:
+        return listed
+    raise TypeError(
+        f"cannot clip {shown(given)}: it is {kind_of(given)}, which holds no tensors with "
+        f"gradients, or nothing says which. Pass {instead}."
+    )
 
 
 def unique_tensors(given: Parameters) -> list[Tensor] | None:
@@ -240,12 +265,15 @@ def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
                 f"gradients are multiplied by one number. Pass a real tensor with one element."
             )
         return local_values(scale.detach()).to(device, torch.float64).reshape(())
-    if isinstance(scale, bool) or not isinstance(cast(Any, scale), SupportsFloat):
+    try:
+        number = as_number("scale", scale)
+    except TypeError:
         raise TypeError(
-            f"cannot scale by {scale!r}: it is a {type(scale).__name__}. Pass a number such as "
-            f"1 / num_tokens, or a tensor with one element."
-        )
-    if not math.isfinite(number := float(scale)):
+            f"cannot scale by {shown(scale)}: it is {kind_of(scale)}, and all gradients are "
+            f"multiplied by one number. Pass a number such as 1 / num_tokens, or a tensor with one "
+            f"element."
+        ) from None
+    if not math.isfinite(number):
         raise ValueError(
             f"cannot scale by {number}: no gradient would be finite. Pass a finite number."
         )
@@ -275,11 +303,31 @@ def can_have_gradient(tensor: Tensor) -> bool:
     return is_known or tensor.requires_grad or tensor.grad is not None
 
 
+def _name_and_tensor(index: int, item: Any) -> tuple[str, Any]:
+    if not isinstance(item, tuple):
+        return f"#{index}", item
+    pair = cast("tuple[Any, ...]", item)
+    if len(pair) == 2 and isinstance(pair[0], str):
+        return pair
+    raise TypeError(
+        f"cannot clip '#{index}': it is a tuple of {len(pair)} items, but only a name and a "
+        f"tensor belong together, and of others it is unclear which have gradients. Pass one flat "
+        f"iterable of tensors, or of pairs such as those of `model.named_parameters()`."
+    )
+
+
 def _check(name: str, tensor: Any) -> None:
+    if isinstance(tensor, dict):
+        raise TypeError(
+            f"cannot clip {name!r}: it is a dict, such as a parameter group, but this takes "
+            f"tensors, and one limit for all of them. Pass the parameters themselves, "
+            f"`[p for group in optimizer.param_groups for p in group['params']]`, or use "
+            f"distclip.Clipper, which takes groups (and nothing else beside them)."
+        )
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"cannot clip {name!r}: it is a {type(tensor).__name__}, but only tensors have "
-            f"gradients. Pass a tensor, an iterable of tensors, or an nn.Module."
+            f"cannot clip {name!r}: it is {kind_of(tensor)}, but only tensors have gradients. "
+            f"Pass a tensor, an iterable of tensors, or an nn.Module."
         )
     # A parameter of integers is frozen, and its gradient None.
     if not (tensor.is_floating_point() or tensor.is_complex() or isinstance(tensor, nn.Parameter)):

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
+from distclip.arguments import check_function
 from distclip.errors import LayoutError
+from distclip.limits import is_shared, make_nan_, read_limits
 from distclip.nonfinite import (
     NonFiniteSearch,
     OnNonFinite,
@@ -48,12 +50,14 @@ class GroupClip(NamedTuple):
         limits, coefficients: float64; [] or [num_units]. Limits are None where the policy only
             measures.
         next_state: of the policy, if this step counts.
+        valid: whether the limits are some; see `limits.Limits`.
     """
 
     norm: Tensor
     limits: Tensor | None
     coefficients: Tensor
     next_state: Any
+    valid: Tensor | None = None
 
 
 @dataclass
@@ -97,6 +101,7 @@ class Decision:
             RuntimeError: the gradients were scaled before.
             ValueError: `scale` without `gradient`, or a complex gradient that would be clamped.
         """
+        check_function("gradient", gradient, "`parameter -> its gradient now`, or None")
         if gradient is None:
             if scale is not None:
                 raise ValueError(
@@ -203,6 +208,7 @@ def decide(
     measured: Sequence[GroupMeasurement] | None = None,
     in_grad: bool = True,
     on_apply: Callable[[Tensor], None] | None = None,
+    invalid: Tensor | None = None,
 ) -> Decision:
     """Measures, reduces, and asks the policies for limits. Writes nothing.
 
@@ -218,6 +224,7 @@ def decide(
         measured: what `measure` would return, where it is known already.
         in_grad: the gradients are those in `.grad`, which optimizers read.
         on_apply: called with `Decision.found_inf` when the decision takes effect.
+        invalid: whether a limit of the last step was none, which the other ranks do not know yet.
 
     Raises:
         LayoutError: the ranks do not mean the same call; see `total_norms`.
@@ -230,6 +237,8 @@ def decide(
     header = Header(call, unreduced_text(gradients), lacks, fault is not None)
     if measured is None or header.unreduced:
         measured = measure(reducible(gradients), plan)
+    if invalid is not None:
+        make_nan_(measured[0].payload, plan.groups[0].norm_type, invalid)
     totals = total_norms(measured, plan, header)
     if totals.reduce_gradients and reduce is not None:
         try:
@@ -237,6 +246,8 @@ def decide(
         except LayoutError as error:
             fault, gradients = fault or error, reducible(gradients)
         measured = measure(gradients, plan)
+        if invalid is not None:
+            make_nan_(measured[0].payload, plan.groups[0].norm_type, invalid)
         fault = fault or _fault(gradients, plan)
         totals = total_norms(measured, plan, Header(call, fault=fault is not None))
     if totals.fault:
@@ -251,7 +262,10 @@ def decide(
         total = norm_of_norms(totals, plan.groups[0].norm_type)
     finite = total.float() < math.inf  # one operation; `isfinite` is four
     each = zip(norms, plan.groups, policies, states, strict=True)
-    clips = [_ask_policy(*one) for one in each]
+    clips = [_ask_policy(*one, plan, finite) for one in each]
+    for group, clip in zip(plan.groups, clips, strict=True):
+        if clip.valid is not None and is_shared(group, plan):
+            finite = finite & clip.valid
     return Decision(
         plan,
         gradients,
@@ -278,17 +292,25 @@ def _fault(gradients: Sequence[Tensor | None], plan: Plan) -> Exception | None:
     return None
 
 
-def _ask_policy(norms: GroupNorms, group: ParamGroup, policy: Policy[Any], state: Any) -> GroupClip:
+def _ask_policy(
+    norms: GroupNorms,
+    group: ParamGroup,
+    policy: Policy[Any],
+    state: Any,
+    plan: Plan,
+    finite: Tensor,
+) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
     sizes = torch.ones_like(each) if units is None else units.sizes
     context = NormContext(sizes, norms.weights, norms.total)
-    limits, next_state = policy.limit(each, state, context)
-    if limits is None:
+    returned, next_state = policy.limit(each, state, context)
+    if returned is None:
         return GroupClip(norms.total, None, torch.ones_like(each), next_state)
+    limits, valid = read_limits(returned, each, group, plan, policy, finite)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
-    return GroupClip(norms.total, limits, coefficient(each, limits), next_state)
+    return GroupClip(norms.total, limits, coefficient(each, limits), next_state, valid)
 
 
 def _report(

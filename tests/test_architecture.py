@@ -76,8 +76,8 @@ print(*sorted(top() - before))
 
 
 # A package as small as it can be: every room, and names that __init__.py files pass on.
-EMPTY = """errors torch_private report parameters nonfinite step clipper api functional
-    kernels/__init__ kernels/naive norms/__init__ norms/plan norms/measure norms/reduce
+EMPTY = """arguments errors torch_private report parameters nonfinite limits step clipper api
+    functional kernels/__init__ kernels/naive norms/__init__ norms/plan norms/measure norms/reduce
     sharding/layout sharding/fsdp1 sharding/mesh training/__init__ training/step_hook
     adapters/__init__ adapters/deepspeed/__init__"""
 STUBS = {

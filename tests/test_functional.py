@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,9 @@ from tests.test_api import recorded, tensors
 
 AS_RECORDED = {"rtol": 1e-6, "atol": 0.0, "equal_nan": True}  # TensorFlow sums in float32
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64]
+
+
+R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 
 
 def case_name(case: dict) -> str:
@@ -114,6 +119,80 @@ def test_a_nonfinite_element_spoils_what_shares_its_norm(value: float) -> None:
         torch.tensor([min(value, 2.0), -1.0]),
         equal_nan=True,
     )
+
+
+BOUNDS: dict[str, tuple[Any, Any]] = {
+    "two numbers": (-0.5, 0.25),
+    "0-d tensors": (torch.tensor(-0.5), torch.tensor(0.25)),
+    "0-d of other dtypes": (torch.tensor(-1), torch.tensor(0.25, dtype=torch.float64)),
+    "one element": (torch.tensor([[-0.5]]), np.float32(0.25)),
+    "a number and a tensor": (-0.5, torch.tensor([0.0, 0.5, 1.0, 2.0])),
+    "a tensor and a number": (torch.tensor([0.0, -0.5, -1.0, -math.inf]), math.inf),
+    "columns": (torch.tensor([[-0.1], [-0.2], [-0.3]]), torch.tensor([[0.1], [0.2], [0.3]])),
+    "rows and columns": (torch.tensor([[-0.1], [-0.2], [-0.3]]), torch.tensor([0.0, 0.5, 1, 2])),
+    "every element": (-torch.rand(3, 4), torch.rand(3, 4)),
+    "in float64": (-torch.rand(3, 4).double(), torch.rand(3, 4).double()),
+    "equal": (torch.full((3, 4), 0.2), torch.full((3, 4), 0.2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BOUNDS)
+def test_clip_by_value_between_bounds_of_any_shape(name: str, dtype: torch.dtype) -> None:
+    low, high = BOUNDS[name]
+    tensor = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tensor[1, 2] = math.nan
+    before = tensor.clone()
+    want = np.clip(tensor.double().numpy(), *(np.asarray(b, dtype=np.float64) for b in (low, high)))
+    clipped = clip_by_value(tensor, low, high)
+    assert (clipped != tensor).sum() > 1
+    assert (clipped.dtype, clipped.shape) == (dtype, tensor.shape)
+    torch.testing.assert_close(clipped, torch.tensor(want).to(dtype), equal_nan=True)
+    torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+
+
+NO_BOUNDS: dict[str, tuple[Any, Any, str]] = {
+    "NaN": (torch.tensor([0.0, math.nan]), 1.0, "at most the upper one everywhere"),
+    "NaN above": (0.0, torch.tensor([1.0, math.nan]), "at most the upper one everywhere"),
+    "NaN number": (math.nan, 1.0, "at most the upper one"),
+    "crossed once": (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]), "at most the upper one"),
+    "crossed in rows and columns": (
+        torch.tensor([[0.0], [2.0]]),
+        torch.tensor([3.0, 1.0]),
+        "at most the upper one",
+    ),
+    "shape": (torch.zeros(3), 1.0, r"shape \[2, 2\] to a clip_value_min of shape \[3\]"),
+    "larger": (0.0, torch.ones(5, 2, 2), r"clip_value_max of shape \[5, 2, 2\]"),
+    "complex": (torch.zeros(2, dtype=torch.complex64), 1.0, "clip_value_min.*complex64"),
+    "bool": (0.0, torch.tensor([True, True]), "clip_value_max.*bool"),
+}
+
+
+@pytest.mark.parametrize("name", NO_BOUNDS)
+def test_what_are_no_bounds(name: str) -> None:
+    low, high, message = NO_BOUNDS[name]
+    with pytest.raises((TypeError, ValueError), match=f"cannot .*{message}.*Pass"):
+        clip_by_value(torch.ones(2, 2), low, high)
+
+
+def bounds_for_a_dtensor(device: str) -> None:
+    on = mesh((2, 2), ("dp", "tp"), device)
+    before = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    there = before.clone().to(device_of(device))
+    given = distribute_tensor(there, on, (S0, S1), src_data_rank=None)
+    low, high = torch.tensor(-0.2, device=there.device), torch.tensor([0.3], device=there.device)
+    replicated = distribute_tensor(low.clone(), on, (R, R), src_data_rank=None)
+    for lowest in (low, replicated, -0.2):
+        clipped = clip_by_value(given, lowest, high)
+        as_placed(clipped, given, before.double().clamp(low.item(), high.item()))
+    with pytest.raises(ValueError, match=r"DTensor to a clip_value_max of shape \[3\]"):
+        clip_by_value(given, -0.2, torch.ones(3, device=there.device))
+    with pytest.raises(ValueError, match="at most the upper one"):
+        clip_by_value(given, high, low)
+
+
+def test_bounds_for_a_dtensor(four_ranks: Ranks) -> None:
+    four_ranks.run(bounds_for_a_dtensor, four_ranks.device)
 
 
 def test_nothing_to_clip() -> None:
@@ -227,7 +306,6 @@ def test_every_function_on_every_layout(four_ranks: Ranks, name: str) -> None:
     four_ranks.run(every_function_on_every_layout, name, four_ranks.device)
 
 
-R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 # Placements on (2, 2), and over which dims a norm crosses how many mesh axes.
 ACROSS: list[tuple[tuple, list[tuple[list[int], int]]]] = [
     ((S0, S1), [([0], 1), ([1], 1), ([2], 0), ([0, 1], 2), ([0, 1, 2], 2), ([], 0)]),

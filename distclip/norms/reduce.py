@@ -141,14 +141,22 @@ def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
 
     Collective: on CPUs an all-gather of objects, so that every rank has the same text.
     """
-    found = None if fault is None else (isinstance(fault, LayoutError), str(fault))
+    found = None if fault is None else (_kind_of(fault), str(fault))
     if plan.device.type == "cpu":
         by_rank = gather_objects(found, rank_group(plan)).values()
         found = next((each for each in by_rank if each is not None), found)
     if found is None:
-        found = True, "cannot clip together: another rank has found an error, and raised it there."
-    is_layout, text = found
-    raise LayoutError(text) if is_layout else ValueError(text)
+        found = (
+            LayoutError,
+            "cannot clip together: another rank has found an error, and raised it there.",
+        )
+    kind, text = found
+    raise kind(text)
+
+
+def _kind_of(fault: Exception) -> type[Exception]:
+    kinds = (LayoutError, TypeError, ValueError)
+    return next(kind for kind in kinds if isinstance(fault, kind))
 
 
 def _disagreement(plan: Plan, call: str) -> LayoutError:

@@ -12,6 +12,7 @@ from distclip.policies.base import PolicyBase as PolicyBase
 from distclip.policies.base import Scope as Scope
 from distclip.policies.base import StatelessPolicy as StatelessPolicy
 from distclip.policies.base import check_policy as check_policy
+from distclip.policies.base import never_negative as never_negative
 from distclip.policies.checks import check_not_negative as check_not_negative
 from distclip.policies.clip_norm import ClipNorm as ClipNorm
 from distclip.policies.clip_tensor import ClipBlockRMS as ClipBlockRMS

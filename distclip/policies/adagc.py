@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
+from distclip.policies.checks import (
+    check_count,
+    check_finite,
+    check_fraction,
+    check_not_negative,
+    store_checked,
+)
 
 
 class AdaGCState(NamedTuple):
@@ -46,25 +52,26 @@ class AdaGC(PolicyBase):
 
     Reference: Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
         Clipping", 2025 (arXiv:2502.11034), which writes λ_rel for ratio, λ_abs for max_norm and
-        T_start for warmup_steps.
+        T_start for warmup_steps; the defaults are those of the authors' code.
     """
 
-    ratio: float = 1.05
+    ratio: float = 1.04
     max_norm: float = 1.0
-    beta: float = 0.98
+    beta: float = 0.99
     warmup_steps: int = 100
     scope = Scope.TENSOR
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_finite("ratio", self.ratio)
-        check_not_negative("max_norm", self.max_norm)
-        check_between("beta", self.beta, 0, 1)
-        check_count("warmup_steps", self.warmup_steps)
+        store_checked(self, ratio=check_finite, max_norm=check_not_negative)
+        store_checked(self, beta=check_fraction, warmup_steps=check_count)
 
     def init(self, num_groups: int, device: torch.device) -> AdaGCState:
         gamma = torch.full((num_groups,), math.inf, dtype=torch.float64, device=device)
         return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
+
+    def valid_state(self, state: AdaGCState) -> AdaGCState:
+        return AdaGCState(state.gamma >= 0, state.num_steps >= 0)
 
     def limit(
         self, norms: Tensor, state: AdaGCState, context: NormContext

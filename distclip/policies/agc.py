@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distclip.arguments import as_number, items, shown
 from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
-from distclip.policies.checks import check_finite, check_norm_type
+from distclip.policies.checks import check_finite, check_norm_type, store_checked
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,8 @@ class AGC(StatelessPolicy):
     needs_weights = True
 
     def __post_init__(self) -> None:
-        check_finite("clip_factor", self.clip_factor)
-        check_finite("eps", self.eps)
-        check_norm_type(self.norm_type)
-        object.__setattr__(self, "exclude", _names_and_modules(self.exclude))
-        if self.unit_dim not in (0, -1):
-            raise ValueError(
-                f"cannot clip units with unit_dim={self.unit_dim}: one output is computed from "
-                f"each unit, and weights index their outputs on the first or on the last dim. "
-                f"Pass 0 or -1."
-            )
+        store_checked(self, clip_factor=check_finite, eps=check_finite, norm_type=check_norm_type)
+        store_checked(self, exclude=_names_and_modules, unit_dim=_check_unit_dim)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext
@@ -65,12 +58,23 @@ class AGC(StatelessPolicy):
         return self.clip_factor * context.weights.clamp(min=self.eps), state
 
 
-def _names_and_modules(exclude: Any) -> tuple[str | nn.Module, ...]:
-    listed: tuple[Any, ...] = () if isinstance(exclude, str) else tuple(exclude)
-    if isinstance(exclude, str) or not all(isinstance(e, str | nn.Module) for e in listed):
+def _check_unit_dim(name: str, value: Any) -> int:
+    number = as_number(name, value)
+    if number not in (0, -1):
         raise ValueError(
-            f"cannot exclude {exclude!r}: it must be a tuple of names and modules. Anything else "
-            f"matches no parameter, and those that should be left out would be clipped. "
+            f"cannot clip units with {name}={shown(value)}: one output is computed from each unit, "
+            f"and weights index their outputs on the first or on the last dim. Pass 0 or -1."
+        )
+    return int(number)
+
+
+def _names_and_modules(name: str, exclude: Any) -> tuple[str | nn.Module, ...]:
+    listed = None if isinstance(exclude, nn.Module) else items(exclude)
+    if listed is None or not all(isinstance(each, str | nn.Module) for each in listed):
+        raise ValueError(
+            f"cannot use {name}={shown(exclude)}: it must be a tuple of names and modules. "
+            f"Anything else matches no parameter, and those to leave out would be clipped. "
             f'Pass, for example, `exclude=("head", model.norm)`.'
         )
-    return listed
+    # The order of a set differs between ranks, and the text of a policy must not.
+    return tuple(sorted(listed, key=str) if isinstance(exclude, set | frozenset) else listed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count
+from distclip.policies.checks import check_count, check_percentage, store_checked
 
 
 class AutoClipState(NamedTuple):
@@ -18,7 +18,7 @@ class AutoClipState(NamedTuple):
     Attributes:
         history: the latest norms; a new one overwrites the oldest. Unused entries are inf; float64
             [history].
-        num_steps: the number of norms so far; int64 scalar.
+        num_steps: the number of norms above 0 so far; int64 scalar.
     """
 
     history: Tensor
@@ -30,8 +30,9 @@ class AutoClip(PolicyBase):
     """Clips to a percentile of the total norms so far, the current one included.
 
     The percentile is interpolated linearly, as by `numpy.percentile`. The first step is never
-    clipped. A zero norm counts like any other: once more than `percentile` per cent of the history
-    are zero, the limit is zero.
+    clipped. A norm of 0 is left out of the history, because it says nothing about a scale: after
+    more than `percentile` per cent of zeros, such as those of frozen parameters, the limit would be
+    0.
 
     Args:
         percentile: 0 is the smallest norm so far, 100 the largest, which clips nothing.
@@ -51,21 +52,29 @@ class AutoClip(PolicyBase):
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_between("percentile", self.percentile, 0, 100)
-        check_count("history", self.history)
+        store_checked(self, percentile=check_percentage, history=check_count)
 
     def init(self, num_groups: int, device: torch.device) -> AutoClipState:
         history = torch.full((self.history,), math.inf, dtype=torch.float64, device=device)
         return AutoClipState(history, torch.zeros((), dtype=torch.int64, device=device))
 
+    def valid_state(self, state: AutoClipState) -> AutoClipState:
+        index = torch.arange(self.history, device=state.history.device)
+        is_norm = (state.history >= 0) & state.history.isfinite()
+        history = torch.where(index < state.num_steps, is_norm, state.history == math.inf)
+        return AutoClipState(history, state.num_steps >= 0)
+
     def limit(
         self, norms: Tensor, state: AutoClipState, context: NormContext
     ) -> tuple[Tensor | None, AutoClipState]:
-        oldest = state.num_steps % self.history
-        history = state.history.scatter(0, oldest.reshape(1), norms.reshape(1))
-        new = AutoClipState(history, state.num_steps + 1)
-        last = new.num_steps.clamp(max=self.history) - 1
-        return _percentile(history.sort().values, last, self.percentile), new
+        is_norm = norms > 0
+        oldest = (state.num_steps % self.history).reshape(1)
+        norm = torch.where(is_norm, norms, state.history.take(oldest).reshape(()))
+        history = state.history.scatter(0, oldest, norm.reshape(1))
+        new = AutoClipState(history, state.num_steps + is_norm)
+        last = new.num_steps.clamp(1, self.history) - 1
+        limit = _percentile(history.sort().values, last, self.percentile)
+        return torch.where(new.num_steps > 0, limit, math.inf), new
 
 
 def _percentile(ordered: Tensor, last: Tensor, percentile: float) -> Tensor:

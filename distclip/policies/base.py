@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distclip.arguments import shown
+from distclip.policies.checks import check_norm_type
+
 # A NamedTuple of tensors, or of such NamedTuples.
 State = TypeVar("State", bound="tuple[Any, ...]")
 
@@ -74,7 +77,8 @@ class Policy(Protocol[State]):
     ) -> tuple[Tensor | None, State]:
         """The largest norms allowed, and the state after this step. Never waits for the device.
 
-        A limit of None means: measure only, write nothing. The caller keeps the new state where
+        A limit of None means: measure only, write nothing. One that is negative or NaN for a finite
+        norm is an error, and nothing is scaled by it. The caller keeps the new state where
         the total norm is finite, and the old state where it is not.
 
         Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64.
@@ -114,8 +118,31 @@ class PolicyBase:
     exclude = ()
     needs_weights = False
 
+    def valid_state(self, state: Any) -> Any:
+        """Which numbers of a loaded state can be some: bools in the form of `state`, or None.
+
+        None, the default, allows every finite number, and NaN and infinity in the fields where
+        `init` has some. These need not be excluded here.
+        """
+        return None
+
     def __and__(self: Policy[Any], other: Policy[Any]) -> Minimum:
         return Minimum(self, other)
+
+
+def valid_state(policy: Any, state: Any) -> Any:
+    """`policy.valid_state(state)`; None where the policy has no such method."""
+    return policy.valid_state(state) if hasattr(policy, "valid_state") else None
+
+
+def never_negative(policy: Any) -> bool:
+    """Whether limits for finite norms are known to be 0 or above, as tests show for distclip's.
+
+    Those that follow from weights may be NaN where the weights are.
+    """
+    if isinstance(policy, Minimum):
+        return never_negative(policy.first) and never_negative(policy.second)
+    return type(policy).__module__.startswith("distclip.") and not policy.needs_weights
 
 
 class EmptyState(NamedTuple):
@@ -148,7 +175,7 @@ class Minimum(PolicyBase):
     Example:
         >>> import distclip
         >>> distclip.ClipBlockRMS(0.1) & distclip.AdaGC(warmup_steps=5)  # doctest: +ELLIPSIS
-        Minimum(first=ClipBlockRMS(threshold=0.1), second=AdaGC(ratio=1.05, ...warmup_steps=5))
+        Minimum(first=ClipBlockRMS(threshold=0.1), second=AdaGC(ratio=1.04, ...warmup_steps=5))
     """
 
     first: Policy[Any]
@@ -197,6 +224,10 @@ class Minimum(PolicyBase):
         first = self.first.init(num_groups, device)
         return MinimumState(first, self.second.init(num_groups, device))
 
+    def valid_state(self, state: MinimumState) -> MinimumState:
+        first = valid_state(self.first, state.first)
+        return MinimumState(first, valid_state(self.second, state.second))
+
     def limit(
         self, norms: Tensor, state: MinimumState, context: NormContext
     ) -> tuple[Tensor | None, MinimumState]:
@@ -209,8 +240,12 @@ class Minimum(PolicyBase):
 _MEMBERS = ("scope", "norm_type", "unit_dim", "exclude", "needs_weights", "init", "limit")
 
 
-def check_policy(policy: Any) -> None:
-    """Raises TypeError unless `policy` is an instance with every member of `Policy`."""
+def check_policy(policy: Any, group: str | None = None) -> None:
+    """Raises TypeError unless `policy` is an instance with every member of `Policy`.
+
+    Args:
+        group: the name of the parameter group that has it, for the error.
+    """
     missing = [name for name in _MEMBERS if not hasattr(policy, name)]
     if isinstance(policy, type):
         found = "it is a class and not an instance of one"
@@ -219,10 +254,13 @@ def check_policy(policy: Any) -> None:
     elif not isinstance(policy.scope, Scope):
         found = f"its scope is {policy.scope!r}, which is no member of distclip.Scope"
     else:
+        check_norm_type("norm_type", policy.norm_type)
         return
+    of_group = "" if group is None else f" of group {group!r}"
     raise TypeError(
-        f"cannot clip with the policy {policy!r}: {found}. Pass an instance of a policy, such as "
-        f"distclip.ClipNorm(1.0); to write a policy, derive from distclip.PolicyBase."
+        f"cannot clip with the policy {shown(policy)}{of_group}: {found}. Pass an instance "
+        f"of a policy, such as distclip.ClipNorm(1.0); to write a policy, derive from "
+        f"distclip.PolicyBase."
     )
 
 

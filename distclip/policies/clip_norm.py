@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
-from distclip.policies.checks import check_norm_type, check_not_negative
+from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class ClipNorm(StatelessPolicy):
     scope = Scope.MODEL
 
     def __post_init__(self) -> None:
-        check_not_negative("max_norm", self.max_norm)
-        check_norm_type(self.norm_type)
+        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext

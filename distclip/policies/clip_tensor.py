@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
-from distclip.policies.checks import check_norm_type, check_not_negative
+from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class ClipTensorNorm(StatelessPolicy):
     scope = Scope.TENSOR
 
     def __post_init__(self) -> None:
-        check_not_negative("max_norm", self.max_norm)
-        check_norm_type(self.norm_type)
+        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext
@@ -58,7 +57,7 @@ class ClipBlockRMS(StatelessPolicy):
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_not_negative("threshold", self.threshold)
+        store_checked(self, threshold=check_not_negative)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext

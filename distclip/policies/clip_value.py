@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
-from distclip.policies.checks import check_not_negative
+from distclip.policies.checks import check_not_negative, store_checked
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ClipValue(StatelessPolicy):
     norm_type = math.inf
 
     def __post_init__(self) -> None:
-        check_not_negative("clip_value", self.clip_value)
+        store_checked(self, clip_value=check_not_negative)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext

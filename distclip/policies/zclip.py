@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_between, check_count, check_finite, check_not_negative
+from distclip.policies.checks import (
+    check_count,
+    check_finite,
+    check_fraction,
+    check_not_negative,
+    store_checked,
+)
 
 
 class ZClipState(NamedTuple):
     """
     Attributes:
         mean, var: of the norms so far, spikes pulled back; float64 scalars.
-        num_steps: the number of norms so far; int64 scalar.
+        num_steps: the number of norms above 0 so far; int64 scalar.
     """
 
     mean: Tensor
@@ -39,8 +46,11 @@ class ZClip(PolicyBase):
     and σ². Where σ is 0, any norm above μ is pulled back to μ. The authors' code adds 1e-6 to σ in
     z; nothing is added here, because the limit would then depend on the scale of the loss.
 
+    A norm of 0 changes no statistic and is no step of the warm-up, because it says nothing about a
+    scale: parameters that were frozen during the warm-up would be clipped to 0 for ever.
+
     Args:
-        max_norm: `math.inf` switches this bound off.
+        max_norm: `math.inf` or None, as in the authors' code, switches this bound off.
 
     Raises:
         ValueError: `z_thresh` is negative, infinite or NaN, `alpha` is outside 0..1, `warmup_steps`
@@ -54,19 +64,20 @@ class ZClip(PolicyBase):
     z_thresh: float = 2.5
     alpha: float = 0.97
     warmup_steps: int = 25
-    max_norm: float = 1.0
+    max_norm: float | None = 1.0
     scope = Scope.MODEL
     norm_type = 2.0
 
     def __post_init__(self) -> None:
-        check_finite("z_thresh", self.z_thresh)
-        check_between("alpha", self.alpha, 0, 1)
-        check_count("warmup_steps", self.warmup_steps)
-        check_not_negative("max_norm", self.max_norm)
+        store_checked(self, z_thresh=check_finite, alpha=check_fraction, warmup_steps=check_count)
+        store_checked(self, max_norm=_check_bound)
 
     def init(self, num_groups: int, device: torch.device) -> ZClipState:
         mean, var = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
+
+    def valid_state(self, state: ZClipState) -> ZClipState:
+        return ZClipState(*(number >= 0 for number in state))
 
     def limit(
         self, norms: Tensor, state: ZClipState, context: NormContext
@@ -76,8 +87,15 @@ class ZClip(PolicyBase):
         first = _sample_statistics(norms, state)
         later = _moving_statistics(torch.minimum(norms, highest), state, self.alpha)
         mean, var = (torch.where(warming_up, a, b) for a, b in zip(first, later, strict=True))
-        limit = torch.where(warming_up, self.max_norm, highest.clamp(max=self.max_norm))
-        return limit, ZClipState(mean, var, state.num_steps + 1)
+        after = ZClipState(mean, var, state.num_steps + 1)
+        is_norm = norms > 0
+        after = ZClipState(*(torch.where(is_norm, a, b) for a, b in zip(after, state, strict=True)))
+        limit = torch.where(warming_up, math.inf, highest).clamp(max=self.max_norm)
+        return limit, after
+
+
+def _check_bound(name: str, value: Any) -> float:
+    return check_not_negative(name, math.inf if value is None else value)
 
 
 def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
+from distclip.arguments import as_flag, items, shown
 from distclip.errors import LayoutError
 from distclip.sharding.local_tensors import local_values
 from distclip.sharding.shard import ParamShard
@@ -47,6 +48,17 @@ class Layout:
         for field_name in ("sharded", "replicated"):
             axes = _axes(field_name, getattr(self, field_name))
             object.__setattr__(self, field_name, axes)
+        parts = cast(Any, self.parts)
+        listed = items(parts)
+        if listed is None or not all(isinstance(part, ParamShard) for part in listed):
+            raise LayoutError(
+                f"cannot make a Layout with parts={shown(parts)}: they say which elements of the "
+                f"model's tensors a flat buffer holds. Pass a tuple of "
+                f"`distclip.sharding.ParamShard`, or ()."
+            )
+        object.__setattr__(self, "parts", tuple(listed))
+        if self.counted is not None:
+            object.__setattr__(self, "counted", as_flag("counted", self.counted))
         if both := sorted(self.sharded & self.replicated):
             raise LayoutError(
                 f"cannot make a Layout: the mesh axes {both} are given as sharded and as "

@@ -7,12 +7,15 @@ follows from the records below alone, which name the boundaries of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
+
+from distclip.arguments import as_int, as_ints, shown
+from distclip.errors import LayoutError
 
 
 class UnitView(NamedTuple):
@@ -51,6 +54,21 @@ class BlockShard:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     sharded_dims: frozenset[int] | None = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("global_shape", "offsets", "sizes"):
+            _store(self, name, as_ints("BlockShard", name, getattr(self, name)))
+        num_dims = {len(self.global_shape), len(self.offsets), len(self.sizes)}
+        dims = zip(self.global_shape, self.offsets, self.sizes, strict=False)
+        if len(num_dims) > 1 or any(min(at, n) < 0 or at + n > size for size, at, n in dims):
+            raise LayoutError(
+                f"cannot make a BlockShard of sizes {self.sizes} at {self.offsets}: it does not "
+                f"lie inside a tensor of shape {self.global_shape}, and other elements would be "
+                f"counted. Pass for each dim of the whole tensor its size, the first index on this "
+                f"rank, and how many follow."
+            )
+        if self.sharded_dims is not None:
+            _store(self, "sharded_dims", frozenset(_dims(self.sharded_dims, len(self.sizes))))
 
     @classmethod
     def whole(
@@ -92,6 +110,20 @@ class FlatShard:
     offset: int
     numel: int
     boundaries: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("start", "offset", "numel"):
+            _store(self, name, as_int("FlatShard", name, getattr(self, name)))
+        for name in ("global_shape", "boundaries"):
+            _store(self, name, as_ints("FlatShard", name, getattr(self, name)))
+        last = prod(self.global_shape) - self.numel
+        if self.numel < 0 or (self.numel and not (0 <= self.start <= last and self.offset >= 0)):
+            raise LayoutError(
+                f"cannot make a FlatShard of {self.numel} elements from {self.start}, at "
+                f"{self.offset} in its buffer: a tensor of shape {self.global_shape} has "
+                f"{prod(self.global_shape)}, and others would be counted as its own. Pass the "
+                f"first index in the whole tensor, and how many elements of it lie on this rank."
+            )
 
     def unit_range(self, dim: int | None) -> UnitRange:
         """The units on this rank. dim: 0 or the last; None: the tensor is one unit."""
@@ -157,6 +189,35 @@ class ParamShard:
     numel: int
     shard: BlockShard | FlatShard
 
+    def __post_init__(self) -> None:
+        _store(self, "numel", as_int("ParamShard", "numel", self.numel))
+        name, shard = cast(Any, self.name), cast(Any, self.shard)
+        is_shard = isinstance(shard, BlockShard | FlatShard)
+        if not isinstance(name, str) or not is_shard or self.numel < 0:
+            raise LayoutError(
+                f"cannot make a ParamShard of name={shown(name)}, numel={self.numel}, "
+                f"shard={shown(shard)}: statistics are kept under the name, and norms need to know "
+                f"which elements are here. Pass a string, the number of elements of the whole "
+                f"tensor, and a BlockShard or a FlatShard."
+            )
+
     @property
     def global_shape(self) -> tuple[int, ...]:
         return self.shard.global_shape
+
+
+def _store(record: object, name: str, value: object) -> None:
+    object.__setattr__(record, name, value)  # the records are frozen
+
+
+def _dims(given: Any, ndim: int) -> Iterator[int]:
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        given = (given,)
+    for dim in cast("Iterable[Any]", given):
+        if type(dim) is not int or not -ndim <= dim < max(ndim, 1):
+            raise LayoutError(
+                f"cannot make a BlockShard with sharded_dims={shown(given)}: {shown(dim)} is no "
+                f"dim of a tensor with {ndim} dims, and units that ranks share would be missed. "
+                f"Pass a set of dims, such as {{0}}, or None where it is unknown."
+            )
+        yield dim % max(ndim, 1)

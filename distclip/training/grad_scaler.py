@@ -8,7 +8,7 @@ always.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,20 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from distclip import torch_private
+from distclip.arguments import kind_of, shown
 from distclip.training import optimizers
+
+
+def check_scaler(scaler: Any) -> None:
+    """Raises TypeError unless `scaler` is a GradScaler, or one like it, or None."""
+    if scaler is None or (hasattr(scaler, "is_enabled") and hasattr(scaler, "unscale_")):
+        return
+    closure = ", or `closure=` if it is the closure of a step" if callable(scaler) else ""
+    raise TypeError(
+        f"cannot unscale with scaler={shown(scaler)}: it is {kind_of(scaler)}, which keeps no loss "
+        f"scale, and the gradients would stay as they are. Pass a torch.amp.GradScaler, or "
+        f"None{closure}."
+    )
 
 
 def is_on(scaler: GradScaler | None) -> bool:

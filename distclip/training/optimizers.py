@@ -6,7 +6,7 @@ A fused kernel divides the gradient by `grad_scale`, and leaves the step out whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
 from distclip.sharding.layout import LocalParam
 
@@ -29,8 +30,39 @@ def list_optimizers(given: Optimizers | None) -> list[Optimizer]:
     if given is None:
         return []
     # Wrappers of optimizers need not be `Optimizer`s.
-    is_one = hasattr(given, "param_groups")
-    return [cast(Optimizer, given)] if is_one else list(cast("Iterable[Optimizer]", given))
+    if hasattr(given, "param_groups"):
+        return [cast(Optimizer, given)]
+    is_several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    listed = list(cast("Iterable[Optimizer]", given)) if is_several else [cast(Optimizer, given)]
+    for each in listed:
+        check_one(each)
+    return listed
+
+
+def check_one(optimizer: Any) -> None:
+    """Raises TypeError unless `optimizer` has parameter groups."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"cannot clip for optimizer={shown(optimizer)}: it is {kind_of(optimizer)}, which has "
+            f"no parameter groups and steps nothing. Pass an optimizer, or several as a list where "
+            f"there are several."
+        )
+
+
+def check_steps(optimizers: Sequence[Optimizer], closure: object | None) -> None:
+    """Raises unless there is an optimizer to step; with a closure, exactly one."""
+    if not optimizers:
+        raise TypeError(
+            "cannot step: no optimizer was given, so the gradients would be clipped, and the step "
+            "would count for the policy, but no parameter would change. Pass the optimizer, "
+            "`clipper.step(optimizer)`, or call `clipper.clip_()` if it steps elsewhere."
+        )
+    if closure is not None and len(optimizers) > 1:
+        raise ValueError(
+            f"cannot step {len(optimizers)} optimizers with one closure: each evaluates it as "
+            f"often as it likes, and clips what it leaves behind for the others too. Call "
+            f"`step(optimizer, closure=closure)` for each of them, with a Clipper of its own."
+        )
 
 
 def fold(optimizers: Sequence[Optimizer], plan: Plan) -> bool:

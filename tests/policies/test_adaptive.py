@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from distclip import Clipper
 from distclip.policies import AdaGC, AutoClip, Policy, ZClip
 from tests.policies.steps import (
     CLOSE,
@@ -18,6 +22,8 @@ from tests.policies.steps import (
     spiky_norms,
 )
 from tests.support import reference
+from tests.support.ranks import Ranks, mesh
+from tests.test_api import recorded
 
 
 @pytest.mark.parametrize("history", [1, 7, 1000])
@@ -125,3 +131,112 @@ def test_zclip_pulls_a_higher_spike_back_further() -> None:
     policy = ZClip(2.5, 0.9, 6, math.inf)
     low, high = (clipped_norms(policy, [*calm, spike])[-1] for spike in (1e3, 1e6))
     assert 1.0 < high < low < 1.3
+
+
+# The numbers of the authors' own code, recorded in float64.
+PEERS: dict[str, Callable[..., Policy[Any]]] = {
+    "zclip": ZClip,
+    "autoclip": AutoClip,
+    "adagc": AdaGC,
+}
+
+
+@pytest.mark.parametrize(
+    "case", [c for kind in PEERS for c in recorded(kind)], ids=lambda c: f"{c['kind']}-{c['args']}"
+)
+def test_limits_are_those_of_the_authors_code(case: dict) -> None:
+    (norms,), (expected,) = case["inputs"], case["outputs"]
+    steps = torch.tensor(norms["data"], dtype=F64).reshape(norms["shape"])
+    clipped = torch.tensor(expected["data"], dtype=F64).reshape(norms["shape"])
+    assert (clipped < steps).any()
+    found = clipped_norms(PEERS[case["kind"]](**case["args"]), steps.tolist())
+    # ZClip's and AutoClip's coefficients are divided by the norm + 1e-6.
+    torch.testing.assert_close(found, clipped, rtol=4e-6, atol=0)
+
+
+def test_the_defaults_are_those_of_the_authors_code() -> None:
+    assert AdaGC() == AdaGC(ratio=1.04, max_norm=1.0, beta=0.99, warmup_steps=100)
+    assert ZClip() == ZClip(z_thresh=2.5, alpha=0.97, warmup_steps=25, max_norm=1.0)
+
+
+WITH_ZEROS = [
+    AutoClip(60.0, 5),
+    AutoClip(60.0),
+    ZClip(1.0, 0.8, 5, math.inf),
+    ZClip(2.5, 0.97, 25, 1.0),
+    ZClip(1.0, 0.8, 5, math.inf) & AutoClip(90.0),
+]
+
+
+@pytest.mark.parametrize("zeros", ["before", "during the warm-up", "after it", "always between"])
+@pytest.mark.parametrize("policy", WITH_ZEROS, ids=repr)
+def test_a_norm_of_zero_is_no_statistic(policy: Policy[Any], zeros: str) -> None:
+    """Parameters that are frozen for a while are clipped afterwards as if they had not been."""
+    steps = spiky_norms(60, seed=4)
+    at = {"before": [0], "during the warm-up": [3], "after it": [40], "always between": range(60)}
+    count = 1 if zeros == "always between" else 100
+    with_zeros: list[float] = []
+    for index, step in enumerate(steps):
+        with_zeros += [0.0] * count if index in at[zeros] else []
+        with_zeros.append(step)
+    expected = clipped_norms(policy, steps)
+    assert (expected < torch.tensor(steps, dtype=F64)).any()
+    found = clipped_norms(policy, with_zeros)
+    assert torch.equal(found[torch.tensor(with_zeros) > 0], expected)
+    assert (found[torch.tensor(with_zeros) == 0] == 0).all()
+
+
+def test_adagc_after_a_warm_up_without_any_gradient_follows_the_first_norms() -> None:
+    steps = [[0.0, 0.0]] * 20 + [[3.0, 4.0], [3.0, 0.2], [9.0, 9.0]]
+    clipped = clipped_norms(AdaGC(2.0, 1.0, 0.5, 5), steps)[20:]
+    # The first are scaled by 1/5, as in a warm-up. Then the limits are 2 * 0.6 and 2 * 0.8, and γ
+    # is .5 * .6 + .5 * 1.2 = .9 and .5 * .8 + .5 * .2 = .5.
+    expected = torch.tensor([[0.6, 0.8], [1.2, 0.2], [1.8, 1.0]], dtype=F64)
+    torch.testing.assert_close(clipped, expected, **CLOSE)
+
+
+def test_a_group_that_is_frozen_during_the_warm_up_trains_afterwards() -> None:
+    for policy in (ZClip(), AutoClip(), AdaGC(), AdaGC(warmup_steps=3)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+        groups = [{"name": n, "params": model[i]} for n, i in (("body", 0), ("head", 2))]
+        clipper = Clipper(groups, policy)
+        model[0].requires_grad_(False)
+        for step in range(40):
+            if step == 30:
+                model[0].requires_grad_(True)
+            model.zero_grad()
+            (model(torch.randn(16, 6)) - 3).square().mean().backward()
+            report = clipper.clip_()
+        assert report.norms["body"] > 0
+        assert report.coefficients["body"] > 0.01
+        assert model[0].weight.grad.abs().max() > 0
+
+
+def thawed_on_two_by_two(policy: Policy[Any]) -> None:
+    """HSDP: no rank has a gradient of the body while it is frozen."""
+    on = mesh((2, 2), ("dp", "fsdp"))
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros(4), on, [Replicate(), Shard(0)]))
+        for _ in range(2)
+    ]
+    groups = [{"name": n, "params": [p]} for n, p in zip(("body", "head"), params, strict=True)]
+    clipper, expected = (
+        Clipper(groups, policy),
+        Clipper([("w", nn.Parameter(torch.zeros(4)))], policy),
+    )
+    for step, norm in enumerate([0.0] * 30 + spiky_norms(30, seed=5)):
+        gradient = torch.full((4,), norm / 2)
+        if norm:
+            params[0].grad = distribute_tensor(gradient.clone(), on, [Replicate(), Shard(0)])
+            held = expected.plan.params[0].param
+            held.grad = gradient
+            want = expected.clip_().coefficient
+        params[1].grad = distribute_tensor(torch.ones(4), on, [Replicate(), Shard(0)])
+        found = clipper.clip_().coefficients["body"]
+        assert step < 30 or found == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", [ZClip(1.0, 0.8, 5, math.inf), AutoClip(60.0)], ids=repr)
+def test_a_group_that_thaws_on_four_ranks(four_ranks: Ranks, policy: Policy[Any]) -> None:
+    four_ranks.run(thawed_on_two_by_two, policy)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distclip.policies import AdaGC, AutoClip, ClipNorm, Policy, ZClip
+from distclip import Clipper
+from distclip.policies import (
+    AdaGC,
+    AutoClip,
+    ClipNorm,
+    Minimum,
+    Policy,
+    PolicyBase,
+    Scope,
+    ZClip,
+)
 from distclip.policies.adagc import AdaGCState
 from distclip.policies.state_dict import GroupState, from_dict, to_dict
 from tests.policies.steps import POLICIES, context, norms_shape, spiky_norms
@@ -16,7 +30,8 @@ from tests.policies.steps import POLICIES, context, norms_shape, spiky_norms
 
 def group(policy: Policy[Any], name: str = "all", tensors: tuple[str, ...] = ()) -> GroupState:
     state = policy.init(max(1, len(tensors)), torch.device("cpu"))
-    return GroupState(name, type(policy).__name__, list(tensors) if tensors else None, state)
+    tensor_names = list(tensors) if tensors else None
+    return GroupState(name, type(policy).__name__, tensor_names, state, policy)
 
 
 def plain(saved: Any) -> Any:
@@ -100,6 +115,22 @@ MISMATCHES: dict[str, tuple[GroupState, dict[str, Any], str]] = {
         {"version": 1, "groups": {"all": {"ZClip": {"mean": torch.zeros(())}}}},
         r"all\.ZClip is \['mean'\].*\['mean', 'num_steps', 'var'\] here",
     ),
+    "another field": (
+        group(ZClip()),
+        {"version": 1, "groups": {"all": {"ZClip": {"mean": 0, "var": 0, "num_steps": 0, "z": 0}}}},
+        r"all\.ZClip is \['mean', 'num_steps', 'var', 'z'\]",
+    ),
+    "no field": (
+        group(ZClip()),
+        {"version": 1, "groups": {"all": {"ZClip": [0.0, 0.0, 0]}}},
+        r"all\.ZClip is \[0\.0, 0\.0, 0\].*dictionary",
+    ),
+    "no group": (group(ZClip()), {"version": 1, "groups": {"all": None}}, "group 'all' is None"),
+    "no tensors by name": (
+        group(AdaGC(), tensors=("a",)),
+        {"version": 1, "groups": {"all": {"AdaGC": {"gamma": [1.0], "num_steps": 1}}}},
+        r"all\.AdaGC\.gamma is \[1\.0\].*dictionary",
+    ),
 }
 
 
@@ -109,3 +140,193 @@ def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
     match = rf"cannot load the state of a Clipper: .*{message}.*Nothing was loaded"
     with pytest.raises(ValueError, match=match):
         from_dict([held], saved)
+
+
+def used_clipper(policy: Policy[Any], num_steps: int = 4) -> Clipper:
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    clipper = Clipper([{"name": "body", "params": [("w", params[0]), ("b", params[1])]}], policy)
+    for step in range(num_steps):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 + step)
+        clipper.clip_()
+    return clipper
+
+
+def put(saved: Any, path: str, value: Any) -> None:
+    """Replaces what lies at `path`, such as "ZClip.mean" or "AdaGC.gamma.w"."""
+    *folders, last = path.split(".")
+    place = saved["groups"]["body"]
+    for folder in folders:
+        place = place[folder]
+    place[last] = value(place[last]) if callable(value) else value
+
+
+def at(index: int, value: float) -> Any:
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed[index] = value
+        return changed
+
+    return change
+
+
+ADAGC_POLICY, ZCLIP, AUTOCLIP = AdaGC(warmup_steps=2), ZClip(warmup_steps=2), AutoClip(history=6)
+BOTH = ZCLIP & AUTOCLIP
+# The policy, what is changed in the state, to what, and what the message calls it.
+NO_STATES: dict[str, tuple[Policy[Any], str, Any, str]] = {
+    **{
+        f"ZClip.{field} {name}": (ZCLIP, f"ZClip.{field}", value, rf"body\.ZClip\.{field}")
+        for field in ("mean", "var", "num_steps")
+        for name, value in {
+            "negative": torch.tensor(-1.0),
+            "NaN": torch.tensor(math.nan),
+            "inf": torch.tensor(math.inf),
+            "minus inf": -math.inf,
+            "complex": torch.tensor(1 + 1j),
+            "bool": torch.tensor(True),
+            "Python bool": True,
+            "text": "1.0",
+            "None": None,
+            "negative number": -3,
+            "shape": torch.ones(1),
+            "list": [1.0],
+            "meta": torch.ones((), device="meta"),
+            "sparse": torch.ones(2).to_sparse(),
+        }.items()
+    },
+    "fractional counter": (ZCLIP, "ZClip.num_steps", 2.5, r"body\.ZClip\.num_steps is 2\.5"),
+    "fractional tensor": (AUTOCLIP, "AutoClip.num_steps", torch.tensor(2.5), "num_steps"),
+    "a counter beyond int64": (ZCLIP, "ZClip.num_steps", 1e30, "num_steps"),
+    "not exact": (ZCLIP, "ZClip.mean", 2**53 + 1, r"body\.ZClip\.mean"),
+    "gamma negative": (ADAGC_POLICY, "AdaGC.gamma.w", -1.0, r"body\.AdaGC\.gamma\['w'\] is -1\.0"),
+    "gamma NaN": (ADAGC_POLICY, "AdaGC.gamma.b", math.nan, r"body\.AdaGC\.gamma\['b'\] is nan"),
+    "gamma -inf": (ADAGC_POLICY, "AdaGC.gamma.b", -math.inf, r"gamma\['b'\] is -inf"),
+    "gamma complex": (ADAGC_POLICY, "AdaGC.gamma.b", torch.tensor(1j), r"AdaGC\.gamma\['b'\]"),
+    "gamma shape": (ADAGC_POLICY, "AdaGC.gamma.b", torch.ones(2), r"AdaGC\.gamma\['b'\]"),
+    "steps negative": (ADAGC_POLICY, "AdaGC.num_steps", -1, r"body\.AdaGC\.num_steps is -1"),
+    "history negative": (
+        AUTOCLIP,
+        "AutoClip.history",
+        at(1, -1.0),
+        r"AutoClip\.history\[1\] is -1",
+    ),
+    "history NaN": (AUTOCLIP, "AutoClip.history", at(3, math.nan), r"history\[3\] is nan"),
+    "history inf": (AUTOCLIP, "AutoClip.history", at(0, math.inf), r"history\[0\] is inf"),
+    "history too long": (AUTOCLIP, "AutoClip.history", at(4, 1.0), r"history\[4\] is 1\.0"),
+    "history ragged": (AUTOCLIP, "AutoClip.history", [[1.0], 2.0], r"AutoClip\.history"),
+    "more steps than history": (AUTOCLIP, "AutoClip.num_steps", 5, r"history\[4\] is inf"),
+    "fewer steps than history": (AUTOCLIP, "AutoClip.num_steps", 3, r"history\[3\] is "),
+    "in a minimum": (
+        BOTH,
+        "Minimum.second.history",
+        at(2, -2.0),
+        r"body\.Minimum\.second\.history\[2\] is -2",
+    ),
+    "in the first of a minimum": (
+        BOTH,
+        "Minimum.first.var",
+        -1.0,
+        r"body\.Minimum\.first\.var is -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATES)
+def test_numbers_that_no_step_leaves_are_refused_and_nothing_is_loaded(name: str) -> None:
+    policy, path, value, message = NO_STATES[name]
+    clipper = used_clipper(policy)
+    before = str(clipper.state_dict())
+    saved = used_clipper(policy).state_dict()
+    clipper.load_state_dict(saved)  # as it is, it can be loaded
+    put(saved, path, value)
+    match = rf"cannot load the state of a Clipper: .*{message}.*Nothing was loaded"
+    with pytest.raises(ValueError, match=match):
+        clipper.load_state_dict(saved)
+    assert str(clipper.state_dict()) == before
+
+
+def test_nothing_is_loaded_where_only_the_last_group_is_broken() -> None:
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    groups = [{"name": n, "params": [p]} for n, p in zip("ab", params, strict=True)]
+    clipper = Clipper(groups, ZClip())
+    clipper.clip_()
+    before, saved = str(clipper.state_dict()), Clipper(groups, ZClip()).state_dict()
+    saved["groups"]["b"]["ZClip"]["var"] = math.nan
+    with pytest.raises(ValueError, match=r"b\.ZClip\.var is nan"):
+        clipper.load_state_dict(saved)
+    assert str(clipper.state_dict()) == before
+
+
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "JSON": lambda t: json.loads(json.dumps(t.tolist())),
+    "numpy": lambda t: t.numpy(),
+    "float64": lambda t: t.double(),
+    "tuples": lambda t: tuple(t.tolist()) if t.ndim else t.item(),
+    "bfloat16": lambda t: t.bfloat16(),  # the numbers here fit
+    "parameter": lambda t: nn.Parameter(t.double()),
+}
+
+
+@pytest.mark.parametrize("form", NUMBERS)
+@pytest.mark.parametrize("policy", [ZCLIP, AUTOCLIP, ADAGC_POLICY, BOTH], ids=repr)
+def test_numbers_of_other_types_are_taken_where_they_fit(policy: Policy[Any], form: str) -> None:
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor.round() if tensor.is_floating_point() else tensor
+
+    def changed(saved: Any, change: Callable[[Tensor], Any]) -> Any:
+        if isinstance(saved, dict):
+            return {key: changed(value, change) for key, value in saved.items()}
+        return change(saved) if isinstance(saved, Tensor) else saved
+
+    saved = changed(used_clipper(policy).state_dict(), whole)
+    one, other = used_clipper(policy, 1), used_clipper(policy, 1)
+    one.load_state_dict(saved)
+    other.load_state_dict(changed(saved, NUMBERS[form]))
+    assert str(one.state_dict()) == str(other.state_dict())
+    assert str(one.state_dict()) != str(used_clipper(policy, 1).state_dict())
+
+
+class Own(NamedTuple):
+    lowest: Tensor  # inf before the first step
+    sign: Tensor
+
+
+@dataclass(frozen=True)
+class OwnPolicy(PolicyBase):
+    """A state that is negative, and infinite at first."""
+
+    scope = Scope.MODEL
+    norm_type = 2.0
+
+    def init(self, num_groups: int, device: torch.device) -> Own:
+        lowest = torch.full((), math.inf, dtype=torch.float64, device=device)
+        return Own(lowest, torch.full_like(lowest, -1.0))
+
+    def limit(self, norms: Tensor, state: Own, context: Any) -> tuple[Tensor, Own]:
+        lowest = torch.minimum(norms, state.lowest)
+        return lowest, Own(lowest, state.sign * 2)
+
+
+class OwnWithCheck(OwnPolicy):
+    def valid_state(self, state: Own) -> Own:
+        return Own(state.lowest > 0, state.sign < 0)
+
+
+def test_states_of_policies_that_users_write() -> None:
+    for policy in (OwnPolicy(), OwnWithCheck(), OwnWithCheck() & ClipNorm(1.0)):
+        path = type(policy).__name__ + (".first" if isinstance(policy, Minimum) else "")
+        for num_steps in (0, 3):
+            saved = used_clipper(policy, num_steps).state_dict()
+            clipper = used_clipper(policy, 1)
+            clipper.load_state_dict(saved)  # inf, and negative
+            assert str(clipper.state_dict()) == str(saved)
+        for field, value in (("lowest", math.nan), ("sign", math.inf), ("sign", 1j), ("sign", 1.0)):
+            saved = used_clipper(policy).state_dict()
+            put(saved, f"{path}.{field}", value)
+            if value == 1.0 and isinstance(policy, OwnPolicy) and type(policy) is OwnPolicy:
+                used_clipper(policy).load_state_dict(saved)
+                continue
+            with pytest.raises(ValueError, match=rf"{path}\.{field}"):
+                used_clipper(policy).load_state_dict(saved)

@@ -14,23 +14,26 @@ from tests.support.imports import Package, Use
 PUBLIC = "distclip"  # the package's own __init__.py
 
 # A room is a file or a folder in distclip/. From the bottom to the top: room -> what it may import.
-BOTTOM = {"errors", "torch_private"}
+BOTTOM = {"errors", "torch_private", "arguments"}
 NORMS = BOTTOM | {"sharding", "kernels", "policies"}
 NONFINITE = NORMS | {"norms", "report"}
-STEP = NONFINITE | {"nonfinite", "parameters"}
+LIMITS = NONFINITE | {"nonfinite"}
+STEP = LIMITS | {"limits", "parameters"}
 TRAINING = STEP | {"step"}
 CLIPPER = TRAINING | {"training"}
 API = CLIPPER | {"clipper"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "arguments": {"errors"},
     "errors": set(),
     "torch_private": set(),
     "report": BOTTOM,
-    "policies": {"errors"},
+    "policies": {"errors", "arguments"},
     "kernels": BOTTOM,
     "sharding": BOTTOM,
     "parameters": BOTTOM | {"sharding", "policies"},
     "norms": NORMS,
     "nonfinite": NONFINITE,
+    "limits": LIMITS,
     "step": STEP,
     "training": TRAINING,
     "clipper": CLIPPER,
