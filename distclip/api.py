@@ -35,6 +35,8 @@ from distclip.policies import (
     StatelessPolicy,
 )
 from distclip.policies.checks import check_norm_type, check_not_negative
+from distclip.sharding.fsdp1 import check_root
+from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import layout_cache_key, local_gradients, local_values
 from distclip.sharding.mesh import world_id
 from distclip.sharding.read import read_layouts
@@ -72,6 +74,7 @@ def clip_grad_norm_(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Tensor:
     """Scales all gradients by max_norm / (total norm + 1e-6) where that is below 1.
 
@@ -103,13 +106,15 @@ def clip_grad_norm_(
     del foreach
     policy = _TorchClipNorm(float(max_norm), float(norm_type))
     given = _rereadable(parameters)
-    tensors, plan = _kept_plan(given, policy, mesh, tuple(distinct))
+    check_root(given)
+    where = _Where(mesh, tuple(distinct), layouts)
+    tensors, plan = _kept_plan(given, policy, where)
     gradients = local_gradients(tensors)
     if isinstance(given, nn.Module) and all(grad is None for grad in gradients):
         check_model_unchanged(given, tensors)
     decision = step.decide(gradients, plan, [policy], [EmptyState()])
     if error_if_nonfinite:
-        _check_finite(decision, given, policy, mesh, tuple(distinct))
+        _check_finite(decision, given, policy, where)
     decision.apply_()
     return decision.report.total_norm
 
@@ -123,6 +128,7 @@ def get_total_norm(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Tensor:
     """The norm of `tensors` together (gradients, as torch takes them), or of a module's gradients.
 
@@ -130,9 +136,10 @@ def get_total_norm(
     """
     del foreach
     given = _rereadable(tensors)
-    decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct)
+    decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct, layouts=layouts)
     if error_if_nonfinite:
-        _check_finite(decision, given, ClipNorm(math.inf, norm_type), mesh, tuple(distinct))
+        where = _Where(mesh, tuple(distinct), layouts)
+        _check_finite(decision, given, ClipNorm(math.inf, norm_type), where)
     return decision.report.total_norm
 
 
@@ -143,11 +150,12 @@ def measure_tensors(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Decision:
     """The decision of a policy that only measures tensors, or the gradients of a module."""
     given = _rereadable(tensors)
     policy = ClipNorm(math.inf, float(norm_type))
-    listed, plan = _kept_plan(given, policy, mesh, tuple(distinct))
+    listed, plan = _kept_plan(given, policy, _Where(mesh, tuple(distinct), layouts))
     is_model = isinstance(given, nn.Module)
     gradients = local_gradients(listed) if is_model else [local_values(each) for each in listed]
     return step.decide(gradients, plan, [policy], [EmptyState()])
@@ -191,6 +199,14 @@ def clip_grad_value_(
     step.clamp_(kernels.tensor_lists(gradients), bound)
 
 
+class _Where(NamedTuple):
+    """What the user says of ranks and layouts."""
+
+    mesh: DeviceMesh | None
+    distinct: tuple[str, ...]
+    layouts: LayoutFunction | None
+
+
 class _TensorsAndPlan(NamedTuple):
     tensors: list[Tensor]
     plan: Plan
@@ -203,44 +219,38 @@ def _rereadable(given: Parameters) -> Parameters:
     return cast(Parameters, list(cast("Iterable[Any]", given)) or given)
 
 
-def _kept_plan(
-    given: Parameters, policy: Policy[Any], mesh: DeviceMesh | None, distinct: tuple[str, ...]
-) -> _TensorsAndPlan:
+def _kept_plan(given: Parameters, policy: Policy[Any], where: _Where) -> _TensorsAndPlan:
     """The tensors, each once, and their plan; an earlier one where it fits.
 
     A plan for Scope.MODEL depends on nothing but what the tensors show, and on the ranks.
     """
     tensors = unique_tensors(given)
     shown = None if tensors is None else layout_cache_key(tensors)
-    if tensors is None or shown is None:
-        plan = _make_plan(given, policy, mesh, distinct)
+    if tensors is None or shown is None or where.layouts is not None:
+        plan = _make_plan(given, policy, where)
         return _TensorsAndPlan([param.param for param in plan.params], plan)
-    kept = plans_of(shown.mesh if mesh is None else mesh)
-    key = (shown.key, policy.norm_type, distinct, mesh is None, world_id())
+    kept = plans_of(shown.mesh if where.mesh is None else where.mesh)
+    key = (shown.key, policy.norm_type, where.distinct, where.mesh is None, world_id())
     if (plan := kept.get(key)) is None:
-        plan = _make_plan(given, policy, mesh, distinct)
+        plan = _make_plan(given, policy, where)
         kept.put(key, plan, shown.specs)
     return _TensorsAndPlan(tensors, plan)
 
 
 def _check_finite(
-    decision: Decision,
-    given: Parameters,
-    policy: Policy[Any],
-    mesh: DeviceMesh | None,
-    distinct: tuple[str, ...],
+    decision: Decision, given: Parameters, policy: Policy[Any], where: _Where
 ) -> None:
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
     if not bool(decision.finite):
-        plan = _make_plan(given, policy, mesh, distinct)
+        plan = _make_plan(given, policy, where)
         raise nonfinite.error(decision.total_norm, decision.gradients, plan)
 
 
-def _make_plan(
-    given: Parameters, policy: Policy[Any], mesh: DeviceMesh | None, distinct: tuple[str, ...]
-) -> Plan:
+def _make_plan(given: Parameters, policy: Policy[Any], where: _Where) -> Plan:
     read = read_parameters(given, policy)
-    return make_plan(read_layouts(read.named, read.modules, mesh, distinct), read.groups)
+    return make_plan(
+        read_layouts(read.named, read.modules, *where, during_a_call=True), read.groups
+    )
 
 
 def _gradients(parameters: Parameters) -> list[Tensor]:

@@ -17,7 +17,7 @@ from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import local_values, resolve_partial
-from distclip.sharding.read import named_parameters
+from distclip.sharding.read import named_parameters, parameters_of
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
@@ -109,7 +109,7 @@ def unique_tensors(given: Parameters) -> list[Tensor] | None:
     None unless each can have a gradient, and is there once.
     """
     if isinstance(given, nn.Module):
-        given = [p for p in given.parameters() if _can_have_gradient(p)]
+        given = [p for p in parameters_of(given) if _can_have_gradient(p)]
     tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
     if not tensors or not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return None
@@ -175,7 +175,7 @@ def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
 def check_model_unchanged(module: nn.Module, params: Iterable[Tensor]) -> None:
     """Raises LayoutError where a parameter of the module with a gradient is none of `params`."""
     known = {id(param) for param in params}
-    for name, param in module.named_parameters():
+    for name, param in named_parameters(module):
         if param.grad is not None and id(param) not in known:
             raise LayoutError(
                 f"cannot clip {name!r}: the model got this parameter after the Clipper was made, "

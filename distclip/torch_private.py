@@ -46,6 +46,14 @@ def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Te
     return None
 
 
+def spec_of_localized(param: Tensor) -> Any:
+    """The spec of the DTensor that DDP has turned into this plain parameter; else None.
+
+    Parameters that were no DTensors have no such attribute: a test pins that torch sets it.
+    """
+    return getattr(param, "_st_info", None)
+
+
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
 # torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.

@@ -57,12 +57,14 @@ class Plan:
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         device: where the partial sums are combined and reduced.
+        mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
     """
 
     params: Sequence[LocalParam]
     reduce_mesh: ReduceMesh | None
     groups: Sequence[ParamGroup]
     device: torch.device
+    mesh: ReduceMesh | None = None
 
     def verify(self) -> None:
         """Compares the plans of all ranks, and the bits of parameters that are laid out as copies.
@@ -78,7 +80,7 @@ class Plan:
         Collective: all ranks of the mesh (without one: of the world) must call.
         """
         policies = [f"{group.name}: {group.description}" for group in self.groups]
-        verify(self.params, self.reduce_mesh, policies, self.device)
+        verify(self.params, self.mesh, policies, self.device)
 
     def without_params(self) -> Plan:
         """The plan for any parameters that are laid out alike; it keeps no tensor alive."""
@@ -126,7 +128,7 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
     Collective: where ranks along a distinct axis have units of their own, an all-gather of a few
         numbers over the reduce mesh.
     """
-    params, mesh = sharded
+    params, mesh = sharded.params, sharded.reduce_mesh
     device = _reduce_device(params, mesh)
     groups = [_make_group(spec, params[spec.members], device) for spec in specs]
     for group in groups:
@@ -134,7 +136,7 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
-    return Plan(params, mesh, groups, device)
+    return Plan(params, mesh, groups, device, sharded.mesh)
 
 
 def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.device) -> ParamGroup:
