@@ -20,6 +20,10 @@ from torch.optim import Optimizer
 
 _torch = cast(Any, torch)
 
+# What FSDP1, activation checkpointing and torch.compile insert into the names of parameters. Each
+# strips its own from state dicts, and nothing public strips them from names.
+WRAPPER_ATTRIBUTES = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
 # DTensor.to_local() records an autograd node for each tensor, under `no_grad` too.
 local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 # DTensor.device_mesh and .placements have to be compared; thousands of tensors share one spec.

@@ -109,7 +109,7 @@ def _digests(params: Sequence[LocalParam], gradients: bool) -> Digests:
         if values.numel():
             where.append((copy, at))
             numbers.append(_projections(values).cpu())
-    rows: list[list[float]] = torch.stack(numbers).tolist() if numbers else []
+    rows = cast("list[list[float]]", torch.stack(numbers).tolist() if numbers else [])
     return {copy: Digest(at, row) for (copy, at), row in zip(where, rows, strict=True)}
 
 

@@ -9,8 +9,8 @@ from typing import cast
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# What wrappers insert into the names that `named_parameters` returns.
-_INSERTED = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+from distclip.torch_private import WRAPPER_ATTRIBUTES
+
 # These call what they wrap `module`, as a model may call a part of its own.
 _WRAPPERS_OF_MODULE = (DistributedDataParallel, DataParallel)
 
@@ -35,4 +35,4 @@ def bare_names(module: nn.Module) -> Callable[[str], str]:
 
 
 def _without_inserted(words: list[str]) -> list[str]:
-    return [word for word in words if word and word not in _INSERTED]
+    return [word for word in words if word and word not in WRAPPER_ATTRIBUTES]
