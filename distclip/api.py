@@ -231,7 +231,8 @@ def _kept_plan(given: Parameters, policy: Policy[Any], where: _Where) -> _Tensor
         return _TensorsAndPlan([param.param for param in plan.params], plan)
     kept = plans_of(shown.mesh if where.mesh is None else where.mesh)
     key = (shown.key, policy.norm_type, where.distinct, where.mesh is None, world_id())
-    if (plan := kept.get(key)) is None:
+    plan = kept.get(key)
+    if plan is None or plan.has_new_copies(tensors):
         plan = _make_plan(given, policy, where)
         kept.put(key, plan, shown.specs)
     return _TensorsAndPlan(tensors, plan)

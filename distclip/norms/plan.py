@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from distclip import kernels
 from distclip.norms import power_sums
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
+from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh, all_gather_objects
 from distclip.sharding.read import ShardedParams
@@ -81,6 +83,10 @@ class Plan:
         """
         policies = [f"{group.name}: {group.description}" for group in self.groups]
         verify(self.params, self.mesh, policies, self.device)
+
+    def has_new_copies(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors`, which are laid out as `params`, have yet to be compared as copies."""
+        return self.mesh is not None and has_new_copies(self.params, tensors, self.mesh)
 
     def without_params(self) -> Plan:
         """The plan for any parameters that are laid out alike; it keeps no tensor alive."""

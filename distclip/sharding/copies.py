@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -80,6 +81,16 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
     for param in assumed if during_a_call else ():
         identity = layout_identity(param.param)
         _compared[identity] = {*_compared_of(identity), _what(param, mesh)}
+
+
+def has_new_copies(
+    params: Sequence[LocalParam], tensors: Sequence[Tensor], mesh: ReduceMesh
+) -> bool:
+    """Whether a function has yet to compare parameters that are laid out as `params`."""
+    first = next((i for i, param in enumerate(params) if param.assumed), None)
+    if first is None or not tensors[first].requires_grad:
+        return False
+    return _is_new(replace(params[first], param=tensors[first]), mesh)
 
 
 # What functions have compared, by the identity of living parameters, or of the layouts of DTensors.

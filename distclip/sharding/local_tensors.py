@@ -67,8 +67,9 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
 
 
 def layout_identity(tensor: Tensor) -> object:
-    """What lives as long as the layout of a tensor: a parameter and its gradient may share it."""
-    return dtensor_spec(tensor) if isinstance(tensor, DTensor) else tensor
+    """What lives as long as the layout of a tensor: gradients come and go, and share a spec."""
+    is_gradient = isinstance(tensor, DTensor) and not tensor.requires_grad
+    return dtensor_spec(tensor) if is_gradient else tensor
 
 
 def local_gradient(param: Tensor) -> Tensor | None:

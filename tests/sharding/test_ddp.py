@@ -1,4 +1,4 @@
-"""DDP and FSDP1 over tensor parallelism, whose wrappers keep the DTensors' layouts to themselves."""
+"""DDP and FSDP1 over tensor parallelism: the wrappers keep the layouts of DTensors."""
 
 from __future__ import annotations
 

@@ -153,9 +153,9 @@ def too_small() -> None:
     whole = fully_shard(bare(), mesh=mesh((4,), ("fsdp",)))
     for model in (hsdp, hybrid, whole):
         for axis in AXES:
-            with pytest.raises(distclip.LayoutError, match="lies on rank [0-3] as well"):
+            with pytest.raises(distclip.LayoutError, match=r"lies on rank [0-3] as well"):
                 distclip.Clipper(model, mesh=workers()[axis])
-            with pytest.raises(distclip.LayoutError, match="lies on rank [0-3] as well"):
+            with pytest.raises(distclip.LayoutError, match=r"lies on rank [0-3] as well"):
                 distclip.get_total_norm(model, mesh=workers()[axis])
 
 

@@ -48,8 +48,8 @@ def clips_as_the_whole_model(kind: str, device: str) -> None:
         with CommDebugMode() as comms:
             norm = distclip.clip_grad_norm_(model, max_norm, norm_type)
 
-        # A Partial gradient has no values until it is reduced, once. Weights that tensor parallelism
-        # leaves alone are compared over its axis when the plan is made: sizes and numbers.
+        # A Partial gradient has no values until it is reduced, once. Weights that are no part of
+        # tensor parallelism are compared over its axis when the plan is made: sizes and numbers.
         compared = 2 if kind in ("tp", "fsdp2 x tp") else 0
         reduced_sums = 0 if kind in UNSHARDED else 1
         assert comms.get_total_counts() == reduced_sums + sum(partial) + compared
