@@ -85,14 +85,20 @@ def clip_grad_norm_(
     are scaled all the same, as torch does. `max_norm=math.inf` only measures. A parameter given
     twice counts once.
 
+    `mesh`, `distinct` and `layouts` are those of `Clipper`. With `layouts` the plan is made anew in
+    each call; a `Clipper` keeps it.
+
     Raises:
         NonFiniteGradientError: with `error_if_nonfinite`, on all ranks together; no gradient is
             changed.
-        LayoutError: it is unknown which ranks hold which elements.
+        LayoutError: it is unknown which ranks hold which elements, or copies differ; also for a
+            unit of FSDP1 inside another.
         ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or a tensor holds
             integers.
 
-    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded.
+    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded. The
+        first time with these parameters, also an all-gather of a few numbers for each that would
+        count as a copy along an axis that nothing speaks of.
 
     Example:
         >>> import torch, distclip
@@ -132,7 +138,9 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of `tensors` together (gradients, as torch takes them), or of a module's gradients.
 
-    Result, errors and collective are those of `clip_grad_norm_`; nothing is changed.
+    Result, errors and collective are those of `clip_grad_norm_`; nothing is changed. The norm is
+    that over all ranks of the mesh, pipeline stages included: torch's is that of one stage. A
+    trainer that adds up the stages itself passes the slice without them, `mesh=root["dp"]`.
     """
     del foreach
     given = _rereadable(tensors)

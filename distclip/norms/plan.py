@@ -79,7 +79,7 @@ class Plan:
                 another mesh. A rank that does not call within the timeout of the process group is
                 named on the ranks that did.
 
-        Collective: all ranks of the mesh (without one: of the world) must call.
+        Collective: all ranks of the mesh (without one: of the world) must call, and no others.
         """
         policies = [f"{group.name}: {group.description}" for group in self.groups]
         verify(self.params, self.mesh, policies, self.device)

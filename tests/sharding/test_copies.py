@@ -208,18 +208,34 @@ def test_copies_are_compared_once_and_only_where_needed(four_on_cpus: Ranks) -> 
         assert counts == (2, 3, 1, 1, 3, 1, 0, 0)
 
 
+def another_model() -> None:
+    """Laid out as a model that was right: a kept plan of that one must not hide its experts."""
+    for _ in range(2):
+        right = Mixed(expert_seed=10)
+        distclip.clip_grad_norm_(right, 1.0)
+        model = Mixed(expert_seed=10 + here())
+        params = list(model.parameters())
+        for given in (model, params, iter(params)):
+            with pytest.raises(distclip.LayoutError, match="its values differ"):
+                distclip.clip_grad_norm_(given, 1.0)
+
+
+def test_each_model_is_compared(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(another_model)
+
+
 def stages_of_different_kinds() -> None:
     """Of two stages only one has something to compare: the other has to take part all the same."""
     on = mesh((2, 2), ("pp", "tp"))
     stage = on["pp"].get_local_rank()
     torch.manual_seed(stage)
-    weight = torch.randn(4)
+    weight = torch.randn(6)
     if stage == 0:
         weight = distribute_tensor(weight, on["tp"], [Shard(0)], src_data_rank=None)
     param = nn.Parameter(weight)
     param.grad = param.detach().clone()
     report = distclip.Clipper([param], distclip.ClipNorm(1e9), mesh=on).clip_()
-    wholes = [torch.manual_seed(i) and torch.randn(4) for i in range(2)]
+    wholes = [torch.manual_seed(i) and torch.randn(6) for i in range(2)]
     expected = reference.total_norm(wholes).float()
     torch.testing.assert_close(report.total_norm, expected, rtol=1e-6, atol=0)
     param.data += on["tp"].get_local_rank()

@@ -101,11 +101,13 @@ def clips_as_in_one_process(clipper: distclip.Clipper, policy: Policy) -> None:
 
 def ddp_over_tensor_parallel() -> None:
     for policy in POLICIES:
-        for made_after in (False, True):  # by then the modules have other attributes
+        for when in ("before", "after", "overlap"):  # after: the modules have other attributes
             model = ddp()
-            clipper = None if made_after else distclip.Clipper(model, policy)
+            if when != "after":
+                clipper = distclip.Clipper(model, policy, overlap=when == "overlap")
             run_backward(model)
-            clipper = distclip.Clipper(model, policy) if clipper is None else clipper
+            if when == "after":
+                clipper = distclip.Clipper(model, policy)
             clips_as_in_one_process(clipper, policy)
             clipper.plan.verify()
 

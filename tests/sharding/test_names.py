@@ -82,13 +82,13 @@ def test_names_under_wrappers(four_on_cpus: Ranks, wrapper: str) -> None:
     four_on_cpus.run(loads_into_the_bare_model, wrapper)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch imports its own jit
 def test_compiled_parts_keep_the_names_of_the_model() -> None:
     model = bare()
     model[0] = torch.compile(model[0])
     model[1].compile()
-    assert [name for name, _ in named_parameters(model)] == [
-        n for n, _ in bare().named_parameters()
-    ]
+    names = [name for name, _ in named_parameters(model)]
+    assert names == [name for name, _ in bare().named_parameters()]
 
 
 def test_a_module_of_the_user_keeps_its_name() -> None:
