@@ -157,9 +157,7 @@ def _local_param(
     coordinate = {a: ranks.index(dist.get_rank()) for a, ranks in full.ranks_by_axis.items()}
     mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)})
     counts = layout.counted_at(coordinate)
-    assumed = added & layout.replicated
-    if declared is not None:
-        assumed -= declared.replicated if counted is None else assumed
+    assumed = added & layout.replicated if declared is None else frozenset[str]()
     return LocalParam(name, param, layout, coordinate, mesh, counts, full.shards, assumed)
 
 

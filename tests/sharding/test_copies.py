@@ -180,6 +180,20 @@ def test_no_false_alarm(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(no_false_alarm)
 
 
+def declared_copies() -> None:
+    """Who returns a Layout has spoken, also where it names no axis."""
+    params = copies(lambda weight: weight.mul_(1 + dist.get_rank()))
+    for call in CALLS.values():
+        model = nn.ParameterList(params)
+        with pytest.raises(distclip.LayoutError, match=r"axes \['tp'\]"):
+            call(model)
+        call(model, layouts=lambda name, param: distclip.Layout())
+
+
+def test_declared_copies_are_not_compared(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(declared_copies)
+
+
 def collectives_of(call: Callable[[], object]) -> int:
     with CommDebugMode() as comms:
         call()
