@@ -7,6 +7,7 @@ the first forward the modules get DTensors made of these parameters in their pla
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -35,15 +36,22 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
 
 def any_localized(params: Iterable[Tensor]) -> bool:
     """Whether DDP has made one of the plain parameters of a DTensor."""
-    return any(map(spec_of_localized, params))
+    return _may_be_used() and any(map(spec_of_localized, params))
 
 
 def hidden_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that `module.named_parameters()` has lost in the first forward."""
+    if not _may_be_used():
+        return
     for path, inner in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
         if isinstance(inner, DistributedDataParallel) and hasattr(inner, "device_mesh"):
             for name, param in _hidden_in(inner):
                 yield (f"{path}.{name}" if path else name), param
+
+
+def _may_be_used() -> bool:
+    """Whether DDP has made parameters of DTensors: it imports this then. Looking takes longer."""
+    return "torch.distributed.tensor.parallel.ddp" in sys.modules
 
 
 def _hidden_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
