@@ -38,6 +38,8 @@ from distclip.policies import (
     StatelessPolicy,
 )
 from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
+from distclip.sharding.fsdp1 import check_root
+from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import (
     any_unreduced,
     layout_cache_key,
@@ -85,6 +87,7 @@ def clip_grad_norm_(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Tensor:
     """Scales all gradients by max_norm / (total norm + 1e-6) where that is below 1.
 
@@ -95,15 +98,21 @@ def clip_grad_norm_(
     are scaled all the same, as torch does. `max_norm=math.inf` only measures. A parameter given
     twice counts once.
 
+    `mesh`, `distinct` and `layouts` are those of `Clipper`. With `layouts` the plan is made anew in
+    each call; a `Clipper` keeps it.
+
     Raises:
         NonFiniteGradientError: with `error_if_nonfinite`, on all ranks together; no gradient is
             changed.
-        LayoutError: it is unknown which ranks hold which elements.
+        LayoutError: it is unknown which ranks hold which elements, or copies differ; also for a
+            unit of FSDP1 inside another.
         ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or a tensor holds
             integers.
         TypeError: an argument is of another type, such as the groups of an optimizer.
 
-    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded.
+    Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded. The
+        first time with these parameters, also an all-gather of a few numbers for each that would
+        count as a copy along an axis that nothing speaks of.
 
     Example:
         >>> import torch, distclip
@@ -118,7 +127,9 @@ def clip_grad_norm_(
     error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
     distinct = as_axes("distinct", distinct)
     given = _rereadable(parameters)
-    tensors, plan = _kept_plan(given, policy, mesh, tuple(distinct))
+    check_root(given)
+    where = _Where(mesh, tuple(distinct), layouts)
+    tensors, plan = _kept_plan(given, policy, where)
     gradients = local_gradients(tensors)
     decision = step.decide(
         gradients,
@@ -129,7 +140,7 @@ def clip_grad_norm_(
         reduce=partial(reduce_gradients_, tensors),
     )
     if error_if_nonfinite:
-        _check_finite(decision, given, policy, mesh, tuple(distinct))
+        _check_finite(decision, given, policy, where)
     decision.apply_()
     return decision.report.total_norm
 
@@ -143,17 +154,21 @@ def get_total_norm(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Tensor:
     """The norm of `tensors` together (gradients, as torch takes them), or of a module's gradients.
 
-    Result, errors and collective are those of `clip_grad_norm_`; nothing is changed.
+    Result, errors and collective are those of `clip_grad_norm_`; nothing is changed. The norm is
+    that over all ranks of the mesh, pipeline stages included: torch's is that of one stage. A
+    trainer that adds up the stages itself passes the slice without them, `mesh=root["dp"]`.
     """
     error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
     distinct = as_axes("distinct", distinct)
     given = _rereadable(tensors)
-    decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct)
+    decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct, layouts=layouts)
     if error_if_nonfinite:
-        _check_finite(decision, given, ClipNorm(math.inf, norm_type), mesh, tuple(distinct))
+        where = _Where(mesh, tuple(distinct), layouts)
+        _check_finite(decision, given, ClipNorm(math.inf, norm_type), where)
     return decision.report.total_norm
 
 
@@ -164,11 +179,12 @@ def measure_tensors(
     *,
     mesh: DeviceMesh | None = None,
     distinct: Sequence[str] = ("pp",),
+    layouts: LayoutFunction | None = None,
 ) -> Decision:
     """The decision of a policy that only measures tensors, or the gradients of a module."""
     given = _rereadable(tensors)
     policy = ClipNorm(math.inf, norm_type)
-    listed, plan = _kept_plan(given, policy, mesh, tuple(distinct))
+    listed, plan = _kept_plan(given, policy, _Where(mesh, tuple(distinct), layouts))
     # A module's gradients take their parameters' layout for good; given tensors are not changed.
     if isinstance(given, nn.Module):
         gradients, reduce = local_gradients(listed), partial(reduce_gradients_, listed)
@@ -242,6 +258,14 @@ def _total_norm(given: Any) -> Tensor:
     return local_values(given).double().reshape(())
 
 
+class _Where(NamedTuple):
+    """What the user says of ranks and layouts."""
+
+    mesh: DeviceMesh | None
+    distinct: tuple[str, ...]
+    layouts: LayoutFunction | None
+
+
 class _TensorsAndPlan(NamedTuple):
     tensors: list[Tensor]
     plan: Plan
@@ -257,44 +281,39 @@ def _rereadable(given: Parameters) -> Parameters:
     return listed or given
 
 
-def _kept_plan(
-    given: Parameters, policy: Policy[Any], mesh: DeviceMesh | None, distinct: tuple[str, ...]
-) -> _TensorsAndPlan:
+def _kept_plan(given: Parameters, policy: Policy[Any], where: _Where) -> _TensorsAndPlan:
     """The tensors, each once, and their plan; an earlier one where it fits.
 
     A plan for Scope.MODEL depends on nothing but what the tensors show, and on the ranks.
     """
     tensors = unique_tensors(given)
     shown = None if tensors is None else layout_cache_key(tensors)
-    if tensors is None or shown is None:
-        plan = _make_plan(given, policy, mesh, distinct)
+    if tensors is None or shown is None or where.layouts is not None:
+        plan = _make_plan(given, policy, where)
         return _TensorsAndPlan([param.param for param in plan.params], plan)
-    kept = plans_of(shown.mesh if mesh is None else mesh)
-    key = (shown.key, policy.norm_type, distinct, mesh is None, world_id())
-    if (plan := kept.get(key)) is None:
-        plan = _make_plan(given, policy, mesh, distinct)
+    kept = plans_of(shown.mesh if where.mesh is None else where.mesh)
+    key = (shown.key, policy.norm_type, where.distinct, where.mesh is None, world_id())
+    plan = kept.get(key)
+    if plan is None or plan.has_new_copies(tensors):
+        plan = _make_plan(given, policy, where)
         kept.put(key, plan, shown.specs)
     return _TensorsAndPlan(tensors, plan)
 
 
 def _check_finite(
-    decision: Decision,
-    given: Parameters,
-    policy: Policy[Any],
-    mesh: DeviceMesh | None,
-    distinct: tuple[str, ...],
+    decision: Decision, given: Parameters, policy: Policy[Any], where: _Where
 ) -> None:
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
     if not bool(decision.finite):
-        plan = _make_plan(given, policy, mesh, distinct)
+        plan = _make_plan(given, policy, where)
         raise nonfinite.error(decision.total_norm, decision.gradients, plan)
 
 
-def _make_plan(
-    given: Parameters, policy: Policy[Any], mesh: DeviceMesh | None, distinct: tuple[str, ...]
-) -> Plan:
+def _make_plan(given: Parameters, policy: Policy[Any], where: _Where) -> Plan:
     read = read_parameters(given, policy)
-    return make_plan(read_layouts(read.named, read.modules, mesh, distinct), read.groups)
+    return make_plan(
+        read_layouts(read.named, read.modules, *where, during_a_call=True), read.groups
+    )
 
 
 def _gradients(parameters: Parameters) -> list[Tensor]:

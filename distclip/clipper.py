@@ -50,7 +50,8 @@ class Clipper:
             "params" are either, also with the keys of an optimizer's groups. Make the clipper after
             the model has been wrapped and sharded.
         policy: how large the gradients may be. Parameter groups without a policy use this one.
-        mesh: a `DeviceMesh` over all ranks that train together. If omitted, it is found from the
+        mesh: a `DeviceMesh` over all ranks that train together, and no others: a slice of a mesh
+            where ranks along its other axes train apart. If omitted, it is found from the
             parameters' DTensors.
         distinct: the mesh axes whose ranks hold different parameters.
         layouts: for sharding that tensors do not show: `(name, parameter) -> Layout`, or None to
@@ -75,8 +76,10 @@ class Clipper:
         ValueError, TypeError: something that cannot be clipped.
 
     Collective: at construction, the making of a process group where a mesh of several axes leaves
-        out ranks of the world, and an all-gather of a few numbers where pipeline stages have norms
-        per tensor or unit. All ranks of the mesh must make the clipper, and call it every step.
+        out ranks of the world, an all-gather of a few numbers where pipeline stages have norms per
+        tensor or unit, and one where tensors count as copies along an axis that nothing speaks of
+        (see docs/sharding.md), or may do so on other ranks: with `mesh` or pipeline stages. All
+        ranks of the mesh must make the clipper, and call it every step.
     """
 
     @_kept_between_calls

@@ -21,7 +21,7 @@ from distclip.policies import GroupSpec, Policy
 from distclip.sharding.fsdp2 import reshard, sharded_params
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import is_dtensor, local_values, resolve_partial
-from distclip.sharding.read import named_parameters
+from distclip.sharding.read import named_parameters, parameters_of
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
@@ -209,7 +209,7 @@ def unique_tensors(given: Parameters) -> list[Tensor] | None:
     """
     if isinstance(given, nn.Module):
         reshard(given)
-        given = given.parameters()
+        given = parameters_of(given)
     tensors = [given] if isinstance(given, Tensor) else list(cast("Iterable[Any]", given))
     kinds = set(map(type, tensors))
     if not tensors or not all(issubclass(kind, Tensor) for kind in kinds):

@@ -20,6 +20,10 @@ from torch.optim import Optimizer
 
 _torch = cast(Any, torch)
 
+# What FSDP1, activation checkpointing and torch.compile insert into the names of parameters. Each
+# strips its own from state dicts, and nothing public strips them from names.
+WRAPPER_ATTRIBUTES = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
 # DTensor.to_local() records an autograd node for each tensor, under `no_grad` too.
 local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 # DTensor.device_mesh and .placements have to be compared; thousands of tensors share one spec.
@@ -44,6 +48,14 @@ def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Te
         if type(local := grad._local_tensor) is Tensor:
             return local
     return None
+
+
+def spec_of_localized(param: Tensor) -> Any:
+    """The spec of the DTensor that DDP has turned into this plain parameter; else None.
+
+    Parameters that were no DTensors have no such attribute: a test pins that torch sets it.
+    """
+    return getattr(param, "_st_info", None)
 
 
 # No public name tells whether an operator has written to a tensor.

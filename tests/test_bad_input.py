@@ -130,18 +130,14 @@ def meshes_are_checked() -> None:
     part = DeviceMesh("cpu", [0, 1])
     param = nn.Parameter(torch.zeros(4))
     here = dist.get_rank()
-    message = (
-        rf"this process is rank {here}, but the mesh holds"
-        if here >= 2
-        else r"2 ranks 0, 1, but 4 ranks may"
-    )
-    with pytest.raises(LayoutError, match=message):
-        Clipper([param], mesh=part)
+    if here >= 2:
+        with pytest.raises(LayoutError, match=rf"is rank {here}, but the mesh holds the ranks 0"):
+            Clipper([param], mesh=part)
     two = mesh((2, 2), ("dp", "tp"))
     sharded = nn.Parameter(
         distribute_tensor(torch.zeros(4), two["dp"], [Shard(0)], src_data_rank=None)
     )
-    with pytest.raises(LayoutError, match=r"2 ranks .*4 ranks may.*\['dp', 'tp'\]"):
+    with pytest.raises(LayoutError, match=r"\['tp'\]: it holds.*lies on rank [0-3] as well"):
         Clipper([sharded], mesh=two["tp"])
     with pytest.raises(LayoutError, match=r"no parameter.*mesh="):
         Clipper([])

@@ -277,6 +277,7 @@ def every_function_on_every_layout(name: str, device: str) -> None:
     wholes = random_wholes(placed, seed=3)
     grads = [param.grad for param in lay_out(wholes, placed, device)]
     total = reference.total_norm(wholes)
+    clip_by_global_norm(grads, 1.0)  # compares copies, once
     with CommDebugMode() as comms:
         clipped, norm = clip_by_global_norm([None, *grads], 0.3 * total.item())
     assert comms.get_total_counts() == (0 if name in UNSHARDED else 1)

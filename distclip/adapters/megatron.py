@@ -64,14 +64,14 @@ class MegatronLayouts:
     ep: Axes = "ep"
     etp: Axes | None = None
 
-    def __call__(self, name: str, param: Tensor) -> Layout | None:
+    def __call__(self, name: str, param: Tensor) -> Layout:
         is_expert = not getattr(param, "allreduce", True)
         sharded = _as_set(self.ep) if is_expert else frozenset[str]()
         if getattr(param, "tensor_model_parallel", False):
             sharded |= self._expert_axes(name) if is_expert else self._tensor_axes()
         is_second_copy = getattr(param, "shared", False)
         replicated = _as_set(self.pp) if is_second_copy else frozenset[str]()
-        return Layout(sharded, replicated) if sharded or replicated else None
+        return Layout(sharded, replicated)  # without axes: copies everywhere, as Megatron has it
 
     def _tensor_axes(self) -> frozenset[str]:
         return frozenset() if _tensor_parallel_sizes().tensor == 1 else _as_set(self.tp)

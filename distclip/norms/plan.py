@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from distclip import kernels
 from distclip.norms import power_sums
@@ -16,6 +17,7 @@ from distclip.norms.late_reads import LateReads
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
+from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh, all_gather_objects
 from distclip.sharding.partial_gradients import may_lack_gradient
@@ -75,6 +77,7 @@ class Plan:
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         device: where the partial sums are combined and reduced.
+        mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
         rule: what must be the same on all ranks beside the policies, as text.
         copied_dtensors: the indices of parameters of which another rank may have a gradient that
             must be reduced before it is measured, while this one has none.
@@ -84,6 +87,7 @@ class Plan:
     reduce_mesh: ReduceMesh | None
     groups: Sequence[ParamGroup]
     device: torch.device
+    mesh: ReduceMesh | None = None
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
@@ -114,10 +118,14 @@ class Plan:
                 that does not call within the timeout of the process group is named on the ranks
                 that did.
 
-        Collective: all ranks of the mesh (without one: of the world) must call.
+        Collective: all ranks of the mesh (without one: of the world) must call, and no others.
         """
         policies = [f"{group.name}: {group.description}" for group in self.groups]
-        verify(self.params, self.reduce_mesh, [*policies, self.rule], self.device)
+        verify(self.params, self.mesh, [*policies, self.rule], self.device)
+
+    def has_new_copies(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors`, which are laid out as `params`, have yet to be compared as copies."""
+        return self.mesh is not None and has_new_copies(self.params, tensors, self.mesh)
 
     def without_params(self) -> Plan:
         """The plan for any parameters that are laid out alike; it keeps no tensor alive."""
@@ -168,7 +176,7 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     Collective: where ranks along a distinct axis have units of their own, an all-gather of a few
         numbers over the reduce mesh.
     """
-    params, mesh = sharded
+    params, mesh = sharded.params, sharded.reduce_mesh
     device = _reduce_device(params, mesh)
     groups = [_make_group(spec, params[spec.members], device) for spec in specs]
     for group in groups:
@@ -177,7 +185,7 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    return Plan(params, mesh, groups, device, rule, copied)
+    return Plan(params, mesh, groups, device, sharded.mesh, rule, copied)
 
 
 def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.device) -> ParamGroup:

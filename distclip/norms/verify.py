@@ -118,7 +118,8 @@ _ERRORS = {
     Subject.VALUES: (
         "cannot clip {name!r} together: it is laid out as copies, but they differ: {found}. One "
         "rank counts for all copies, and the elements of the others would be missed. Broadcast the "
-        "parameter, or say by `distinct=` or `layouts=` that these ranks hold different elements."
+        "parameter, or say by `distinct=` or `layouts=` that these ranks hold different "
+        "elements, or by `mesh=` which ranks train together."
     ),
 }
 

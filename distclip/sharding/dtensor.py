@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -25,8 +26,9 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
             return None
         mesh = param.device_mesh
         if id(mesh) not in found:
-            found[id(mesh)] = _ranks_by_axis(mesh)
-        return _layout(name, param, found[id(mesh)])
+            found[id(mesh)] = ranks_by_axis(mesh)
+        placements = cast("tuple[Any, ...]", param.placements)
+        return layout_on(name, param.shape, mesh, placements, found[id(mesh)])
 
     return read
 
@@ -36,7 +38,7 @@ def is_sharding(placement: Any) -> bool:
     return not (placement.is_replicate() or placement.is_partial())
 
 
-def _ranks_by_axis(mesh: DeviceMesh) -> dict[str, list[int]]:
+def ranks_by_axis(mesh: DeviceMesh) -> dict[str, list[int]]:
     """For each axis the ranks along it through this one; nothing if this one is not on the mesh."""
     ranks, here = mesh.mesh, mesh.get_coordinate()
     if here is None:
@@ -47,21 +49,26 @@ def _ranks_by_axis(mesh: DeviceMesh) -> dict[str, list[int]]:
     }
 
 
-def _layout(name: str, param: DTensor, ranks_by_axis: dict[str, list[int]]) -> TensorLayout:
-    shape, numel = tuple(param.shape), param.numel()
-    if not ranks_by_axis:  # this rank is not on the mesh and holds no element
+def layout_on(
+    name: str,
+    shape: torch.Size,
+    mesh: DeviceMesh,
+    placements: Sequence[Any],
+    along: dict[str, list[int]],
+) -> TensorLayout:
+    """How a tensor of the global `shape` lies on a mesh. along: `ranks_by_axis(mesh)`."""
+    if not along:  # this rank is not on the mesh and holds no element
         nothing = (0,) * len(shape)
         return TensorLayout.without_mesh(
-            ParamShard(name, numel, BlockShard(shape, nothing, nothing))
+            ParamShard(name, shape.numel(), BlockShard(tuple(shape), nothing, nothing))
         )
-    placements = cast("tuple[Any, ...]", param.placements)
     dims = {
         axis: cast(int, placement.dim)
-        for axis, placement in zip(ranks_by_axis, placements, strict=True)
+        for axis, placement in zip(along, placements, strict=True)
         if is_sharding(placement)
     }
-    cut = frozenset(dim for axis, dim in dims.items() if len(ranks_by_axis[axis]) > 1)
-    sizes, offsets = local_shape_and_offset(shape, param.device_mesh, placements)
-    shard = ParamShard(name, numel, BlockShard(shape, tuple(offsets), tuple(sizes), cut))
-    device_type = param.device_mesh.device_type
-    return TensorLayout((shard,), ranks_by_axis, frozenset(dims), device_type)
+    cut = frozenset(dim for axis, dim in dims.items() if len(along[axis]) > 1)
+    sizes, offsets = local_shape_and_offset(shape, mesh, placements)
+    block = BlockShard(tuple(shape), tuple(offsets), tuple(sizes), cut)
+    shard = ParamShard(name, shape.numel(), block)
+    return TensorLayout((shard,), along, frozenset(dims), mesh.device_type, mesh)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, repeat
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import LayoutError
-from distclip.sharding.shard import BlockShard, FlatShard, ParamShard
-from distclip.sharding.tensor_layout import ParamReader, TensorLayout, bare_name
+from distclip.sharding.dtensor import layout_on, ranks_by_axis
+from distclip.sharding.names import bare_names
+from distclip.sharding.shard import BlockShard, FlatBlockShard, FlatShard, ParamShard
+from distclip.sharding.tensor_layout import ParamReader, TensorLayout
 
 
 def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
@@ -43,6 +47,30 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
         return None
 
     return read
+
+
+def check_root(module: object) -> None:
+    """Raises where `module` is an FSDP1 unit inside another, as FSDP1's own `clip_grad_norm_`.
+
+    Raises:
+        NotRootError: the gradients of the other units would keep their size.
+    """
+    if not _may_be_used():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    # None before the first forward. The public `check_is_root()` would then make a unit a root.
+    if isinstance(module, FullyShardedDataParallel) and cast(Any, module)._is_root is False:
+        raise NotRootError(
+            "cannot clip the gradients of one unit of a model: `clip_grad_norm_()` should only be "
+            "called on the root FSDP instance, because the norm is that of the whole model, and "
+            "the other units would not be clipped. Pass the whole wrapped model, or a Clipper "
+            "with a parameter group for each part."
+        )
+
+
+class NotRootError(LayoutError, RuntimeError):
+    """As torch, which raises a RuntimeError."""
 
 
 def any_flattened(params: Iterable[Tensor]) -> bool:
@@ -85,34 +113,60 @@ def _layouts_in(module: nn.Module) -> Iterator[tuple[int, TensorLayout]]:
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for name, inner in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
+    bare_name = bare_names(module)
+    for path, inner in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
         if isinstance(inner, FullyShardedDataParallel) and cast(Any, inner)._handle is not None:
-            yield from _layouts_of_unit(inner, f"{name}." if name else "")
+            names = [
+                bare_name(f"{path}.{fqn}") for fqn in cast(Any, inner)._handle.flat_param._fqns
+            ]
+            yield from _layouts_of_unit(inner, names)
 
 
-def _layouts_of_unit(unit: Any, prefix: str) -> Iterator[tuple[int, TensorLayout]]:
+def _layouts_of_unit(unit: Any, names: Sequence[str]) -> Iterator[tuple[int, TensorLayout]]:
     """A flat parameter has one layout; original parameters, which are views of it, one each."""
+    flat = unit._handle.flat_param
+    each = list(_layouts_of_tensors(unit, names))
+    if flat._params is not None:
+        # A tied parameter, one of `_shared_params`, is one of `_params` as well.
+        yield from zip(map(id, flat._params), each, strict=True)
+        return
+    if len({(layout.sharded, *layout.ranks_by_axis) for layout in each}) > 1:
+        raise LayoutError(
+            f"cannot count the flat parameter of {names[0]!r} and {len(names) - 1} others: "
+            f"FullyShardedDataParallel has flattened tensors that lie on their ranks in different "
+            f"ways, because tensor parallelism shards some of them only, and a rank counts a flat "
+            f"parameter as a whole or not at all. Wrap the model with `use_orig_params=True`."
+        )
+    shards = tuple(shard for layout in each for shard in layout.shards)
+    yield id(flat), replace(each[0], shards=shards)
+
+
+def _layouts_of_tensors(unit: Any, names: Sequence[str]) -> Iterator[TensorLayout]:
+    """Of each tensor of a unit, by the axes of FSDP1 and those of tensor parallelism."""
     handle, flat = unit._handle, unit._handle.flat_param
-    ranks_by_axis = _ranks_by_axis(unit)
+    along_unit = _ranks_along_unit(unit)
     sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
     device_type: str = unit.compute_device.type
-    names = [bare_name(prefix + name) for name in flat._fqns]
-    numels = [shape.numel() for shape in flat._shapes]
-    if flat._params is None:
-        shards = tuple(map(ParamShard, names, numels, _flat_shards(handle)))
-        yield id(flat), TensorLayout(shards, ranks_by_axis, sharded, device_type)
-        return
-    # A tied parameter, one of `_shared_params`, is one of `_params` as well.
-    shards = map(ParamShard, names, numels, _original_shards(handle))
-    for param, shard in zip(flat._params, shards, strict=True):
-        yield id(param), TensorLayout((shard,), ranks_by_axis, sharded, device_type)
+    found = _flat_shards(handle) if flat._params is None else _original_shards(handle)
+    # DTensors lie in the flat parameter as their local values, and their specs beside it.
+    for name, shard, spec in zip(names, found, flat._param_extensions, strict=True):
+        if spec is None:
+            of_tensor = ParamShard(name, prod(shard.global_shape), shard)
+            yield TensorLayout((of_tensor,), along_unit, sharded, device_type)
+            continue
+        inner = layout_on(name, spec.shape, spec.mesh, spec.placements, ranks_by_axis(spec.mesh))
+        (block,) = inner.shards
+        if isinstance(shard, FlatShard):
+            block = replace(block, shard=FlatBlockShard(cast(BlockShard, block.shard), shard))
+        along = {**along_unit, **inner.ranks_by_axis}
+        yield TensorLayout((block,), along, sharded | inner.sharded, device_type, spec.mesh)
 
 
-def _ranks_by_axis(unit: Any) -> dict[str, list[int]]:
-    ranks_by_axis = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
+def _ranks_along_unit(unit: Any) -> dict[str, list[int]]:
+    along = {"fsdp": dist.get_process_group_ranks(unit.process_group)}
     if (replicas := _group_across_replicas(unit)) is not None:
-        ranks_by_axis["fsdp_replicate"] = dist.get_process_group_ranks(replicas)
-    return ranks_by_axis
+        along["fsdp_replicate"] = dist.get_process_group_ranks(replicas)
+    return along
 
 
 def _group_across_replicas(unit: Any) -> dist.ProcessGroup | None:

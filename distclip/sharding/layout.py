@@ -99,6 +99,7 @@ class LocalParam:
             on all ranks that hold copies.
         counted: whether this rank adds the elements to the total. Others that hold them add zero.
         shards: the tensors of the model that the parameter has elements of.
+        assumed: the replicated axes that neither the tensor nor the user speaks of.
     """
 
     name: str
@@ -108,6 +109,7 @@ class LocalParam:
     mesh: str
     counted: bool
     shards: tuple[ParamShard, ...]
+    assumed: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> Tensor:

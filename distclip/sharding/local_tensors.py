@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from distclip.sharding.ddp import any_localized
 from distclip.sharding.dtensor import is_sharding
 from distclip.sharding.fsdp1 import any_flattened
-from distclip.torch_private import dtensor_spec, local_tensor, local_tensor_of_shared_spec
+from distclip.torch_private import (
+    dtensor_spec,
+    local_tensor,
+    local_tensor_of_shared_spec,
+    spec_of_localized,
+)
 
 
 class LayoutCacheKey(NamedTuple):
@@ -52,10 +58,18 @@ def layout_cache_key(params: Sequence[Tensor]) -> LayoutCacheKey | None:
     spec_of_each: list[Any] = []
     if kinds == {DTensor}:
         spec_of_each = list(map(dtensor_spec, params))
-    elif DTensor in kinds:
-        spec_of_each = [dtensor_spec(p) if type(p) is DTensor else None for p in params]
+    elif DTensor in kinds or any_localized(params):
+        spec_of_each = [
+            dtensor_spec(p) if type(p) is DTensor else spec_of_localized(p) for p in params
+        ]
     key = len(params), dtypes, device, tuple(map(id, spec_of_each))
     return LayoutCacheKey(key, [spec for spec in spec_of_each if spec is not None])
+
+
+def layout_identity(tensor: Tensor) -> object:
+    """What lives as long as the layout of a tensor: gradients come and go, and share a spec."""
+    is_gradient = isinstance(tensor, DTensor) and not tensor.requires_grad
+    return dtensor_spec(tensor) if is_gradient else tensor
 
 
 def local_gradient(param: Tensor) -> Tensor | None:

@@ -66,6 +66,11 @@ class ReduceMesh:
         indices = self._indices_of([dist.get_rank()])
         return {axis: int(index) for axis, index in zip(self.axes, indices, strict=True)}
 
+    @property
+    def shares_copies(self) -> bool:
+        """Whether ranks along some axis may hold copies."""
+        return any(self.size(axis) > 1 for axis in self.axes if axis not in self.distinct)
+
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 
@@ -74,8 +79,8 @@ class ReduceMesh:
         index = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
         return rank_list(self.ranks[tuple(index)])
 
-    def axes_along(self, rank_lists: Iterable[Sequence[int]], name: str) -> frozenset[str]:
-        """The axes along which the ranks of some list differ.
+    def axes_beside(self, rank_lists: Iterable[Sequence[int]], name: str) -> frozenset[str]:
+        """The axes along which the ranks of no list differ.
 
         Args:
             rank_lists: for each axis of another mesh, the ranks along it.
@@ -86,7 +91,7 @@ class ReduceMesh:
         """
         key = tuple(tuple(ranks) for ranks in rank_lists)
         if key not in self._axes_by_ranks:
-            self._axes_by_ranks[key] = self._find_axes_along(key, name)
+            self._axes_by_ranks[key] = frozenset(self.axes) - self._find_axes_along(key, name)
         return self._axes_by_ranks[key]
 
     def _find_axes_along(self, rank_lists: Sequence[Sequence[int]], name: str) -> frozenset[str]:
@@ -106,7 +111,7 @@ class ReduceMesh:
 
     @cached_property
     def _axes_by_ranks(self) -> dict[tuple[tuple[int, ...], ...], frozenset[str]]:
-        """Results of `axes_along`: one takes 0.4 ms, and thousands of parameters need few."""
+        """Results of `axes_beside`: one takes 0.4 ms, and thousands of parameters need few."""
         return {}
 
     @cached_property
@@ -137,12 +142,13 @@ def widest_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh | None:
 
 
 def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequence[str]) -> None:
-    """Checks a user's mesh against the widest mesh found from the parameters.
+    """Checks a user's mesh, or the widest mesh `found` from the parameters.
 
-    A mesh over a part of the world is right only where no parameter lies on a wider one.
+    A mesh over a part of the world means that these ranks train together, and no others. Whether a
+    parameter lies on ranks outside of it shows in `ReduceMesh.axes_beside`.
 
     Raises:
-        LayoutError: `mesh` lacks this rank, or ranks of `found`; `distinct` names no axis.
+        LayoutError: `mesh` lacks this rank; `distinct` names no axis.
     """
     chosen = mesh if mesh is not None else found
     axes = axis_names(chosen) if chosen is not None else ()
@@ -152,28 +158,12 @@ def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequ
             f"are {list(axes)}, and nothing would be distinct along it. Correct the name, or pass "
             f"the `mesh=` that has it."
         )
-    if mesh is not None:
-        _check_ranks(mesh, found)
-
-
-def _check_ranks(mesh: DeviceMesh, found: DeviceMesh | None) -> None:
-    axes = list(axis_names(mesh))
-    if mesh.get_coordinate() is None:
+    if mesh is not None and mesh.get_coordinate() is None:
         raise LayoutError(
-            f"cannot use the mesh with axes {axes}: this process is rank {dist.get_rank()}, but "
-            f"the mesh holds the ranks {_listed(mesh.mesh)}, and this rank's gradients would not "
-            f"be counted. Pass `mesh=` with a DeviceMesh over all ranks that train together."
-        )
-    needed = found.size() if found is not None else dist.get_world_size()
-    if mesh.size() < needed:
-        wider = "the world"
-        if found is not None:
-            wider = f"the mesh of the parameters, {list(axis_names(found))},"
-        raise LayoutError(
-            f"cannot use the mesh with axes {axes}: it holds the {mesh.size()} ranks "
-            f"{_listed(mesh.mesh)}, but {needed} ranks may train together ({wider} has them), and "
-            f"what the others hold would not be counted. "
-            f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
+            f"cannot use the mesh with axes {list(axes)}: this process is rank "
+            f"{dist.get_rank()}, but the mesh holds the ranks {_listed(mesh.mesh)}, and this "
+            f"rank's gradients would not be counted. Pass `mesh=` with a DeviceMesh over all "
+            f"ranks that train together."
         )
 
 

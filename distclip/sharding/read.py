@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from distclip.errors import LayoutError
-from distclip.sharding import dtensor, fsdp1
+from distclip.sharding import ddp, dtensor, fsdp1
+from distclip.sharding.copies import check_copies
 from distclip.sharding.layout import Layout, LayoutFunction, LocalParam
 from distclip.sharding.mesh import ReduceMesh, check_mesh, widest_mesh
+from distclip.sharding.names import bare_names
 from distclip.sharding.shard import BlockShard, ParamShard
-from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout, bare_name
+from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout
 
 # The first that recognises a tensor reads it. What none recognises is a plain tensor, whole here.
-READERS: tuple[MakeReader, ...] = (fsdp1.make_reader, dtensor.make_reader)
+READERS: tuple[MakeReader, ...] = (fsdp1.make_reader, ddp.make_reader, dtensor.make_reader)
 
 
 class ShardedParams(NamedTuple):
@@ -32,10 +32,12 @@ class ShardedParams(NamedTuple):
 
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
+        mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
     """
 
     params: list[LocalParam]
     reduce_mesh: ReduceMesh | None
+    mesh: ReduceMesh | None = None
 
 
 def read_layouts(
@@ -44,6 +46,7 @@ def read_layouts(
     mesh: DeviceMesh | None = None,
     distinct: tuple[str, ...] = ("pp",),
     layouts: LayoutFunction | None = None,
+    during_a_call: bool = False,
 ) -> ShardedParams:
     """How this rank holds each parameter, in the order of `named`.
 
@@ -52,12 +55,13 @@ def read_layouts(
         mesh: all ranks that train together; by default the widest mesh of a parameter.
         distinct: the mesh axes whose ranks hold different parameters.
         layouts: for sharding that the tensors do not show.
+        during_a_call: see `check_copies`.
 
     Raises:
-        LayoutError: the tensors and the declarations do not say how a parameter is sharded, or they
-            contradict the mesh.
+        LayoutError: the tensors and the declarations do not say how a parameter is sharded, they
+            contradict the mesh, or what would count as copies differs.
 
-    Collective: see `ReduceMesh.of`.
+    Collective: see `ReduceMesh.of` and `check_copies`.
     """
     read = [make_reader(modules) for make_reader in READERS]
     found = [_tensor_layout(name, param, read) for name, param in named]
@@ -66,16 +70,27 @@ def read_layouts(
         _local_param(name, param, layout, reduce_mesh, _declared(name, param, layouts))
         for (name, param), layout in zip(named, found, strict=True)
     ]
+    if reduce_mesh is not None:
+        check_copies(params, reduce_mesh, during_a_call)
     if reduce_mesh is None or _any_rank_shards(params, reduce_mesh):
-        return ShardedParams(params, reduce_mesh)
-    return ShardedParams([replace(param, counted=True) for param in params], None)
+        return ShardedParams(params, reduce_mesh, reduce_mesh)
+    return ShardedParams([replace(param, counted=True) for param in params], None, reduce_mesh)
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a module, each once, by their names in the model without wrappers."""
-    while isinstance(module, DistributedDataParallel):
-        module = cast(nn.Module, module.module)
-    return ((bare_name(name), param) for name, param in module.named_parameters())
+    bare_name = bare_names(module)
+    found = {id(param): (name, param) for name, param in module.named_parameters()}
+    for name, param in ddp.hidden_parameters(module):
+        found.setdefault(id(param), (name, param))
+    return ((bare_name(name), param) for name, param in found.values())
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `named_parameters`, in less time."""
+    found = {id(param): param for param in module.parameters()}
+    found.update((id(param), param) for _, param in ddp.hidden_parameters(module))
+    return list(found.values())
 
 
 def _tensor_layout(name: str, param: Tensor, readers: Sequence[ParamReader]) -> TensorLayout:
@@ -93,7 +108,7 @@ def _reduce_mesh(
     distinct: tuple[str, ...],
 ) -> ReduceMesh | None:
     """The user's mesh; else the widest of a DTensor; else the world, where there is FSDP1."""
-    by_id = {id(p.device_mesh): p.device_mesh for _, p in named if isinstance(p, DTensor)}
+    by_id = {id(layout.mesh): layout.mesh for layout in found if layout.mesh is not None}
     widest = widest_mesh([m for m in by_id.values() if m.get_coordinate() is not None])
     check_mesh(mesh, widest, distinct)
     if mesh is not None:
@@ -125,10 +140,14 @@ def _local_param(
     reduce_mesh: ReduceMesh | None,
     declared: Layout | None,
 ) -> LocalParam:
-    full = own
+    added: frozenset[str] = frozenset()
     distinct: frozenset[str] = frozenset()
+    full = own
     if reduce_mesh is not None:
-        full, distinct = _on_all_axes(name, own, reduce_mesh), reduce_mesh.distinct
+        added = reduce_mesh.axes_beside(own.ranks_by_axis.values(), name)
+        distinct = reduce_mesh.distinct
+        own = _without_clashes(own, added)
+        full = _on_all_axes(own, added, reduce_mesh)
     if declared is not None:
         full = _as_declared(name, full, declared, own.sharded | distinct)
     # An axis of one rank divides nothing.
@@ -138,19 +157,28 @@ def _local_param(
     coordinate = {a: ranks.index(dist.get_rank()) for a, ranks in full.ranks_by_axis.items()}
     mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)})
     counts = layout.counted_at(coordinate)
-    return LocalParam(name, param, layout, coordinate, mesh, counts, full.shards)
+    assumed = added & layout.replicated if declared is None else frozenset[str]()
+    return LocalParam(name, param, layout, coordinate, mesh, counts, full.shards, assumed)
 
 
-def _on_all_axes(name: str, own: TensorLayout, reduce_mesh: ReduceMesh) -> TensorLayout:
+def _without_clashes(own: TensorLayout, added: frozenset[str]) -> TensorLayout:
+    """Renames axes of the tensor's own mesh whose names other axes of the reduce mesh have."""
+    if added.isdisjoint(own.ranks_by_axis):
+        return own
+    names = {axis: f"own {axis}" if axis in added else axis for axis in own.ranks_by_axis}
+    ranks_by_axis = {names[axis]: ranks for axis, ranks in own.ranks_by_axis.items()}
+    sharded = frozenset(names[axis] for axis in own.sharded)
+    return replace(own, ranks_by_axis=ranks_by_axis, sharded=sharded)
+
+
+def _on_all_axes(own: TensorLayout, added: frozenset[str], reduce_mesh: ReduceMesh) -> TensorLayout:
     """Adds the axes of the mesh that the tensor's own axes do not run along.
 
     The ranks along these hold copies of the tensor, or other tensors where the axis is distinct.
     """
-    along = reduce_mesh.axes_along(own.ranks_by_axis.values(), name)
-    added = set(reduce_mesh.axes) - along
     ranks_by_axis = {**own.ranks_by_axis, **{a: reduce_mesh.ranks_along(a) for a in added}}
     sharded = own.sharded | (added & reduce_mesh.distinct)
-    return TensorLayout(own.shards, ranks_by_axis, sharded, own.device_type)
+    return replace(own, ranks_by_axis=ranks_by_axis, sharded=sharded)
 
 
 def _as_declared(

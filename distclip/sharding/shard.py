@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor
 
@@ -177,6 +177,47 @@ class FlatShard:
 
 
 @dataclass(frozen=True, slots=True)
+class FlatBlockShard:
+    """A range of the elements of a block: FSDP1 has flattened a shard of tensor parallelism.
+
+    Attributes:
+        block: where the block lies in the whole tensor.
+        flat: the range, as if the block were the whole tensor.
+    """
+
+    block: BlockShard
+    flat: FlatShard
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        return self.block.global_shape
+
+    def unit_range(self, dim: int | None) -> UnitRange:
+        """The units on this rank. dim: 0 or the last; None: the tensor is one unit."""
+        first, count = self.flat.unit_range(dim)
+        return UnitRange(first + self._first(dim), count)
+
+    def unit_views(self, values: Tensor, dim: int | None) -> Iterator[UnitView]:
+        """Views that cover the range once. values: those of the whole parameter."""
+        for view in self.flat.unit_views(values, dim):
+            yield view._replace(first=view.first + self._first(dim))
+
+    def cut_units(self, dim: int | None) -> Sequence[int]:
+        """The units that several ranks may hold elements of; the same on every rank.
+
+        Those of other blocks are cut elsewhere: all units count as cut where any may be.
+        """
+        cut = self.flat.boundaries or self.block.cut_units(dim)
+        return range(1 if dim is None else self.global_shape[dim]) if cut else ()
+
+    def _first(self, dim: int | None) -> int:
+        return 0 if dim is None else self.block.offsets[dim]
+
+
+Shard: TypeAlias = BlockShard | FlatShard | FlatBlockShard
+
+
+@dataclass(frozen=True, slots=True)
 class ParamShard:
     """What one parameter on this rank holds of one tensor of the model.
 
@@ -187,12 +228,12 @@ class ParamShard:
 
     name: str
     numel: int
-    shard: BlockShard | FlatShard
+    shard: Shard
 
     def __post_init__(self) -> None:
         _store(self, "numel", as_int("ParamShard", "numel", self.numel))
         name, shard = cast(Any, self.name), cast(Any, self.shard)
-        is_shard = isinstance(shard, BlockShard | FlatShard)
+        is_shard = isinstance(shard, BlockShard | FlatShard | FlatBlockShard)
         if not isinstance(name, str) or not is_shard or self.numel < 0:
             raise LayoutError(
                 f"cannot make a ParamShard of name={shown(name)}, numel={self.numel}, "

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.sharding.shard import ParamShard
-
-# What wrappers insert into the names that `named_parameters` returns.
-_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +24,14 @@ class TensorLayout:
         sharded: the axes whose ranks hold different elements.
         device_type: where the collectives of these ranks run; offloaded parameters lie elsewhere.
             None without axes.
+        mesh: the DeviceMesh that it lies on, where one was recorded.
     """
 
     shards: tuple[ParamShard, ...]
     ranks_by_axis: Mapping[str, list[int]]
     sharded: frozenset[str]
     device_type: str | None
+    mesh: DeviceMesh | None = None
 
     @classmethod
     def without_mesh(cls, shard: ParamShard) -> TensorLayout:
@@ -42,10 +42,3 @@ class TensorLayout:
 ParamReader: TypeAlias = Callable[[str, Tensor], TensorLayout | None]
 # A wrapper that keeps its layout on modules looks for it in those that the user passed.
 MakeReader: TypeAlias = Callable[[Sequence[nn.Module]], ParamReader]
-
-
-def bare_name(name: str) -> str:
-    """The name of a parameter in the model without wrappers, under which state is kept."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name

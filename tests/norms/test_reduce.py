@@ -28,6 +28,7 @@ def parameters_without_gradients(device: str) -> None:
             if dist.get_rank() in (1, 3):  # what they hold counts as zero
                 for param in params[dist.get_rank() // 2 :]:
                     param.grad = None
+            distclip.get_total_norm(params)  # compares copies, once
             with CommDebugMode() as comms:
                 norm = distclip.clip_grad_norm_(params, 0.1, norm_type)
             assert comms.get_total_counts() == 1

@@ -23,6 +23,7 @@ def clips_as_the_reference(layout: str, norm_type: float, dtype: torch.dtype, de
     max_norm = 0.5 * expected.item()  # so that clipping happens
     params = lay_out(wholes, LAYOUTS[layout], device)
 
+    distclip.clip_grad_norm_(params, math.inf)  # compares copies, once
     with CommDebugMode() as comms:
         norm = distclip.clip_grad_norm_(params, max_norm, norm_type)
 

@@ -77,8 +77,9 @@ def clips_as_the_reference(layout: str, device: str) -> None:
         params = lay_out(wholes, placed, device)
         for param, weight in zip(params, lay_out(weights, placed, device), strict=True):
             local(param.data).copy_(local(weight.grad))
+        clipper = Clipper(params, policy)
         with CommDebugMode() as comms:
-            report = Clipper(params, policy).clip_()
+            report = clipper.clip_()
         assert comms.get_total_counts() <= 1, name
         total = reference.total_norm(wholes, policy.norm_type).float()
         torch.testing.assert_close(report.total_norm.cpu(), total, rtol=1e-6, atol=0)

@@ -158,3 +158,47 @@ def layouts_by_strategy(device: str) -> None:
 
 def test_layouts_by_strategy(four_ranks: Ranks) -> None:
     four_ranks.run(layouts_by_strategy, four_ranks.device)
+
+
+def unit_of_a_model() -> None:
+    """As FSDP1's own method, which refuses it in these words, and with a RuntimeError."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
+    model[1] = FullyShardedDataParallel(model[1], device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    model(torch.ones(2, 3)).sum().backward()
+    unit = model.module[1]
+    before = [p.grad.clone() for p in model.parameters()]
+    for error in (RuntimeError, distclip.LayoutError):
+        for call in (unit.clip_grad_norm_, lambda limit: distclip.clip_grad_norm_(unit, limit)):
+            with pytest.raises(
+                RuntimeError if call == unit.clip_grad_norm_ else error,
+                match=r"`clip_grad_norm_\(\)` should only be called on the root FSDP instance",
+            ):
+                call(1e-3)
+    assert all(map(torch.equal, before, [p.grad for p in model.parameters()]))
+    distclip.clip_grad_norm_(model, 1e-3)
+    assert not any(map(torch.equal, before, [p.grad for p in model.parameters()]))
+    distclip.Clipper([{"params": unit, "name": "unit"}]).clip_()  # a group of its own is meant
+
+
+def test_a_unit_of_a_model_is_refused(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(unit_of_a_model)
+
+
+def axis_with_the_name_of_another() -> None:
+    """FSDP1 has no names for its axes; distclip's must not hide one of the mesh."""
+    root = mesh((2, 2), ("fsdp", "other"))
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 5),
+        process_group=root["other"].get_group(),
+        device_id=torch.device("cpu"),
+    )
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    norm = distclip.clip_grad_norm_(model, 1.0, mesh=root)
+    torch.testing.assert_close(norm, torch.tensor(20.0).sqrt())
+
+
+def test_an_axis_of_the_mesh_may_have_the_name_fsdp(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(axis_with_the_name_of_another)

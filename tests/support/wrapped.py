@@ -125,15 +125,15 @@ def _fully_sharded(model: nn.Module, **kwargs: object) -> nn.Module:
 
 
 def _tp(model: nn.Module, device: str) -> nn.Module:
-    return _tensor_parallel(model, mesh((4,), ("tp",), device))
+    return tensor_parallel(model, mesh((4,), ("tp",), device))
 
 
 def _fsdp2_tp(model: nn.Module, device: str) -> nn.Module:
     both = mesh((2, 2), ("fsdp", "tp"), device)
-    return _fully_sharded(_tensor_parallel(model, both["tp"]), mesh=both["fsdp"])
+    return _fully_sharded(tensor_parallel(model, both["tp"]), mesh=both["fsdp"])
 
 
-def _tensor_parallel(model: nn.Module, tp: object) -> nn.Module:
+def tensor_parallel(model: nn.Module, tp: object) -> nn.Module:
     """Column, row and sequence parallel; the embedding and the head stay plain tensors."""
     for block in model.blocks:
         split = PrepareModuleInput(
