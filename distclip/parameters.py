@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.local_tensors import local_values, resolve_partial
+from distclip.sharding.local_tensors import (
+    has_overlap,
+    local_memory,
+    local_values,
+    resolve_partial,
+)
 from distclip.sharding.read import named_parameters
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -143,7 +148,14 @@ def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> 
                 f"sum or an uncoalesced sparse tensor. Reducing it makes a new tensor, and what is "
                 f"written there would be lost. Return the reduced gradient."
             )
-        found.append(local_values(grad))
+        if has_overlap(memory := local_memory(grad)):
+            raise ValueError(
+                f"cannot clip {param.name!r}: elements of the gradient that `gradient=` returned "
+                f"share memory (shape {list(memory.shape)}, strides {list(memory.stride())}), and "
+                f"one cannot be written without the others. Return `gradient.contiguous()`, kept "
+                f"where the optimizer reads it."
+            )
+        found.append(memory)
     return found
 
 
