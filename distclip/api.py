@@ -77,8 +77,9 @@ def clip_grad_norm_(
 
     Returns the total norm before.
 
-    The norm is that of the whole model's gradients, each element counted once, as a plain float32
-    scalar that has the same bits on every rank. A NaN on any rank makes it NaN, and the gradients
+    The norm is that of the whole model's gradients, each element counted once, as a plain scalar
+    that has the same bits on every rank: float32, or float64 where all parameters are float64 (but
+    float32 in pipelines, whose other stages may hold any). A NaN on any rank makes it NaN, and the gradients
     are scaled all the same, as torch does. `max_norm=math.inf` only measures. A parameter given
     twice counts once.
 
@@ -233,7 +234,12 @@ def _check_finite(
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
     if not bool(decision.finite):
         plan = _make_plan(given, policy, mesh, distinct)
-        raise nonfinite.error(decision.total_norm, decision.gradients, plan)
+        raise nonfinite.error(
+            decision.total_norm,
+            decision.gradients,
+            plan,
+            setting="error_if_nonfinite=False",
+        )
 
 
 def _make_plan(
