@@ -111,7 +111,10 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Long tensors by Numba if they are worth it, and all others in one call of torch."""
-    if coefficient.item() == 1:
+    if (factor := coefficient.item()) == 1:
+        return
+    if naive.is_tiny(factor):
+        naive.scale_(tensors, coefficient)
         return
     if compiled := _numba_for(tensors):
         long = [t for t in tensors if t.numel() > _SHORT and t.is_contiguous()]

@@ -47,8 +47,7 @@ class Power(NamedTuple):
 
 def norm_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of the norm of tensors: float64 where all are as wide, else float32."""
-    real = {dtype.to_real() if dtype.is_complex else dtype for dtype in dtypes}
-    return torch.float64 if real == {torch.float64} else torch.float32
+    return torch.float64 if {d.to_real() for d in dtypes} == {torch.float64} else torch.float32
 
 
 def partials(per_tensor: Tensor, power: Power) -> Tensor:
