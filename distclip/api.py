@@ -25,6 +25,7 @@ from distclip.parameters import (
     named_tensors,
     read_parameters,
     unique_tensors,
+    warn_of_empty_generator,
 )
 from distclip.policies import (
     ClipNorm,
@@ -78,10 +79,12 @@ def clip_grad_norm_(
     Returns the total norm before.
 
     The norm is that of the whole model's gradients, each element counted once, as a plain scalar
-    that has the same bits on every rank: float32, or float64 where all parameters are float64 (but
-    float32 in pipelines, whose other stages may hold any). A NaN on any rank makes it NaN, and the gradients
-    are scaled all the same, as torch does. `max_norm=math.inf` only measures. A parameter given
-    twice counts once.
+    that has the same bits on every rank: float32, or float64 where every parameter is float64 (see
+    `Report`). A NaN on any rank makes it NaN, and the gradients are scaled all the same, as torch
+    does. `max_norm=math.inf` only measures. A parameter given twice counts once.
+
+    A gradient whose elements share memory, as those of an expanded tensor do, becomes a copy in
+    `.grad`; so does one that is the gradient of an earlier parameter.
 
     Raises:
         NonFiniteGradientError: with `error_if_nonfinite`, on all ranks together; no gradient is
@@ -103,7 +106,7 @@ def clip_grad_norm_(
     """
     del foreach
     policy = _TorchClipNorm(float(max_norm), float(norm_type))
-    given = _rereadable(parameters)
+    given = _to_clip(parameters)
     tensors, plan = _kept_plan(given, policy, mesh, tuple(distinct))
     gradients = local_gradients(tensors)
     if isinstance(given, nn.Module) and all(grad is None for grad in gradients):
@@ -133,7 +136,7 @@ def get_total_norm(
     given = _rereadable(tensors)
     decision = measure_tensors(given, norm_type, mesh=mesh, distinct=distinct)
     if error_if_nonfinite:
-        _check_finite(decision, given, ClipNorm(math.inf, norm_type), mesh, tuple(distinct))
+        _check_finite(decision, given, ClipNorm(math.inf, float(norm_type)), mesh, tuple(distinct))
     return decision.report.total_norm
 
 
@@ -166,10 +169,11 @@ def clip_grads_with_norm_(
     Collective: none.
     """
     del foreach
+    given = _to_clip(parameters)
     policy, norm = _TorchClipNorm(float(max_norm)), local_values(total_norm).double()
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
-        lists = kernels.tensor_lists(_gradients(parameters))
+        lists = kernels.tensor_lists(_gradients(given))
         step.scale_(lists, step.coefficient(norm, limit))
 
 
@@ -186,7 +190,7 @@ def clip_grad_value_(
     """
     del foreach
     check_not_negative("clip_value", clip_value := float(clip_value))
-    gradients = _gradients(parameters)
+    gradients = _gradients(_to_clip(parameters))
     step.check_real(gradients)
     bound = torch.full((), clip_value, dtype=torch.float64, device="cpu")
     step.clamp_(kernels.tensor_lists(gradients), bound)
@@ -198,10 +202,18 @@ class _TensorsAndPlan(NamedTuple):
 
 
 def _rereadable(given: Parameters) -> Parameters:
-    """Iterables as lists; an empty generator stays, because `named_tensors` warns about it."""
+    """Iterables as lists."""
     if isinstance(given, nn.Module | Tensor):
         return given
-    return cast(Parameters, list(cast("Iterable[Any]", given)) or given)
+    return cast(Parameters, list(cast("Iterable[Any]", given)))
+
+
+def _to_clip(given: Parameters) -> Parameters:
+    """As `_rereadable`. Of an empty generator it warns at the line that calls torch's function."""
+    listed = _rereadable(given)
+    if isinstance(listed, list) and not listed:
+        warn_of_empty_generator(given, stacklevel=4)  # `no_grad` is a frame too
+    return listed
 
 
 def _kept_plan(

@@ -65,8 +65,8 @@ def clip_by_global_norm(
 ) -> tuple[list[Tensor | None], Tensor]:
     """All tensors scaled by min(1, clip_norm / their common norm), and that norm.
 
-    The norm is float32, or float64 where all tensors are float64. None stays None. A norm that is infinite or NaN makes every element NaN. A tensor given twice
-    counts once.
+    The norm is float32, or float64 where all tensors are float64. None stays None. A norm that is
+    infinite or NaN makes every element NaN. A tensor given twice counts once.
 
     Args:
         use_norm: the norm, if it is known already; nothing is measured then.

@@ -176,7 +176,7 @@ def error(
         f"{worst.name!r}, whose norm on rank {rank} is {worst.size} (parameters with such "
         f"gradients, by rank: {_shortened(counts)}). No coefficient makes such gradients finite, "
         f"and all were left as they are. Look for the cause in the loss and its inputs, or skip "
-        f"this step. The total norm of order {plan.groups[0].norm_type} for gradients from "
+        f"this step. The total norm of order {float(plan.groups[0].norm_type)} for gradients from "
         f"`parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
         f"gradients by the non-finite norm anyway, set `{setting}`"
     )

@@ -61,7 +61,7 @@ def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> NamedPara
     seen: set[int] = set()
     for index, group in enumerate(groups):
         name = str(group.get("name", f"group{index}"))
-        members = named_tensors(group["params"])
+        members = named_tensors(group["params"], stacklevel=5)
         twice = [n for n, tensor in members if id(tensor) in seen]
         if twice or name in (other.name for other in read.groups):
             raise ValueError(
@@ -81,10 +81,14 @@ def _read_groups(groups: list[dict[str, Any]], policy: Policy[Any]) -> NamedPara
     return read
 
 
-def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
+def named_tensors(given: Parameters, stacklevel: int = 4) -> list[tuple[str, Tensor]]:
     """Each tensor once, with its name in the module or its index in the iterable.
 
     A generator is read once.
+
+    Args:
+        stacklevel: from here to the line that a warning points at; as it is, to who calls the
+            caller of `read_parameters`.
 
     Raises:
         TypeError: something that is no tensor.
@@ -94,10 +98,8 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         # Frozen integer weights (quantised layers) are no mistake there.
         return [(n, p) for n, p in named_parameters(given) if _can_have_gradient(p)]
     listed = [given] if isinstance(given, Tensor) else list(cast(Iterable[Any], given))
-    if not listed and isinstance(given, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=4
-        )
+    if not listed:
+        warn_of_empty_generator(given, stacklevel)
     named: dict[int, tuple[str, Tensor]] = {}
     for index, item in enumerate(listed):
         name, tensor = (
@@ -106,6 +108,19 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
+
+
+def warn_of_empty_generator(given: object, stacklevel: int) -> None:
+    """Warns, in torch's words, where an iterable without elements is a generator: it may be spent.
+
+    Args:
+        stacklevel: as `warnings.warn` would have it in the caller.
+    """
+    if isinstance(given, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def unique_tensors(given: Parameters) -> list[Tensor] | None:

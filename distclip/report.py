@@ -21,8 +21,8 @@ class Report:
     times `scale` where the caller gave one. A report keeps no gradient, parameter or plan alive,
     and can be pickled; the copy cannot ask other ranks.
 
-    Numbers are float32, and float64 where every parameter is float64 (but float32 in pipelines,
-    whose other stages may hold any).
+    Numbers are float32, and float64 where every parameter is float64 on every rank: but float32
+    along the `distinct` axes, where other ranks may hold any.
 
     Attributes:
         total_norm: before clipping.

@@ -104,8 +104,10 @@ def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
     if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
         return
     least = torch.float32
-    if coefficients.device.type == "cpu" and any(map(is_tiny, coefficients.tolist())):
-        least = torch.float64
+    if coefficients.device.type == "cpu":
+        magnitudes = coefficients.abs()
+        if bool(((magnitudes > 0) & (magnitudes < LEAST_FLOAT32)).any()):
+            least = torch.float64
     wide = torch.promote_types(tensor.dtype, least)
     shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
     factors = coefficients.to(wide.to_real())

@@ -146,9 +146,7 @@ def _unit_partials(values: Sequence[Tensor | None], power: Power, units: Units) 
     return partials
 
 
-def _add_units_(
-    partials: Tensor, views: Iterable[UnitView], power: Power, units: Units
-) -> None:
+def _add_units_(partials: Tensor, views: Iterable[UnitView], power: Power, units: Units) -> None:
     whole: list[UnitView] = []
     for view in views:
         if view.dim is None:

@@ -148,8 +148,8 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec]) -> Plan:
 
 
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
-    # The same on every rank, because the payload depends on it. Pipeline stages hold other
-    # parameters, and only a collective could tell their dtypes.
+    # The same on every rank, because the payload depends on it. Ranks along a distinct axis hold
+    # other parameters, and only a collective could tell their dtypes.
     if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
         return torch.float32
     return norm_dtype(param.param.dtype for param in params)

@@ -119,11 +119,9 @@ def final_gradient(param: Tensor) -> Tensor | None:
     grad = param.grad
     if grad is None or grad.layout is torch.sparse_coo:
         return None
-    are_dtensors = isinstance(grad, DTensor) and isinstance(param, DTensor)
-    if are_dtensors and grad.placements != _without_partial(param):
+    if _is_moved(grad, like=param) or has_overlap(memory := local_memory(grad)):
         return None
-    memory = local_memory(grad)
-    return None if has_overlap(memory) else memory
+    return memory
 
 
 def local_values(tensor: Tensor) -> Tensor:
@@ -173,7 +171,9 @@ def groups_sharding(tensor: Tensor, dims: Sequence[int]) -> list[dist.ProcessGro
 def _shows_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor is negated or conjugated lazily."""
     is_complex = any(dtype.is_complex for dtype in set(map(attrgetter("dtype"), tensors)))
-    return not (any(map(Tensor.is_neg, tensors)) or (is_complex and any(map(Tensor.is_conj, tensors))))
+    return not (
+        any(map(Tensor.is_neg, tensors)) or (is_complex and any(map(Tensor.is_conj, tensors)))
+    )
 
 
 def _separate_(params: Sequence[Tensor]) -> None:
@@ -185,10 +185,18 @@ def _separate_(params: Sequence[Tensor]) -> None:
             param.grad = grad.clone()
 
 
+def _is_moved(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a DTensor has yet to take the placements of another."""
+    if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        return tensor.placements != _without_partial(like)
+    return False
+
+
 def _resolve(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
-        wanted = _without_partial(like)
-        return tensor if tensor.placements == wanted else tensor.redistribute(placements=wanted)
+        if not _is_moved(tensor, like):
+            return tensor
+        return tensor.redistribute(placements=_without_partial(like))
     return tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor
 
 

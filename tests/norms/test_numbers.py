@@ -112,9 +112,7 @@ WIDE = {"rtol": 5e-14, "atol": 0.0}  # of a norm in float64: some roundings
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 2.0, 3.5, 6.0, 8.0, 30.0, math.inf])
 @pytest.mark.parametrize("value", [1e-300, 1e-200, 1e-20, 1.0, 1e39, 1e150, 1e200, 1e290])
-def test_float64_norms_of_any_magnitude(
-    value: float, norm_type: float, dtype: torch.dtype
-) -> None:
+def test_float64_norms_of_any_magnitude(value: float, norm_type: float, dtype: torch.dtype) -> None:
     """torch's squares of 1e200 overflow."""
     grads = [torch.full((2000,), value, dtype=dtype), torch.full((3,), value * 5, dtype=dtype)]
     expected = reference.total_norm(grads, norm_type)
@@ -126,7 +124,13 @@ def test_float64_norms_of_any_magnitude(
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, 8.0, math.inf])
 def test_float64_norms_over_many_magnitudes(norm_type: float) -> None:
     grads = [torch.full((3,), 10.0**k, dtype=torch.float64) for k in range(-300, 301, 50)]
-    for some in (grads, grads[:7], grads[6:7], [torch.zeros_like(grads[0])], [*grads, grads[0][:0]]):
+    for some in (
+        grads,
+        grads[:7],
+        grads[6:7],
+        [torch.zeros_like(grads[0])],
+        [*grads, grads[0][:0]],
+    ):
         expected = reference.total_norm(some, norm_type)
         torch.testing.assert_close(distclip.get_total_norm(some, norm_type), expected, **WIDE)
 
@@ -178,7 +182,8 @@ def test_float64_gradients_are_clipped(value: float, policy: type) -> None:
     grads, weights = [p.grad.clone() for p in params], [p.detach().clone() for p in params]
     chosen = policy(0.01, eps=0.0) if policy is distclip.AGC else policy(limit)
     report = distclip.Clipper(params, chosen, on_nonfinite="raise").clip_()
-    assert bool(report.finite) and bool(report.clipped)
+    assert bool(report.finite)
+    assert bool(report.clipped)
     wanted = [g / value for g in grads]
     unit = [w / value for w in weights]
     wanted = {
@@ -194,13 +199,12 @@ def test_float64_gradients_are_clipped(value: float, policy: type) -> None:
 def float64_on_ranks(value: float, norm_type: float) -> None:
     one = mesh((4,), ("dp",))
     wholes = [torch.full((n, 3), value, dtype=torch.float64) for n in (2, 5, 64)]
-    params = [
-        nn.Parameter(distribute_tensor(torch.zeros_like(w), one, [Shard(0)])) for w in wholes
-    ]
+    params = [nn.Parameter(distribute_tensor(torch.zeros_like(w), one, [Shard(0)])) for w in wholes]
     for param, whole in zip(params, wholes, strict=True):
         param.grad = distribute_tensor(whole, one, [Shard(0)])
     norm = distclip.clip_grad_norm_(params, value, norm_type, error_if_nonfinite=True)
-    assert norm.dtype is torch.float64 and same_bits_everywhere(norm)
+    assert norm.dtype is torch.float64
+    assert same_bits_everywhere(norm)
     torch.testing.assert_close(norm, reference.total_norm(wholes, norm_type), **WIDE)
     wanted = reference.clip_norm([w / value for w in wholes], 1.0, norm_type)
     for param, want in zip(params, wanted, strict=True):
@@ -220,7 +224,8 @@ def stages_of_two_dtypes() -> None:
     param = nn.Parameter(distribute_tensor(torch.zeros(6, dtype=dtype), two["dp"], [Shard(0)]))
     param.grad = distribute_tensor(torch.full((6,), 2.0, dtype=dtype), two["dp"], [Shard(0)])
     norm = distclip.clip_grad_norm_([param], 1.0, mesh=two)
-    assert norm.dtype is torch.float32 and same_bits_everywhere(norm)
+    assert norm.dtype is torch.float32
+    assert same_bits_everywhere(norm)
     torch.testing.assert_close(norm.double(), torch.tensor(48.0).double().sqrt(), **NORM)
 
 

@@ -190,7 +190,8 @@ def test_what_lies_in_memory_is_scaled() -> None:
     param.grad = buffer.conj()
     before, kept = buffer.clone(), param.grad
     distclip.clip_grad_norm_(param, MAX_NORM)
-    assert param.grad is kept and param.grad.is_conj()
+    assert param.grad is kept
+    assert param.grad.is_conj()
     wanted = reference.clip_norm([before], MAX_NORM, eps=1e-6)[0].to(torch.complex64)
     torch.testing.assert_close(buffer, wanted)
 
@@ -198,7 +199,8 @@ def test_what_lies_in_memory_is_scaled() -> None:
     param = nn.Parameter(torch.zeros(10))
     param.grad = one.expand(10)
     distclip.clip_grad_norm_(param, MAX_NORM)
-    assert one.item() == 3.0 and param.grad.is_contiguous()
+    assert one.item() == 3.0
+    assert param.grad.is_contiguous()
 
 
 def test_a_gradient_from_a_function_that_shares_memory_is_an_error_before_anything_is_written() -> (
@@ -276,7 +278,8 @@ def clip_dtensors(name: str, kind: str) -> None:
     found = distclip.clip_grad_norm_([param, plain], MAX_NORM)
     torch.testing.assert_close(found.double(), reference.total_norm(before), **NORM)
     wanted = reference.clip_norm(before, MAX_NORM, eps=1e-6)
-    assert type(param.grad) is DTensor and param.grad.placements == param.placements
+    assert type(param.grad) is DTensor
+    assert param.grad.placements == param.placements
     torch.testing.assert_close(
         param.grad.clone().full_tensor(), wanted[0].to(whole.dtype), rtol=2e-6, atol=1e-9
     )
