@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -81,14 +81,16 @@ def local_gradient(param: Tensor) -> Tensor | None:
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     """`local_gradient` of each; 2,000 of FSDP2 take about 1.4 ms, and plain ones 0.7 ms.
 
-    A tensor that is the gradient of several parameters would be multiplied once for each: all but
-    the first get a copy.
+    Memory that is the gradient of several parameters would be multiplied once for each: all but
+    the first get a copy. Only gradients that begin at one address are found, not those that overlap
+    otherwise.
 
     Collective: as `local_gradient`.
     """
     found = _quick_gradients(params)
     present = [grad for grad in found if grad is not None]
-    if len(set(map(id, present))) == len(present) and _shows_memory(present):
+    addresses = [address for address in map(_address, present) if address]
+    if len(set(addresses)) == len(addresses) and _shows_memory(present):
         return found
     _separate_(params)
     return [local_gradient(param) for param in params]
@@ -180,9 +182,14 @@ def _separate_(params: Sequence[Tensor]) -> None:
     """Gives every parameter a gradient of its own."""
     owners: dict[int, Tensor] = {}
     for param in params:
-        grad = param.grad
-        if grad is not None and owners.setdefault(id(_dense(grad)), param) is not param:
+        if (grad := param.grad) is None or not (address := _address(_dense(grad))):
+            continue
+        if owners.setdefault(address, param) is not param:
             param.grad = grad.clone()
+
+
+# 0 where there is no element, or no memory, as on the meta device.
+_address: Callable[[Tensor], int] = Tensor.data_ptr
 
 
 def _is_moved(tensor: Tensor, like: Tensor) -> bool:

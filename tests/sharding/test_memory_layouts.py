@@ -220,12 +220,18 @@ def test_a_gradient_from_a_function_that_shares_memory_is_an_error_before_anythi
         torch.testing.assert_close(found, want.float())
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (1, 4, 3), (12,)])
 @pytest.mark.parametrize("policy", [distclip.ClipNorm(MAX_NORM), distclip.ClipTensorNorm(0.2)])
-def test_one_tensor_that_is_the_gradient_of_two_parameters(policy: distclip.ClipNorm) -> None:
+def test_memory_that_is_the_gradient_of_two_parameters(
+    policy: distclip.ClipNorm, shape: tuple[int, ...]
+) -> None:
     """torch multiplies it twice."""
-    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
-    grads = torch.autograd.grad(((params[0] + params[1]) * seeded(4, 3)).sum(), params[:2])
-    assert grads[0] is grads[1]
+    params = [nn.Parameter(torch.ones(each)) for each in ((4, 3), shape, (4, 3), (0, 3), (0,))]
+    added = params[0] + params[1].view(4, 3)
+    grads = torch.autograd.grad((added * seeded(4, 3)).sum(), params[:2])
+    assert grads[0].data_ptr() == grads[1].data_ptr()
+    for param in params[3:]:
+        param.grad = torch.zeros_like(param)
     for param, grad in zip(params, grads, strict=False):
         param.grad = grad
     params[2].grad = seeded(4, 3) * 2
