@@ -106,6 +106,68 @@ def test_gradients_that_are_finite_but_whose_norm_no_float32_holds_are_clipped_a
     torch.testing.assert_close(param.grad, torch.full((4,), 0.5))
 
 
+SMALL_COEFFICIENTS = {
+    "clip_grad_norm_": lambda params, limit, scale: distclip.clip_grad_norm_(params, limit),
+    "clip_grads_with_norm_": lambda params, limit, scale: distclip.clip_grads_with_norm_(
+        params, limit, distclip.get_total_norm([p.grad for p in params])
+    ),
+    "ClipNorm": lambda params, limit, scale: distclip.Clipper(
+        params, distclip.ClipNorm(limit)
+    ).clip_(),
+    "ClipTensorNorm": lambda params, limit, scale: distclip.Clipper(
+        params, distclip.ClipTensorNorm(limit / 2**0.5)
+    ).clip_(),
+    "AGC": lambda params, limit, scale: distclip.Clipper(
+        params, distclip.AGC(limit / 2**0.5, eps=1.0)
+    ).clip_(),
+    "scale": lambda params, limit, scale: distclip.Clipper(
+        params, distclip.ClipNorm(math.inf)
+    ).clip_(scale=scale),
+    "scale of values": lambda params, limit, scale: distclip.Clipper(
+        params, distclip.ClipValue(1.0)
+    ).clip_(scale=scale),
+}
+
+
+@pytest.mark.parametrize("shape", [(4,), (1 << 20, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("name", SMALL_COEFFICIENTS)
+def test_coefficients_that_are_no_normal_float32(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """A float32 coefficient of 1e-50 is zero, and one of 1e-41 has lost most of its digits."""
+    if dtype.is_complex and name in ("AGC", "scale of values"):
+        pytest.skip("complex numbers have no order")
+    if name == "AGC":
+        shape = (1, math.prod(shape))  # one unit
+    for value, limit in ((1e24, 1e-26), (1e20, 1e-21)):
+        params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for _ in range(2)]
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        before = params[0].grad.flatten()[:1].clone().to(torch.promote_types(dtype, torch.float64))
+        norm = before.abs().item() * (2 * math.prod(shape)) ** 0.5
+        SMALL_COEFFICIENTS[name](params, limit, limit / norm)
+        wanted = (before * (limit / norm)).to(dtype)
+        for param in params:
+            found = param.grad.flatten()
+            assert bool((found == found[0]).all())
+            rtol = 8e-3 if dtype is torch.bfloat16 else 3e-7
+            torch.testing.assert_close(found[:1], wanted, rtol=rtol, atol=0)
+
+
+def test_functions_out_of_place_with_small_coefficients() -> None:
+    tensor = torch.full((2, 2), 1e24)
+    wanted = torch.full((2, 2), 5e-27)
+    clip = distclip.functional
+    for found in (
+        clip.clip_by_norm(tensor, 1e-26),
+        clip.clip_by_norm(tensor, 1e-26, axes=[0, 1]),
+        clip.clip_by_global_norm([tensor], 1e-26)[0][0],
+        clip.clip_by_global_norm([tensor], 1e-26, use_norm=2e24)[0][0],
+    ):
+        torch.testing.assert_close(found, wanted, rtol=3e-7, atol=0)
+
+
 WIDE = {"rtol": 5e-14, "atol": 0.0}  # of a norm in float64: some roundings
 
 
