@@ -21,6 +21,7 @@ from distclip.sharding.local_tensors import (
     local_memory,
     local_values,
     resolve_partial,
+    share_address,
 )
 from distclip.sharding.read import named_parameters
 
@@ -143,6 +144,7 @@ def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> 
 
     Raises:
         TypeError: `gradient` returns something that is no tensor.
+        ValueError: elements share memory, or two gradients begin at one address.
         LayoutError: a gradient that has to be reduced or coalesced first. The result would be a
             new tensor, and what is written there would be lost.
     """
@@ -171,6 +173,11 @@ def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> 
                 f"where the optimizer reads it."
             )
         found.append(memory)
+    if share_address([memory for memory in found if memory is not None]):
+        raise ValueError(
+            "cannot clip: `gradient=` returned memory that is the gradient of several parameters, "
+            "and it would be multiplied once for each. Return a gradient of its own for each."
+        )
     return found
 
 

@@ -86,7 +86,8 @@ class Decision:
 
         Raises:
             RuntimeError: the gradients were scaled before.
-            ValueError: `scale` without `gradient`, or a complex gradient that would be clamped.
+            ValueError: `scale` without `gradient`, a complex gradient that would be clamped, or one
+                that `gradient` returns and whose elements share memory.
         """
         if gradient is None:
             if scale is not None:

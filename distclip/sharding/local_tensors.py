@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
@@ -89,8 +89,7 @@ def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     """
     found = _quick_gradients(params)
     present = [grad for grad in found if grad is not None]
-    addresses = [address for address in map(_address, present) if address]
-    if len(set(addresses)) == len(addresses) and _shows_memory(present):
+    if not share_address(present) and _shows_memory(present):
         return found
     _separate_(params)
     return [local_gradient(param) for param in params]
@@ -156,6 +155,12 @@ def has_overlap(dense: Tensor) -> bool:
     return False
 
 
+def share_address(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of these dense tensors begin at one address."""
+    addresses = _addresses(tensors)
+    return len(set(addresses)) < len(addresses)
+
+
 def resolve_partial(tensor: Tensor) -> Tensor:
     """The tensor itself; reduced where it is `Partial`, coalesced where it is sparse."""
     return _resolve(tensor, like=tensor)
@@ -182,14 +187,16 @@ def _separate_(params: Sequence[Tensor]) -> None:
     """Gives every parameter a gradient of its own."""
     owners: dict[int, Tensor] = {}
     for param in params:
-        if (grad := param.grad) is None or not (address := _address(_dense(grad))):
+        if (grad := param.grad) is None:
             continue
-        if owners.setdefault(address, param) is not param:
-            param.grad = grad.clone()
+        for address in _addresses([_dense(grad)]):
+            if owners.setdefault(address, param) is not param:
+                param.grad = grad.clone()
 
 
-# 0 where there is no element, or no memory, as on the meta device.
-_address: Callable[[Tensor], int] = Tensor.data_ptr
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Those of tensors with elements. Fake tensors and others of a class of their own have none."""
+    return [address for t in tensors if type(t) is Tensor and (address := t.data_ptr())]
 
 
 def _is_moved(tensor: Tensor, like: Tensor) -> bool:

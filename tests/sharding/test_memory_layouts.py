@@ -220,6 +220,15 @@ def test_a_gradient_from_a_function_that_shares_memory_is_an_error_before_anythi
         torch.testing.assert_close(found, want.float())
 
 
+def test_memory_that_a_function_returns_for_two_parameters_is_an_error() -> None:
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    grad = torch.full((3,), 4.0)
+    clipper = distclip.Clipper(params, distclip.ClipNorm(MAX_NORM), gradient=lambda p: grad)
+    with pytest.raises(ValueError, match="the gradient of several parameters"):
+        clipper.clip_()
+    assert torch.equal(grad, torch.full((3,), 4.0))
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (1, 4, 3), (12,)])
 @pytest.mark.parametrize("policy", [distclip.ClipNorm(MAX_NORM), distclip.ClipTensorNorm(0.2)])
 def test_memory_that_is_the_gradient_of_two_parameters(
