@@ -258,6 +258,22 @@ def test_float64_gradients_are_clipped(value: float, policy: type) -> None:
         torch.testing.assert_close(param.grad, want * value, **WIDE)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("how", ["step", "attach"])
+def test_fused_optimizers_take_no_float64_factor(how: str, fused: bool) -> None:
+    """Their factor is float32, in which 1e-200 is zero."""
+    param = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    param.grad = torch.full_like(param, 1e200)
+    optimizer = torch.optim.SGD([param], lr=1.0, fused=fused)
+    clipper = distclip.Clipper([param], distclip.ClipNorm(1.0))
+    if how == "step":
+        clipper.step(optimizer)
+    else:
+        clipper.attach(optimizer)
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((4,), -0.5).double(), **WIDE)
+
+
 def float64_on_ranks(value: float, norm_type: float) -> None:
     one = mesh((4,), ("dp",))
     wholes = [torch.full((n, 3), value, dtype=torch.float64) for n in (2, 5, 64)]
