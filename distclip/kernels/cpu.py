@@ -105,8 +105,10 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     sums = power_sums(tensors, norm_type)
     if math.isinf(norm_type):
         return sums
-    in_range = bool(((sums > _LEAST_SUM) & (sums < math.inf)).all())
-    return sums ** (1 / norm_type) if in_range else naive.norms(tensors, norm_type)
+    in_range = (sums > _LEAST_SUM) & (sums < math.inf)
+    if type(sums) is Tensor and bool(in_range.all()):  # a fake tensor has no values to look at
+        return sums ** (1 / norm_type)
+    return naive.norms(tensors, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
