@@ -227,7 +227,7 @@ def test_the_words_of_torchs_error(value: float, norm_type: float) -> None:
         ):
             with pytest.raises(RuntimeError, match=re.escape(str(of_torch.value))):
                 call()
-    policy = distclip.ClipNorm(1.0, float(norm_type))
+    policy = distclip.ClipNorm(1.0, math.inf if norm_type == "inf" else norm_type)
     for clipper in (
         distclip.Clipper([param], policy, on_nonfinite="raise"),
         distclip.Clipper([param], policy, on_nonfinite="skip", max_consecutive_skips=0),
