@@ -28,6 +28,7 @@ from distclip.parameters import (
     named_tensors,
     read_parameters,
     unique_tensors,
+    warn_of_empty_generator,
 )
 from distclip.policies import (
     ClipNorm,
@@ -93,10 +94,13 @@ def clip_grad_norm_(
 
     Returns the total norm before.
 
-    The norm is that of the whole model's gradients, each element counted once, as a plain float32
-    scalar that has the same bits on every rank. A NaN on any rank makes it NaN, and the gradients
-    are scaled all the same, as torch does. `max_norm=math.inf` only measures. A parameter given
-    twice counts once.
+    The norm is that of the whole model's gradients, each element counted once, as a plain scalar
+    that has the same bits on every rank: float32, or float64 where every parameter is float64 (see
+    `Report`). A NaN on any rank makes it NaN, and the gradients are scaled all the same, as torch
+    does. `max_norm=math.inf` only measures. A parameter given twice counts once.
+
+    A gradient whose elements share memory, as those of an expanded tensor do, becomes a copy in
+    `.grad`; so does one that is the gradient of an earlier parameter.
 
     `mesh`, `distinct` and `layouts` are those of `Clipper`. With `layouts` the plan is made anew in
     each call; a `Clipper` keeps it.
@@ -126,7 +130,7 @@ def clip_grad_norm_(
     policy = _TorchClipNorm(max_norm, norm_type)
     error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
     distinct = as_axes("distinct", distinct)
-    given = _rereadable(parameters)
+    given = _to_clip(parameters)
     check_root(given)
     where = _Where(mesh, tuple(distinct), layouts)
     tensors, plan = _kept_plan(given, policy, where)
@@ -207,10 +211,11 @@ def clip_grads_with_norm_(
     Collective: none.
     """
     _check_arguments(False, foreach)
+    given = _to_clip(parameters)
     policy, norm = _TorchClipNorm(max_norm), _total_norm(total_norm)
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
-        lists = kernels.tensor_lists(_gradients(parameters))
+        lists = kernels.tensor_lists(_gradients(given))
         step.scale_(lists, step.coefficient(norm, limit))
 
 
@@ -227,7 +232,7 @@ def clip_grad_value_(
     """
     _check_arguments(False, foreach)
     clip_value = check_not_negative("clip_value", clip_value)
-    gradients = _gradients(parameters)
+    gradients = _gradients(_to_clip(parameters))
     step.check_real(gradients)
     bound = torch.full((), clip_value, dtype=torch.float64, device="cpu")
     step.clamp_(kernels.tensor_lists(gradients), bound)
@@ -272,13 +277,21 @@ class _TensorsAndPlan(NamedTuple):
 
 
 def _rereadable(given: Parameters) -> Parameters:
-    """Iterables as lists; an empty generator stays, because `named_tensors` warns about it."""
+    """Iterables as lists."""
     if isinstance(given, nn.Module | Tensor):
         return given
     listed = list_items(given)
     if listed and isinstance(listed[0], dict):
         named_tensors(listed)  # raises: one limit is for all, and groups have one each
-    return listed or given
+    return listed
+
+
+def _to_clip(given: Parameters) -> Parameters:
+    """As `_rereadable`. Of an empty generator it warns at the line that calls torch's function."""
+    listed = _rereadable(given)
+    if isinstance(listed, list) and not listed:
+        warn_of_empty_generator(given, stacklevel=4)  # `no_grad` is a frame too
+    return listed
 
 
 def _kept_plan(given: Parameters, policy: Policy[Any], where: _Where) -> _TensorsAndPlan:
@@ -306,7 +319,12 @@ def _check_finite(
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
     if not bool(decision.finite):
         plan = _make_plan(given, policy, where)
-        raise nonfinite.error(decision.total_norm, decision.gradients, plan)
+        raise nonfinite.error(
+            decision.total_norm,
+            decision.gradients,
+            plan,
+            setting="error_if_nonfinite=False",
+        )
 
 
 def _make_plan(given: Parameters, policy: Policy[Any], where: _Where) -> Plan:

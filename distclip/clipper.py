@@ -58,7 +58,7 @@ class Clipper:
             read the tensor.
         gradient: where a parameter's gradient is, if not in `.grad`: `parameter -> Tensor`, or None
             where it has none (Megatron's `main_grad`, buffers on the host). The returned tensor is
-            scaled in place.
+            scaled in place; its elements may not share memory.
         on_nonfinite: when the total norm is NaN or infinite, "propagate" scales by limit / norm,
             as torch does; "raise" raises on every rank and leaves the gradients as they are;
             "skip" leaves them as they are, and `step` does not step the optimizer; "zero" sets

@@ -16,6 +16,7 @@ from torch import Tensor
 from distclip import api, kernels, step
 from distclip.arguments import as_number, items, kind_of, shown
 from distclip.norms import reduce
+from distclip.norms.power_sums import norm_dtype
 from distclip.parameters import list_items, named_tensors
 from distclip.policies import check_not_negative
 from distclip.sharding import local_tensors as gradients
@@ -64,10 +65,10 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
 def clip_by_global_norm(
     t_list: Iterable[Tensor | None], clip_norm: float, use_norm: float | Tensor | None = None
 ) -> tuple[list[Tensor | None], Tensor]:
-    """All tensors scaled by min(1, clip_norm / their common norm), and that norm, float32.
+    """All tensors scaled by min(1, clip_norm / their common norm), and that norm.
 
-    None stays None. A norm that is infinite or NaN makes every element NaN. A tensor given twice
-    counts once.
+    The norm is float32, or float64 where all tensors are float64. None stays None. A norm that is
+    infinite or NaN makes every element NaN. A tensor given twice counts once.
 
     Args:
         use_norm: the norm, if it is known already; nothing is measured then.
@@ -85,10 +86,10 @@ def clip_by_global_norm(
     given = [None if t is None else gradients.resolve_partial(t) for t in listed]
     present = [t for t in given if t is not None]
     norm = _norm(present) if use_norm is None else _as_norm(use_norm, present)
-    # Judged in float32, as the norm that the caller sees.
-    factor = torch.where(norm.float().isfinite(), _coefficient(norm, clip_norm), math.nan)
+    seen = norm.to(norm_dtype(t.dtype for t in present))  # by the caller
+    factor = torch.where(seen.isfinite(), _coefficient(norm, clip_norm), math.nan)
     scaled = iter(_scaled(present, factor))
-    return [None if t is None else next(scaled) for t in given], norm.float()
+    return [None if t is None else next(scaled) for t in given], seen
 
 
 @torch.no_grad()

@@ -67,9 +67,9 @@ def is_shared(group: ParamGroup, plan: Plan) -> bool:
     return group.units is None or plan.reduce_mesh is None
 
 
-def make_nan_(payload: Tensor, norm_type: float, where: Tensor) -> None:
+def make_nan_(payload: Tensor, power: power_sums.Power, where: Tensor) -> None:
     """Makes the total norm, which the payload begins with, NaN on all ranks if `where` is true."""
-    nan = power_sums.partials(payload.new_full((1,), math.nan), norm_type)[0]
+    nan = power_sums.partials(payload.new_full((1,), math.nan), power)[0]
     total = payload[: len(nan)]
     total.copy_(torch.where(where, nan, total))
 

@@ -138,8 +138,12 @@ def error(
     gradients: Sequence[Tensor | None],
     plan: Plan,
     skipped: float | None = None,
+    setting: str = 'on_nonfinite="propagate"',
 ) -> NonFiniteGradientError:
     """The error for all ranks, which come here together because `total_norm` is the same on each.
+
+    Args:
+        setting: the argument of the caller with which nothing is raised.
 
     Collective: an all-gather of objects over the reduce mesh.
     """
@@ -155,12 +159,15 @@ def error(
         after = (
             f", after {skipped} steps in a row that were left out because the norm was not finite"
         )
+    # torch's own words at the end: tests and trainers look for them.
     return NonFiniteGradientError(
         f"cannot clip to a total norm of {total_norm.item()}{after}: the worst gradient is that of "
         f"{worst.name!r}, whose norm on rank {rank} is {worst.size} (parameters with such "
         f"gradients, by rank: {_shortened(counts)}). No coefficient makes such gradients finite, "
         f"and all were left as they are. Look for the cause in the loss and its inputs, or skip "
-        f"this step."
+        f"this step. The total norm of order {float(plan.groups[0].norm_type)} for gradients from "
+        f"`parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
+        f"gradients by the non-finite norm anyway, set `{setting}`"
     )
 
 

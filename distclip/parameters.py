@@ -20,7 +20,14 @@ from distclip.errors import LayoutError
 from distclip.policies import GroupSpec, Policy
 from distclip.sharding.fsdp2 import reshard, sharded_params
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.local_tensors import is_dtensor, local_values, resolve_partial
+from distclip.sharding.local_tensors import (
+    has_overlap,
+    is_dtensor,
+    local_memory,
+    local_values,
+    resolve_partial,
+    share_address,
+)
 from distclip.sharding.read import named_parameters, parameters_of
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -165,18 +172,29 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for (name, _), tensor in each if can_have_gradient(tensor)]
 
 
-def _listed(given: Tensor | Iterable[Any]) -> list[tuple[str, Tensor]]:
+def _listed(given: Tensor | Iterable[Any], stacklevel: int = 6) -> list[tuple[str, Tensor]]:
     listed = list_items(given)
-    if not listed and isinstance(given, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator: no gradient will be clipped.", stacklevel=5
-        )
+    if not listed:
+        warn_of_empty_generator(given, stacklevel)
     named: dict[int, tuple[str, Tensor]] = {}
     for index, item in enumerate(listed):
         name, tensor = _name_and_tensor(index, item)
         _check(name, tensor)
         named.setdefault(id(tensor), (name, tensor))
     return list(named.values())
+
+
+def warn_of_empty_generator(given: object, stacklevel: int) -> None:
+    """Warns, in torch's words, where an iterable without elements is a generator: it may be spent.
+
+    Args:
+        stacklevel: as `warnings.warn` would have it in the caller.
+    """
+    if isinstance(given, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def list_items(given: Any) -> list[Any]:
@@ -228,6 +246,7 @@ def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> 
 
     Raises:
         TypeError: `gradient` returns something that is no tensor.
+        ValueError: elements share memory, or two gradients begin at one address.
         LayoutError: a gradient that has to be reduced or coalesced first. The result would be a
             new tensor, and what is written there would be lost.
     """
@@ -248,7 +267,19 @@ def gradients_from(gradient: GradientFunction, params: Sequence[LocalParam]) -> 
                 f"sum or an uncoalesced sparse tensor. Reducing it makes a new tensor, and what is "
                 f"written there would be lost. Return the reduced gradient."
             )
-        found.append(local_values(grad))
+        if has_overlap(memory := local_memory(grad)):
+            raise ValueError(
+                f"cannot clip {param.name!r}: elements of the gradient that `gradient=` returned "
+                f"share memory (shape {list(memory.shape)}, strides {list(memory.stride())}), and "
+                f"one cannot be written without the others. Return `gradient.contiguous()`, kept "
+                f"where the optimizer reads it."
+            )
+        found.append(memory)
+    if share_address([memory for memory in found if memory is not None]):
+        raise ValueError(
+            "cannot clip: `gradient=` returned memory that is the gradient of several parameters, "
+            "and it would be multiplied once for each. Return a gradient of its own for each."
+        )
     return found
 
 

@@ -21,12 +21,14 @@ class Report:
     times `scale` where the caller gave one. A report keeps no gradient, parameter or plan alive,
     and can be pickled; the copy cannot ask other ranks.
 
+    Numbers are float32, and float64 where every parameter is float64 on every rank: but float32
+    along the `distinct` axes, where other ranks may hold any.
+
     Attributes:
-        total_norm: before clipping; float32.
-        limit: the largest norm that is not clipped, inf where the policy only measures; float32.
-        coefficient: what the gradients were multiplied by; float32. With `on_nonfinite="skip"` it
-            is 1 where the norm is not finite, because the gradients stay as they are; with "zero"
-            it is 0.
+        total_norm: before clipping.
+        limit: the largest norm that is not clipped, inf where the policy only measures.
+        coefficient: what the gradients were multiplied by. With `on_nonfinite="skip"` it is 1 where
+            the norm is not finite, because the gradients stay as they are; with "zero" it is 0.
         finite: whether `total_norm` is neither NaN nor infinite; bool.
         clipped: whether the gradients were scaled down; bool.
         norms, limits, coefficients: the same for each parameter group, by its name.

@@ -99,7 +99,8 @@ class Decision:
 
         Raises:
             RuntimeError: the gradients were scaled before.
-            ValueError: `scale` without `gradient`, or a complex gradient that would be clamped.
+            ValueError: `scale` without `gradient`, a complex gradient that would be clamped, or one
+                that `gradient` returns and whose elements share memory.
         """
         check_function("gradient", gradient, "`parameter -> its gradient now`, or None")
         if gradient is None:
@@ -145,7 +146,8 @@ class Decision:
     def has_one_factor(self) -> bool:
         """Whether every `.grad` is multiplied by `factor`: an optimizer can do that itself."""
         is_whole = len(self.clips) == 1 and self.plan.groups[0].scope is Scope.MODEL
-        return is_whole and self.in_grad and self.mode != "zero"
+        fits = self.plan.norm_dtype is torch.float32  # as the factor that fused optimizers take
+        return is_whole and fits and self.in_grad and self.mode != "zero"
 
     @property
     def factor(self) -> Tensor | None:
@@ -238,7 +240,7 @@ def decide(
     if measured is None or header.unreduced:
         measured = measure(reducible(gradients), plan)
     if invalid is not None:
-        make_nan_(measured[0].payload, plan.groups[0].norm_type, invalid)
+        make_nan_(measured[0].payload, plan.groups[0].power, invalid)
     totals = total_norms(measured, plan, header)
     if totals.reduce_gradients and reduce is not None:
         try:
@@ -247,7 +249,7 @@ def decide(
             fault, gradients = fault or error, reducible(gradients)
         measured = measure(gradients, plan)
         if invalid is not None:
-            make_nan_(measured[0].payload, plan.groups[0].norm_type, invalid)
+            make_nan_(measured[0].payload, plan.groups[0].power, invalid)
         fault = fault or _fault(gradients, plan)
         totals = total_norms(measured, plan, Header(call, fault=fault is not None))
     if totals.fault:
@@ -260,7 +262,7 @@ def decide(
     if len(norms) > 1:
         totals = torch.stack([each.total for each in norms])
         total = norm_of_norms(totals, plan.groups[0].norm_type)
-    finite = total.float() < math.inf  # one operation; `isfinite` is four
+    finite = total.to(plan.norm_dtype) < math.inf  # one operation; `isfinite` is four
     each = zip(norms, plan.groups, policies, states, strict=True)
     clips = [_ask_policy(*one, plan, finite) for one in each]
     for group, clip in zip(plan.groups, clips, strict=True):
@@ -321,19 +323,20 @@ def _report(
     finite: Tensor,
     mode: OnNonFinite,
 ) -> Report:
+    dtype = plan.norm_dtype
     limits: dict[str, Tensor] = {}
     coefficients: dict[str, Tensor] = {}
     for group, clip in zip(plan.groups, clips, strict=True):
-        limits[group.name] = _smallest(clip.limits, math.inf, total)
+        limits[group.name] = _smallest(clip.limits, math.inf, total).to(dtype)
         applied = coefficient_under(mode, clip.coefficients, finite)
-        coefficients[group.name] = _smallest(applied, 1.0, total)
+        coefficients[group.name] = _smallest(applied, 1.0, total).to(dtype)
     names, per_tensor = [m.names for m in measured], [m.per_tensor for m in measured]
     norms = zip(plan.groups, clips, strict=True)
     return Report(
-        {group.name: clip.norm.float() for group, clip in norms},
+        {group.name: clip.norm.to(dtype) for group, clip in norms},
         limits,
         coefficients,
-        total_norm=total.float(),
+        total_norm=total.to(dtype),
         search=NonFiniteSearch(names, per_tensor, rank_group(plan)),
     )
 
@@ -344,8 +347,8 @@ def _tensor_lists(gradients: Sequence[Tensor | None]) -> TensorLists:
 
 def _smallest(numbers: Tensor | None, default: float, like: Tensor) -> Tensor:
     if numbers is None or numbers.numel() == 0:
-        return torch.full_like(like, default, dtype=torch.float32)
-    return numbers.float() if numbers.ndim == 0 else numbers.amin().float()
+        return torch.full_like(like, default)
+    return numbers if numbers.ndim == 0 else numbers.amin()
 
 
 def _where(finite: Tensor, new: Any, old: Any) -> Any:

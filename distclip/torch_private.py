@@ -60,6 +60,8 @@ def spec_of_localized(param: Tensor) -> Any:
 
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
+# The memory of a tensor that torch negates lazily; `resolve_neg` makes a copy.
+neg_view: Callable[[Tensor], Tensor] = _torch._neg_view
 # torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.
 foreach_norm: Callable[..., list[Tensor]] = _torch._foreach_norm
 foreach_mul_: Callable[..., None] = _torch._foreach_mul_

@@ -8,6 +8,9 @@ import inspect
 import json
 import math
 import pathlib
+import re
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -172,6 +175,66 @@ def test_nonfinite_gradients_propagate_as_in_torch(value: float) -> None:
     norm = distclip.clip_grad_norm_(ours, 1.0)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(torchs, 1.0), equal_nan=True)
     torch.testing.assert_close(ours[0].grad, torchs[0].grad, equal_nan=True)
+
+
+EMPTY = "`parameters` is an empty generator, no gradient clipping will occur."
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: distclip.clip_grad_norm_(p, 1.0),
+        lambda p: distclip.clip_grad_norm_(p, 1.0, error_if_nonfinite=True, foreach=True),
+        lambda p: distclip.clip_grad_value_(p, 1.0),
+        lambda p: distclip.clip_grads_with_norm_(p, 1.0, torch.tensor(2.0)),
+        lambda p: distclip.Clipper(p, distclip.ClipNorm(1.0)),
+        lambda p: distclip.Clipper([{"params": p}]),
+        lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0),
+    ],
+)
+def test_the_warning_of_an_empty_generator_points_at_the_caller(call: Callable) -> None:
+    spent = (p for p in ())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(spent)
+    assert [str(each.message) for each in caught] == [EMPTY]
+    assert caught[0].category is UserWarning
+    code = call.__code__
+    assert (caught[0].filename, caught[0].lineno) == (code.co_filename, code.co_firstlineno)
+    assert distclip.get_total_norm(p for p in ()).item() == 0.0  # torch has no warning there
+    call([])
+
+
+def test_an_empty_list_has_torchs_norm() -> None:
+    for call in (distclip.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        norm = call([], 1.0)
+        assert (norm.item(), norm.dtype, norm.shape) == (0.0, torch.float32, ())
+    assert distclip.get_total_norm([]).item() == 0.0
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1, 2.0, 8, "inf", math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_words_of_torchs_error(value: float, norm_type: float) -> None:
+    """Tests and trainers look for them."""
+    (param,) = parameters([torch.tensor([value, 1.0])])
+    for utils in (torch.nn.utils, distclip):
+        with pytest.raises(RuntimeError) as of_torch:
+            torch.nn.utils.clip_grad_norm_(param, 1.0, norm_type, error_if_nonfinite=True)
+        for call in (
+            lambda utils=utils: utils.clip_grad_norm_(param, 1.0, norm_type, True),
+            lambda utils=utils: utils.get_total_norm(param.grad, norm_type, True),
+            lambda utils=utils: utils.get_total_norm([param.grad], norm_type, True),
+        ):
+            with pytest.raises(RuntimeError, match=re.escape(str(of_torch.value))):
+                call()
+    policy = distclip.ClipNorm(1.0, math.inf if norm_type == "inf" else norm_type)
+    for clipper in (
+        distclip.Clipper([param], policy, on_nonfinite="raise"),
+        distclip.Clipper([param], policy, on_nonfinite="skip", max_consecutive_skips=0),
+    ):
+        words = str(of_torch.value).split(". To disable")[0]
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            clipper.clip_()
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 8.0, math.inf])

@@ -77,7 +77,8 @@ class Backend(Protocol):
         """Multiplies a list of `tensor_lists`.
 
         The product is rounded to the dtype of the tensor once. The coefficient is not rounded to
-        16 bits first. A coefficient of 1 changes nothing, and on a CPU it writes nothing.
+        16 bits first, and not to float32 if it is no normal number there (on accelerators without
+        Triton it is). A coefficient of 1 changes nothing, and on a CPU it writes nothing.
 
         Shapes: coefficient: [].
         """

@@ -60,6 +60,7 @@ _EXACT = 1 << 16  # elements: so few are all summed in float64
 # Squares below the range of float32 are lost or rounded. They are less than 2**-26 of the sum
 # where the mean square is above this.
 _LEAST_MEAN = 2.0**-100
+_LEAST_SUM = 2.0**-900  # as above, of float64
 
 
 class _Compiled(Protocol):
@@ -100,15 +101,22 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Those of `naive`, for any finite p."""
+    """From sums of powers, and from `naive` where these leave the range of float64."""
+    sums = power_sums(tensors, norm_type)
     if math.isinf(norm_type):
-        return power_sums(tensors, norm_type)
+        return sums
+    in_range = (sums > _LEAST_SUM) & (sums < math.inf)
+    if type(sums) is Tensor and bool(in_range.all()):  # a fake tensor has no values to look at
+        return sums ** (1 / norm_type)
     return naive.norms(tensors, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Long tensors by Numba if they are worth it, and all others in one call of torch."""
-    if coefficient.item() == 1:
+    if (factor := coefficient.item()) == 1:
+        return
+    if naive.is_tiny(factor):
+        naive.scale_(tensors, coefficient)
         return
     if compiled := _numba_for(tensors):
         long = [t for t in tensors if t.numel() > _SHORT and t.is_contiguous()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distclip.kernels import tensor_table
+from distclip.kernels import naive, tensor_table
 
 INF = tl.constexpr(float("inf"))
 SCALE, SCALE_EACH, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -18,6 +18,7 @@ _FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 _READ, _READS = tl.constexpr(1024), tl.constexpr(8)
 _REWRITTEN, _FINISHED = tl.constexpr(2048), tl.constexpr(4096)
 # For a sum between these, float32 loses less than 2**-50 of the squares in one chunk.
+_LEAST_FLOAT32 = tl.constexpr(naive.LEAST_FLOAT32)
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
@@ -214,8 +215,20 @@ def _combined(total, P: tl.constexpr):
 
 @triton.jit
 def _rewrite_chunk(row, chunk, operand, STORED: tl.constexpr, OPERATION: tl.constexpr):
+    if STORED == tl.float64:
+        _rewrite_with(row, chunk, operand, STORED, OPERATION)
+    elif OPERATION == SCALE or OPERATION == SCALE_EACH:
+        if (tl.abs(operand) < _LEAST_FLOAT32) & (operand != 0):
+            _rewrite_with(row, chunk, operand, STORED, OPERATION)
+        else:
+            _rewrite_with(row, chunk, operand.to(tl.float32), STORED, OPERATION)
+    else:
+        _rewrite_with(row, chunk, operand.to(tl.float32), STORED, OPERATION)
+
+
+@triton.jit
+def _rewrite_with(row, chunk, number, STORED: tl.constexpr, OPERATION: tl.constexpr):
     base, start, stop, head = _span(row, chunk, STORED)
-    number = operand.to(tl.float64 if STORED == tl.float64 else tl.float32)
     while start < stop:
         offsets = tl.multiple_of(start, _REWRITTEN) + tl.arange(0, _REWRITTEN)
         if (start >= head) & (start + _REWRITTEN <= stop):
@@ -233,7 +246,10 @@ def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, OPERATION: tl.c
     else:
         x = _wide(tl.load(pointers, mask=mask))
         if OPERATION != CLAMP:
-            tl.store(pointers, _narrow(x * number, STORED), mask=mask)
+            product = x * number
+            if STORED != tl.float64:
+                product = product.to(tl.float32)
+            tl.store(pointers, _narrow(product, STORED), mask=mask)
         else:
             high = _wide(_narrow(number, STORED))
             outside = (x > high) | (x < -high)  # false for NaN; only these are written

@@ -61,7 +61,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Writes even if the coefficient is 1, because a look at it would wait for the device."""
     for alike in grouped(tensors, attrgetter("dtype")):
         dtype = alike[0].dtype
-        if dtype in (torch.float32, torch.float64):
+        tiny = coefficient.device.type == "cpu" and naive.is_tiny(coefficient.item())
+        if dtype in (torch.float32, torch.float64) and not tiny:
             foreach_mul_(alike, coefficient.to(dtype))
         else:  # foreach_mul_ would round the coefficient to 16 bits before it multiplies
             naive.scale_(alike, coefficient)

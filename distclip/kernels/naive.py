@@ -13,6 +13,8 @@ from torch import Tensor
 
 from distclip.kernels.contiguous import flat
 
+# Smaller coefficients are no normal float32 numbers: products with them are computed in float64.
+LEAST_FLOAT32 = 2.0**-126
 _CHUNK = 1 << 15  # elements widened at a time: 256 KiB of float64 stay in the cache of a core
 
 
@@ -45,13 +47,20 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """One product for each tensor."""
+    """One product for each tensor.
+
+    On an accelerator a coefficient below `LEAST_FLOAT32` is what float32 makes of it, perhaps 0:
+    only a wait would tell.
+    """
     if coefficient.device.type != "cpu":
         for tensor in tensors:
             # `mul_` would round a tensor's coefficient to 16 bits before it multiplies.
             wide = torch.promote_types(tensor.dtype, torch.float32)
             tensor.copy_(tensor.to(wide) * coefficient.to(wide))
-    elif (factor := coefficient.item()) != 1:
+    elif is_tiny(factor := coefficient.item()):
+        for tensor in tensors:
+            tensor.copy_(tensor.to(torch.promote_types(tensor.dtype, torch.float64)) * factor)
+    elif factor != 1:
         for tensor in tensors:
             tensor.mul_(factor)
 
@@ -94,10 +103,19 @@ def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
     """One product of the tensor and its coefficients, widened to float32 or float64."""
     if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
         return
-    wide = torch.promote_types(tensor.dtype, torch.float32)
+    least = torch.float32
+    if coefficients.device.type == "cpu":
+        magnitudes = coefficients.abs()
+        if bool(((magnitudes > 0) & (magnitudes < LEAST_FLOAT32)).any()):
+            least = torch.float64
+    wide = torch.promote_types(tensor.dtype, least)
     shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
-    factors = coefficients.to(torch.float64 if wide == torch.float64 else torch.float32)
+    factors = coefficients.to(wide.to_real())
     tensor.copy_(tensor.to(wide) * factors.view(shape))
+
+
+def is_tiny(coefficient: float) -> bool:
+    return 0 < abs(coefficient) < LEAST_FLOAT32
 
 
 def combine(power_sums: Tensor, norm_type: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from distclip import kernels
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
+from distclip.norms.power_sums import Power
 from distclip.norms.units import Units
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
@@ -58,10 +59,10 @@ def _measure_group(
 ) -> GroupMeasurement:
     params, grads = plan.params[group.members], gradients[group.members]
     if group.units is not None:
-        partials = _unit_partials(grads, group.norm_type, group.units)
+        partials = _unit_partials(grads, group.power, group.units)
         return _of_units(partials, params, group, group.units)
     # An accelerator's kernels give a number for each tensor at no cost.
-    if not per_tensor and plan.device.type == "cpu" and not _needs_norms(group.norm_type):
+    if not per_tensor and plan.device.type == "cpu" and not group.power.needs_norms:
         together = _measure_together(params, grads, group, plan.device)
         if math.isfinite(together.payload.sum().item()):
             return together
@@ -80,7 +81,7 @@ def _measure_together(
     sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
     sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
     added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
-    payload = power_sums.combine(power_sums.partials(added, p), p)
+    payload = power_sums.combine(power_sums.partials(added, group.power), p)
     return GroupMeasurement(payload, [], added[:0], tensor_lists=[*lists, *lists_of_copies])
 
 
@@ -93,10 +94,10 @@ def _measure_each(
     counted, copies = _by_counted(params, grads, group)
     here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
     names = [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
-    per_tensor = _per_tensor([*counted, *copies], group.norm_type, device)
+    per_tensor = _per_tensor([*counted, *copies], group.power, device)
     of_copies = _only_nonfinite(per_tensor[len(counted) :])
     added = torch.cat([per_tensor[: len(counted)], of_copies])
-    payload = power_sums.combine(power_sums.partials(added, group.norm_type), group.norm_type)
+    payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
     lists = [*kernels.tensor_lists(counted), *kernels.tensor_lists(copies)]
     return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists)
 
@@ -125,10 +126,10 @@ def _of_units(
         added = torch.where(counted | ~partials.isfinite(), partials, 0.0)
     payload, weights = [power_sums.combine(added, p), _in_slots(added, group, units)], None
     if group.needs_weights:
-        weights = _unit_partials([_weights(param) for param in params], p, units)
+        weights = _unit_partials([_weights(param) for param in params], group.power, units)
         payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
     flat = torch.cat([part.flatten() for part in payload])
-    norms = power_sums.norm_from_partials(partials, p)
+    norms = power_sums.norm_from_partials(partials, group.power)
     return GroupMeasurement(flat, units.row_names, norms, partials, weights)
 
 
@@ -144,16 +145,14 @@ def _in_slots(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
     return slots
 
 
-def _unit_partials(values: Sequence[Tensor | None], norm_type: float, units: Units) -> Tensor:
-    shape = units.num_units, power_sums.num_partials(norm_type)
+def _unit_partials(values: Sequence[Tensor | None], power: Power, units: Units) -> Tensor:
+    shape = units.num_units, power.num_partials
     partials = torch.zeros(shape, dtype=torch.float64, device=units.sizes.device)
-    _add_units_(partials, units.views(values), norm_type, units)
+    _add_units_(partials, units.views(values), power, units)
     return partials
 
 
-def _add_units_(
-    partials: Tensor, views: Iterable[UnitView], norm_type: float, units: Units
-) -> None:
+def _add_units_(partials: Tensor, views: Iterable[UnitView], power: Power, units: Units) -> None:
     whole: list[UnitView] = []
     for view in views:
         if view.dim is None:
@@ -161,38 +160,33 @@ def _add_units_(
             continue
         first, count = view.first, view.values.shape[view.dim]
         rows = torch.arange(first, first + count, device=partials.device)
-        per_unit = _per_unit(view.values, view.dim, norm_type).to(partials.device)
-        more = power_sums.partials(per_unit, norm_type)
-        power_sums.combine_rows_(partials, rows, more, norm_type)
+        per_unit = _per_unit(view.values, view.dim, power).to(partials.device)
+        more = power_sums.partials(per_unit, power)
+        power_sums.combine_rows_(partials, rows, more, power.norm_type)
     if whole:
-        per_tensor = _per_tensor([view.values for view in whole], norm_type, partials.device)
+        per_tensor = _per_tensor([view.values for view in whole], power, partials.device)
         rows = units.rows_on_device([view.first for view in whole])
-        more = power_sums.partials(per_tensor, norm_type)
-        power_sums.combine_rows_(partials, rows, more, norm_type)
+        more = power_sums.partials(per_tensor, power)
+        power_sums.combine_rows_(partials, rows, more, power.norm_type)
 
 
-def _per_unit(values: Tensor, dim: int, norm_type: float) -> Tensor:
+def _per_unit(values: Tensor, dim: int, power: Power) -> Tensor:
     """As `_per_tensor`, for every index of `dim`."""
-    kernel = kernels.unit_norms if _needs_norms(norm_type) else kernels.unit_power_sums
-    return kernel(values, dim, norm_type)
+    kernel = kernels.unit_norms if power.needs_norms else kernels.unit_power_sums
+    return kernel(values, dim, power.norm_type)
 
 
-def _per_tensor(values: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+def _per_tensor(values: Sequence[Tensor], power: Power, device: torch.device) -> Tensor:
     """Of each tensor, on any device, what `power_sums.partials` takes; together on `device`."""
-    kernel = kernels.norms if _needs_norms(norm_type) else kernels.power_sums
+    kernel = kernels.norms if power.needs_norms else kernels.power_sums
     devices = {v.device for v in values}
     if len(devices) == 1:
-        return kernel(values, norm_type).to(device)
+        return kernel(values, power.norm_type).to(device)
     per_tensor = torch.zeros(len(values), dtype=torch.float64, device=device)
     for there in devices:
         index = [i for i, v in enumerate(values) if v.device == there]
-        per_tensor[index] = kernel([values[i] for i in index], norm_type).to(device)
+        per_tensor[index] = kernel([values[i] for i in index], power.norm_type).to(device)
     return per_tensor
-
-
-def _needs_norms(norm_type: float) -> bool:
-    """Whether sums of powers would leave the range of float64."""
-    return norm_type > power_sums.PLAIN_UP_TO and not math.isinf(norm_type)
 
 
 class NormBuffer:
@@ -211,20 +205,20 @@ class NormBuffer:
         self._counted = torch.tensor(counted, dtype=torch.bool, device=plan.device)
         shape = [len(self._params)]
         if group.units is not None:
-            shape = [group.units.num_units, power_sums.num_partials(group.norm_type)]
+            shape = [group.units.num_units, group.power.num_partials]
         self.per_tensor = torch.zeros(shape, dtype=torch.float64, device=plan.device)
 
     def put(self, member: int, grad: Tensor | None) -> None:
         """Measures the gradient of one member of the group; None is a gradient of zeros."""
-        p, units = self._group.norm_type, self._group.units
+        power, units = self._group.power, self._group.units
         if units is None:
-            number = 0.0 if grad is None else _per_tensor([grad], p, self._device)[0]
+            number = 0.0 if grad is None else _per_tensor([grad], power, self._device)[0]
             self.per_tensor[member] = number
             return
         for span in units.spans_of[member]:
             self.per_tensor[span.row : span.row + span.count] = 0.0
             if grad is not None:
-                _add_units_(self.per_tensor, span.views(grad), p, units)
+                _add_units_(self.per_tensor, span.views(grad), power, units)
 
     def measurement(self) -> GroupMeasurement:
         group, per_tensor = self._group, self.per_tensor.clone()
@@ -233,5 +227,5 @@ class NormBuffer:
         added = per_tensor
         if group.has_copies:
             added = torch.where(self._counted, per_tensor, _only_nonfinite(per_tensor))
-        payload = power_sums.combine(power_sums.partials(added, group.norm_type), group.norm_type)
+        payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
         return GroupMeasurement(payload, self._names, per_tensor)

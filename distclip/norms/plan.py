@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
-from distclip.norms import power_sums
 from distclip.norms.agreement import message_size
 from distclip.norms.late_reads import LateReads
+from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
@@ -37,6 +37,7 @@ class ParamGroup:
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units are reduced over all coordinates of the distinct
             axes, and the first that belongs to this rank's coordinate.
+        norm_dtype: as `Plan.norm_dtype`.
     """
 
     name: str
@@ -49,12 +50,17 @@ class ParamGroup:
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
+    norm_dtype: torch.dtype = torch.float32
+
+    @property
+    def power(self) -> Power:
+        return Power(self.norm_type, self.norm_dtype)
 
     @property
     def payload_size(self) -> int:
         """How many numbers are reduced: for the total, the sharded units, and their weights."""
         num_norms = 1 + self.num_slots * (2 if self.needs_weights else 1)
-        return power_sums.num_partials(self.norm_type) * num_norms
+        return self.power.num_partials * num_norms
 
 
 @dataclass
@@ -77,6 +83,8 @@ class Plan:
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         device: where the partial sums are combined and reduced.
+        norm_dtype: in which norms are reported and judged: float32, or float64 where every
+            parameter is float64 and no rank may hold others that are not.
         mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
         rule: what must be the same on all ranks beside the policies, as text.
         copied_dtensors: the indices of parameters of which another rank may have a gradient that
@@ -87,6 +95,7 @@ class Plan:
     reduce_mesh: ReduceMesh | None
     groups: Sequence[ParamGroup]
     device: torch.device
+    norm_dtype: torch.dtype = torch.float32
     mesh: ReduceMesh | None = None
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
@@ -178,17 +187,28 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     """
     params, mesh = sharded.params, sharded.reduce_mesh
     device = _reduce_device(params, mesh)
-    groups = [_make_group(spec, params[spec.members], device) for spec in specs]
+    dtype = _norm_dtype(params, mesh)
+    groups = [_make_group(spec, params[spec.members], device, dtype) for spec in specs]
     for group in groups:
         on_accelerator = [p for p in params[group.members] if not p.param.is_cpu]
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    return Plan(params, mesh, groups, device, sharded.mesh, rule, copied)
+    return Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
 
 
-def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.device) -> ParamGroup:
+def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
+    # The same on every rank, because the payload depends on it. Ranks along a distinct axis hold
+    # other parameters, and only a collective could tell their dtypes.
+    if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+        return torch.float32
+    return norm_dtype(param.param.dtype for param in params)
+
+
+def _make_group(
+    spec: GroupSpec, params: Sequence[LocalParam], device: torch.device, dtype: torch.dtype
+) -> ParamGroup:
     policy = spec.policy
     whole = policy.scope in (Scope.MODEL, Scope.ELEMENT)
     units = None if whole else make_units(params, policy, device)
@@ -202,6 +222,7 @@ def _make_group(spec: GroupSpec, params: Sequence[LocalParam], device: torch.dev
         has_copies=not all(param.counted for param in params),
         units=units,
         num_slots=0 if units is None else units.num_slots,
+        norm_dtype=dtype,
     )
 
 

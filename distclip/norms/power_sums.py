@@ -1,15 +1,17 @@
 """How sums of |g|**p are reduced: as float64 partials that an all-reduce combines.
 
-| norm_type | partials                                    | combined by |
-|-----------|---------------------------------------------|-------------|
-| p <= 6    | the sum                                     | SUM         |
-| p > 6     | the sum, split by magnitude (see `_binned`) | SUM         |
-| inf       | the maximum, and whether a NaN was seen     | MAX         |
+| norm_type                   | partials                                    | combined by |
+|-----------------------------|---------------------------------------------|-------------|
+| p <= 6                      | the sum                                     | SUM         |
+| p > 6, or norms are float64 | the sum, split by magnitude (see `_binned`) | SUM         |
+| inf                         | the maximum, and whether a NaN was seen     | MAX         |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +19,49 @@ from torch import Tensor
 # Up to this p, float64 holds the p-th power of every float32 magnitude (2**-149 to 2**128), and
 # the sum of 2**80 such powers.
 PLAIN_UP_TO = 6.0
-# For higher p, the powers of what lies within one bin stay between 2**-900 and 2**900.
-_LOWEST, _HIGHEST, _REACH = -160.0, 140.0, 900.0
+# Where it does not, the powers of what lies within one bin stay between 2**-900 and 2**900.
+_REACH = 900.0
+# Exponents of 2: of the norms of float32 and float64 tensors, and the widest bin.
+_RANGES = {torch.float32: (-160.0, 140.0), torch.float64: (-1074.0, 1024.0)}
+_WIDEST = 700.0
 
 
-def num_partials(norm_type: float) -> int:
-    if math.isinf(norm_type):
-        return 2
-    return 1 if norm_type <= PLAIN_UP_TO else len(_centers(norm_type, torch.device("cpu")))
+class Power(NamedTuple):
+    """The p of a norm, and the dtype in which the norm has to be right: float32 or float64."""
+
+    norm_type: float
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether sums of powers would leave the range of float64."""
+        is_plain = self.norm_type <= PLAIN_UP_TO and self.dtype is torch.float32
+        return not (is_plain or math.isinf(self.norm_type))
+
+    @property
+    def num_partials(self) -> int:
+        if math.isinf(self.norm_type):
+            return 2
+        return len(_centers(self, torch.device("cpu"))) if self.needs_norms else 1
 
 
-def partials(per_tensor: Tensor, norm_type: float) -> Tensor:
-    """The partials of each tensor, from its sum of powers for p <= 6, else from its norm.
+def norm_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the norm of tensors: float64 where all are as wide, else float32."""
+    return torch.float64 if {d.to_real() for d in dtypes} == {torch.float64} else torch.float32
+
+
+def partials(per_tensor: Tensor, power: Power) -> Tensor:
+    """The partials of each tensor, from its norm where `power.needs_norms`, else from its sum.
 
     Shapes: per_tensor: [n]; the result: [n, num_partials].
     """
-    if norm_type <= PLAIN_UP_TO:
-        return per_tensor.unsqueeze(1)
-    if math.isinf(norm_type):
+    if power.needs_norms:
+        return _binned(per_tensor, power)
+    if math.isinf(power.norm_type):
         # gloo compares with `<`, and its MAX drops a NaN, which needs a number of its own.
         is_nan = per_tensor.isnan()
         return torch.stack([per_tensor.masked_fill(is_nan, math.inf), is_nan.double()], dim=1)
-    return _binned(per_tensor, norm_type)
+    return per_tensor.unsqueeze(1)
 
 
 def combine(partials: Tensor, norm_type: float) -> Tensor:
@@ -56,14 +79,15 @@ def combine_rows_(partials: Tensor, rows: Tensor, more: Tensor, norm_type: float
         partials.index_add_(0, rows, more)
 
 
-def norm_from_partials(partials: Tensor, norm_type: float) -> Tensor:
+def norm_from_partials(partials: Tensor, power: Power) -> Tensor:
     """The norms, float64, from combined partials. Shapes: [..., num_partials] to [...]."""
+    norm_type = power.norm_type
+    if power.needs_norms:
+        centers = _centers(power, partials.device)
+        return norm_of_norms(partials ** (1 / norm_type) * centers, norm_type)
     if math.isinf(norm_type):
         return torch.where(partials[..., 1] > 0, math.nan, partials[..., 0])
-    if norm_type <= PLAIN_UP_TO:
-        return partials[..., 0] ** (1 / norm_type)
-    centers = _centers(norm_type, partials.device)
-    return norm_of_norms(partials ** (1 / norm_type) * centers, norm_type)
+    return partials[..., 0] ** (1 / norm_type)
 
 
 def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
@@ -76,24 +100,25 @@ def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
     return torch.where((largest == 0) | largest.isinf(), largest, norm).squeeze(-1)
 
 
-def _binned(norms: Tensor, norm_type: float) -> Tensor:
-    """For p > 6: each norm in the bin whose center is nearest, as (norm / center)**p.
+def _binned(norms: Tensor, power: Power) -> Tensor:
+    """Each norm in the bin whose center is nearest, as (norm / center)**p.
 
     The p-th power of a small or a large norm has no float64, but that of its ratio to the nearest
     center has.
     """
-    centers = _centers(norm_type, norms.device)
-    width = 2 * _REACH / norm_type
-    nearest = ((norms.log2() - _LOWEST) / width).nan_to_num(nan=0.0).clamp(0, len(centers) - 1)
-    bins = nearest.long()
-    powers = (norms / centers[bins]) ** norm_type
+    centers = _centers(power, norms.device)
+    lowest, highest = _RANGES[power.dtype]
+    nearest = (norms.log2() - lowest) * (len(centers) / (highest - lowest))
+    bins = nearest.nan_to_num(nan=0.0).clamp(0, len(centers) - 1).long()
+    powers = (norms / centers[bins]) ** power.norm_type
     binned = norms.new_zeros(len(norms), len(centers))
     return binned.scatter_(1, bins.unsqueeze(1), powers.unsqueeze(1))
 
 
-def _centers(norm_type: float, device: torch.device) -> Tensor:
-    width = 2 * _REACH / norm_type
-    count = math.ceil((_HIGHEST - _LOWEST) / width)
+def _centers(power: Power, device: torch.device) -> Tensor:
+    lowest, highest = _RANGES[power.dtype]
+    count = math.ceil((highest - lowest) / min(2 * _REACH / power.norm_type, _WIDEST))
+    width = (highest - lowest) / count
     return torch.exp2(
-        _LOWEST + width * (torch.arange(count, dtype=torch.float64, device=device) + 0.5)
+        lowest + width * (torch.arange(count, dtype=torch.float64, device=device) + 0.5)
     )

@@ -205,9 +205,9 @@ def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:
     if measured.units is None:
-        return GroupNorms(power_sums.norm_from_partials(reduced, group.norm_type), None, None)
-    rows = reduced.view(-1, power_sums.num_partials(group.norm_type))
-    total = power_sums.norm_from_partials(rows[0], group.norm_type)
+        return GroupNorms(power_sums.norm_from_partials(reduced, group.power), None, None)
+    rows = reduced.view(-1, group.power.num_partials)
+    total = power_sums.norm_from_partials(rows[0], group.power)
     of_units = rows[1 : 1 + group.num_slots]
     of_weights = rows[1 + group.num_slots :]
     weights = None
@@ -221,4 +221,4 @@ def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
     assert group.units is not None
     complete = partials.clone()
     complete[group.units.sharded] = slots[group.first_slot + group.units.slots]
-    return power_sums.norm_from_partials(complete, group.norm_type)
+    return power_sums.norm_from_partials(complete, group.power)

@@ -152,6 +152,40 @@ def test_writes_the_same_bits(
     torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["scale_", "scale_each_", "scale_units_"])
+@pytest.mark.parametrize("value", [1.1e-38, 3e-40, -3e-44, 1e-60, 1e-300])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex128])
+def test_coefficients_that_are_no_normal_float32(
+    backend: Backend, device: str, dtype: torch.dtype, value: float, name: str
+) -> None:
+    """The product is rounded, and the coefficient is not."""
+    if HAS_GPU and backend in (naive, foreach):
+        pytest.skip("they would have to wait for the coefficient")
+    if HAS_GPU and (dtype.is_complex or name == "scale_units_"):
+        pytest.skip("torch's operators do it")
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    tensors = [(t.to(wide) * 6e37).to(dtype) for t in gradients(dtype, backend, device)]
+    if dtype is torch.float16:
+        tensors = gradients(dtype, backend, device)
+    if name == "scale_units_":
+        tensors = [t for t in tensors if t.ndim == 2]
+    expected = [(t.to(wide) * value).to(dtype) for t in tensors]
+    if name == "scale_":
+        for part in backend.tensor_lists(tensors):
+            backend.scale_(part, number(value, device))
+    elif name == "scale_each_":
+        backend.scale_each_(tensors, number(value, device).expand(len(tensors)).clone())
+    else:
+        for tensor in tensors:
+            ones = number(1.0, device).expand(len(tensor)).clone()
+            kept = tensor[1:].clone()
+            ones[0] = value
+            backend.scale_units_(tensor, 0, ones)
+            assert torch.equal(tensor[1:], kept)
+        tensors, expected = [t[0] for t in tensors], [t[0] for t in expected]
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("value", [1e-30, 1e30])
 def test_squares_out_of_range(backend: Backend, device: str, value: float) -> None:
     tensors = [t for dtype in DTYPES[:2] for t in gradients(dtype, backend, device)]

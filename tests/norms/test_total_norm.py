@@ -29,7 +29,7 @@ def clips_as_the_reference(layout: str, norm_type: float, dtype: torch.dtype, de
 
     assert comms.get_total_counts() == (0 if layout in UNSHARDED else 1)
     assert type(norm) is torch.Tensor
-    assert norm.dtype == torch.float32
+    assert norm.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     assert norm.shape == ()
     torch.testing.assert_close(norm.cpu().double(), expected, **NORM)
     assert same_bits_everywhere(norm)

@@ -449,3 +449,35 @@ def plain_beside_sharded() -> None:
 def test_plain_parameters_beside_sharded_ones(four_ranks: Ranks) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(plain_beside_sharded)
+
+
+@pytest.mark.parametrize("policy", [distclip.ClipNorm(0.5), distclip.ClipTensorNorm(0.5)])
+def test_gradients_that_torch_conjugates_lazily(policy: distclip.ClipNorm) -> None:
+    """Backward of a conjugate leaves a gradient with the conjugate bit."""
+    weight = nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+    plain = nn.Parameter(torch.randn(4))
+    clipper = distclip.Clipper([weight, plain], policy, overlap=True)
+    for _ in range(2):
+        weight.grad = plain.grad = None
+        (torch.randn(5, 6, dtype=torch.complex64) @ weight.conj() * plain).abs().sum().backward()
+        assert weight.grad.is_conj()
+        before = [weight.grad.clone(), plain.grad.clone()]
+        report = clipper.clip_()
+        torch.testing.assert_close(
+            report.total_norm.double(), reference.total_norm(before), rtol=1e-7, atol=0
+        )
+        clip = reference.clip_norm if policy.scope is distclip.Scope.MODEL else None
+        wanted = (clip or reference.clip_tensor_norm)(before, 0.5)
+        for param, want in zip((weight, plain), wanted, strict=True):
+            torch.testing.assert_close(param.grad, want.to(param.dtype))
+
+
+def test_an_expanded_gradient_is_measured_when_the_clipper_is_called() -> None:
+    params = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    clipper = distclip.Clipper(params, distclip.ClipNorm(0.5), overlap=True)
+    params[0].square().sum().backward()
+    params[1].grad = torch.full((1,), 2.0).expand(4, 3)
+    before = [p.grad.clone() for p in params]
+    clipper.clip_()
+    for param, want in zip(params, reference.clip_norm(before, 0.5), strict=True):
+        torch.testing.assert_close(param.grad, want.float())
