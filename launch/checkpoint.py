@@ -151,10 +151,16 @@ class Checkpoints:
                 self._check_owned()
                 raise
             sync_folder(self.folder)
-            kept = [p for p in self.complete() if _step(p) <= step and p not in self.damaged]
-            for old in self._steps():
-                if old not in kept[-NUM_KEPT:] and old.is_dir():
-                    self._discard(old)
+            self._remove_old(final)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Removes all but the last two; damaged ones, and what was left of them, as well."""
+        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
+        kept = [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
+        for path in self._steps():
+            if path not in kept and path.is_dir():
+                self._discard(path)
+        self.damaged = []
 
     def _steps(self) -> list[Path]:
         """Whatever has the name of a checkpoint, the newest last."""
