@@ -233,7 +233,8 @@ def _first_failure(work: Callable[[], None]) -> str | None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        causes = [cause for cause, _ in error.failures.values()]
+        error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     if isinstance(error, OSError):
         return describe(error)
     text = str(error).strip() or type(error).__name__
