@@ -39,6 +39,7 @@ from distclip.sharding.local_tensors import layout_cache_key, local_gradients, l
 from distclip.sharding.mesh import world_id
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
+from distclip.torch_private import outside_of_graphs
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
@@ -62,6 +63,7 @@ class _TorchClipNorm(StatelessPolicy):
         return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
@@ -114,6 +116,7 @@ def clip_grad_norm_(
     return decision.report.total_norm
 
 
+@outside_of_graphs
 @torch.no_grad()
 def get_total_norm(
     tensors: Parameters,
@@ -153,6 +156,7 @@ def measure_tensors(
     return step.decide(gradients, plan, [policy], [EmptyState()])
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -172,6 +176,7 @@ def clip_grads_with_norm_(
         step.scale_(lists, step.coefficient(norm, limit))
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters, clip_value: float, foreach: bool | None = None

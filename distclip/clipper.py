@@ -22,6 +22,7 @@ from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import local_gradients
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
+from distclip.torch_private import outside_of_graphs
 from distclip.training import grad_scaler, optimizers
 from distclip.training.backward import BackwardNorms
 from distclip.training.optimizers import Optimizers
@@ -65,6 +66,7 @@ class Clipper:
         per tensor or unit. All ranks of the mesh must make the clipper, and call it every step.
     """
 
+    @outside_of_graphs
     def __init__(
         self,
         model_or_parameters: Parameters | ParamGroups,
@@ -108,6 +110,7 @@ class Clipper:
         """How many calls found a norm that was not finite, with "skip" or "zero"; int64 scalar."""
         return self._skips.total.clone()
 
+    @outside_of_graphs
     def clip_(
         self,
         optimizer: Optimizers | None = None,
@@ -141,6 +144,7 @@ class Clipper:
         decision.apply_()
         return decision.report
 
+    @outside_of_graphs
     @torch.no_grad()
     def decide(
         self,
@@ -167,6 +171,7 @@ class Clipper:
             on_apply = partial(grad_scaler.record, scaler, stepped)
         return self._decide(stepped, factor, on_apply)
 
+    @outside_of_graphs
     def step(
         self,
         optimizer: Optimizers,
@@ -207,6 +212,7 @@ class Clipper:
                 grad_scaler.step_optimizer(each, scaler)
         return decision.report
 
+    @outside_of_graphs
     def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> StepHook:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours.
 

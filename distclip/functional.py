@@ -17,8 +17,10 @@ from distclip.norms import reduce
 from distclip.parameters import named_tensors
 from distclip.policies import check_not_negative
 from distclip.sharding import local_tensors as gradients
+from distclip.torch_private import outside_of_graphs
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None = None) -> Tensor:
     """`t` scaled by min(1, clip_norm / its norm); with `axes`, norms are taken over these dims.
@@ -58,6 +60,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     return clipped
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_global_norm(
     t_list: Iterable[Tensor | None], clip_norm: float, use_norm: float | Tensor | None = None
@@ -88,6 +91,7 @@ def clip_by_global_norm(
     return [None if t is None else next(scaled) for t in given], norm.float()
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_value(t: Tensor, clip_value_min: float, clip_value_max: float) -> Tensor:
     """`t` with every element clamped to [clip_value_min, clip_value_max]; NaN stays NaN.

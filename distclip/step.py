@@ -29,6 +29,7 @@ from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import NormContext, Policy, Scope
 from distclip.report import Report
 from distclip.sharding.shard import UnitView
+from distclip.torch_private import outside_of_graphs
 
 
 class GroupClip(NamedTuple):
@@ -70,6 +71,7 @@ class Decision:
     on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
     _applied: bool = field(default=False, repr=False)
 
+    @outside_of_graphs
     @torch.no_grad()
     def apply_(
         self,

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _torch = cast(Any, torch)
 
@@ -51,6 +54,15 @@ version: Callable[[Tensor], int] = attrgetter("_version")
 # torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.
 foreach_norm: Callable[..., list[Tensor]] = _torch._foreach_norm
 foreach_mul_: Callable[..., None] = _torch._foreach_mul_
+
+
+def outside_of_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which Dynamo does not trace: a graph breaks before it and goes on after it.
+
+    `torch.compiler.disable` imports torch._dynamo where it decorates, which takes a second. This
+    imports it in the first call, as every optimizer of torch does when it is made.
+    """
+    return _torch._disable_dynamo(function)
 
 
 def queue_after_backward(call: Callable[[], None]) -> None:
