@@ -236,7 +236,7 @@ def _check_finite(
     distinct: tuple[str, ...],
 ) -> None:
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
-    if not bool(decision.finite):
+    if decision.is_known_nonfinite:
         plan = _make_plan(given, policy, mesh, distinct)
         raise nonfinite.error(decision.total_norm, decision.gradients, plan)
 

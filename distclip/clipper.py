@@ -208,7 +208,7 @@ class Clipper:
             if folds:
                 with optimizers.folded(each, decision.factor, skip):
                     grad_scaler.step_optimizer(each, scaler)
-            elif skip is None or grad_scaler.is_on(scaler) or not bool(skip):
+            elif skip is None or grad_scaler.is_on(scaler) or not decision.is_known_nonfinite:
                 grad_scaler.step_optimizer(each, scaler)
         return decision.report
 
@@ -276,7 +276,7 @@ class Clipper:
     def _raise_if_nonfinite(self, decision: Decision) -> None:
         counts = self._on_nonfinite in ("skip", "zero")
         too_many = counts and self._skips.count_(decision.finite)
-        if too_many or (self._on_nonfinite == "raise" and not bool(decision.finite)):
+        if too_many or (self._on_nonfinite == "raise" and decision.is_known_nonfinite):
             decision.take_effect()  # a scaler can skip the step of who goes on
             in_a_row = self._skips.max_consecutive if too_many else None
             raise nonfinite.error(decision.total_norm, decision.gradients, self.plan, in_a_row)

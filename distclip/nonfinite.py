@@ -16,6 +16,7 @@ from distclip.errors import NonFiniteGradientError
 from distclip.norms.measure import measure
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import RankGroup, gather_objects, rank_group
+from distclip.torch_private import has_values
 
 OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
 
@@ -69,6 +70,8 @@ class SkipCounter:
             self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
         self._counts.add_(~finite)
         self._counts[1].mul_(~finite)
+        if not has_values(finite):
+            return False
         if finite.device.type == "cpu":
             return int(self._counts[1]) > self.max_consecutive
         return self._read_late(torch.get_device_module(finite.device.type))

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -47,6 +48,19 @@ def local_tensor_of_shared_spec(param: Any, grad: Any, resolved: set[int]) -> Te
         if type(local := grad._local_tensor) is Tensor:
             return local
     return None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device and under FakeTensorMode, as estimators of memory use them.
+
+    No public name tells a fake tensor from others.
+    """
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def host_has_values(tensor: Tensor) -> bool:
+    """Whether the host can read the values, and needs not wait for them."""
+    return tensor.is_cpu and not isinstance(tensor, FakeTensor)
 
 
 # No public name tells whether an operator has written to a tensor.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.contiguous import flat
+from distclip.torch_private import host_has_values
 
 _CHUNK = 1 << 15  # elements widened at a time: 256 KiB of float64 stay in the cache of a core
 
@@ -46,7 +47,7 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """One product for each tensor."""
-    if coefficient.device.type != "cpu":
+    if not host_has_values(coefficient):
         for tensor in tensors:
             # `mul_` would round a tensor's coefficient to 16 bits before it multiplies.
             wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -64,7 +65,7 @@ def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """A mask, because a product with zero would keep NaN and make NaN of infinities."""
-    if where.device.type != "cpu" or where.item():
+    if not host_has_values(where) or where.item():
         for tensor in tensors:
             tensor.masked_fill_(where, 0)
 
@@ -92,7 +93,7 @@ def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
 
 def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
     """One product of the tensor and its coefficients, widened to float32 or float64."""
-    if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
+    if host_has_values(coefficients) and bool((coefficients == 1).all()):
         return
     wide = torch.promote_types(tensor.dtype, torch.float32)
     shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]

@@ -15,6 +15,7 @@ from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.units import Units
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
+from distclip.torch_private import host_has_values
 
 TensorLists = list[list[Tensor]]  # as `kernels.tensor_lists` returns them
 
@@ -63,7 +64,8 @@ def _measure_group(
     # An accelerator's kernels give a number for each tensor at no cost.
     if not per_tensor and plan.device.type == "cpu" and not _needs_norms(group.norm_type):
         together = _measure_together(params, grads, group, plan.device)
-        if math.isfinite(together.payload.sum().item()):
+        added = together.payload.sum()
+        if not host_has_values(added) or math.isfinite(added.item()):
             return together
     return _measure_each(params, grads, group, plan.device)
 

@@ -134,7 +134,7 @@ class StepHook:
     def _apply(self, decision: Decision, scaled: bool) -> None:
         decision.apply_()
         skip = decision.skip(scaled)
-        if skip is not None and bool(skip):
+        if skip is not None and decision.is_known_nonfinite:
             self._hidden.hide(_params(self._optimizer))
         self.report = decision.report
 
