@@ -58,9 +58,13 @@ def has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
+# Tensors inside `torch.func`: under `vmap` one stands for many, and none can be read.
+is_transformed: Callable[[Tensor], bool] = _torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def host_has_values(tensor: Tensor) -> bool:
     """Whether the host can read the values, and needs not wait for them."""
-    return tensor.is_cpu and not isinstance(tensor, FakeTensor)
+    return tensor.is_cpu and not isinstance(tensor, FakeTensor) and not is_transformed(tensor)
 
 
 # No public name tells whether an operator has written to a tensor.

@@ -19,7 +19,7 @@ from torch import Tensor
 from distclip.kernels import cpu, foreach, naive
 from distclip.kernels.backend import Backend as Backend
 from distclip.kernels.contiguous import grouped
-from distclip.torch_private import has_values
+from distclip.torch_private import has_values, is_transformed
 
 DEFINITION: Backend = naive  # the other backends are tested against it
 
@@ -106,6 +106,8 @@ def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
 def _backend_of(tensors: Sequence[Tensor]) -> Backend:
     if not tensors:
         return cpu
+    if is_transformed(tensors[0]):
+        return naive  # its operators are those that `vmap` has
     # Fake tensors name a device, but have no memory there.
     return backend(tensors[0].device) if has_values(tensors[0]) else foreach
 
