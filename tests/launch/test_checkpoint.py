@@ -235,6 +235,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert not any(others)
 
 
+def test_a_damaged_checkpoint_is_not_one_of_the_two_that_are_kept(
+    four_on_cpus: Ranks, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    four_on_cpus.run(save_and_leave, folder)
+    (folder / "step-0000005" / ".metadata").unlink()
+    (found, *_) = four_on_cpus.run(resumed_and_saved, folder, 6)
+    assert found == ["step-0000004", "step-0000006"]
+
+
+def resumed_and_saved(folder: Path, step: int) -> list[str]:
+    checkpoints = Checkpoints(folder, Value(), WIDTH, resume=True)
+    checkpoints.load()
+    save_steps(checkpoints, step)
+    return names(checkpoints)
+
+
 def test_all_checkpoints_are_damaged(four_on_cpus: Ranks, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     four_on_cpus.run(save_and_leave, folder)
