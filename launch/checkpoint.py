@@ -15,6 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ class Checkpoints:
         try:
             self.trainer.save(temporary)
         except (OSError, RuntimeError, CheckpointException) as error:
+            self._check_owned()  # a later start may have discarded it in this moment
             free = _free_space(self.folder.parent)
             raise UserError(
                 f"checkpoint {temporary} cannot be written: {_reason(error)} ({free})"
@@ -183,8 +185,9 @@ class Checkpoints:
         for path in reversed(on_rank_0(self._steps)):
             reason = self._load_from(path)
             if reason is None:
-                if reasons and dist.get_rank() == 0:
-                    print(f"damaged: {'; '.join(reasons)}: going on from {path.name}", flush=True)
+                if reasons:
+                    line = f"damaged: {'; '.join(reasons)}: going on from {path.name}"
+                    on_rank_0(partial(print, line, flush=True))
                 return _step(path)
             reasons.append(f"{path} ({reason})")
             self.damaged.append(path)

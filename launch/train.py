@@ -219,6 +219,8 @@ def finish(run: Run, step: int, log: report.Log) -> None:
         line = f"asked to stop: checkpoint of step {step} is complete, and --resume goes on"
         return report.show(console, line)
     out, title = run.options.out, describe(run)
+    if not log.rows:  # a finished run was resumed, and the file is gone
+        return report.show(console, f"{log.path} has no rows: nothing to draw")
     with errors_as(f"{out / 'report.png'} cannot be written"):
         report.draw_run(log.rows, title, out / "report.png")
     console.print(report.summary(log.rows, title))

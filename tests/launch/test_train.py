@@ -106,6 +106,14 @@ def test_a_damaged_checkpoint_is_made_again_to_the_same_bits(
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-0000003", newest.name]
 
 
+def test_a_finished_run_without_its_rows(four_on_cpus: Ranks, text: Path, tmp_path: Path) -> None:
+    words = (*SIX_STEPS, "--data", str(text), "--out", str(tmp_path))
+    four_on_cpus.run(train_here, *words)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert four_on_cpus.run(train_here, *words, "--resume") == [True] * 4
+    assert rows_of(tmp_path) == []
+
+
 def refusal_here(*words: str) -> str:
     with pytest.raises(UserError) as caught:
         train_here(*words)
