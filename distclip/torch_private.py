@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -57,6 +58,9 @@ def has_values(tensor: Tensor) -> bool:
     """
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
+
+# A DeviceMesh holds its ranks as a tensor, which is real under FakeTensorMode too.
+with_real_values = unset_fake_temporarily
 
 # Tensors inside `torch.func`: under `vmap` one stands for many, and none can be read.
 is_transformed: Callable[[Tensor], bool] = _torch._C._functorch.is_functorch_wrapped_tensor

@@ -319,3 +319,37 @@ def test_per_sample_gradients_are_clipped_under_vmap() -> None:
     each = torch.func.vmap(clipped)(BATCH[:3])
     torch.testing.assert_close(each.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(each, torch.stack([clipped(x) for x in BATCH[:3]]))
+
+
+FSDP2_WITHOUT_VALUES = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import distclip
+
+dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+with FakeTensorMode(allow_non_fake_inputs=True):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    model(torch.ones(2, 16)).square().sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    norms = [distclip.clip_grad_norm_(list(model.parameters()), 1.0)]
+    for policy in (distclip.ClipNorm(1.0), distclip.AGC(0.01), distclip.AdaGC(), distclip.ZClip()):
+        clipper = distclip.Clipper(model, policy)
+        norms += [clipper.clip_().total_norm, clipper.step(optimizer).total_norm]
+print([type(norm).__name__ for norm in norms] == ["FakeTensor"] * 9)
+"""
+
+
+def test_an_estimate_of_memory_under_fsdp2() -> None:
+    """As trainers make it: one process that stands for all ranks."""
+    command = [sys.executable, "-c", FSDP2_WITHOUT_VALUES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

@@ -22,6 +22,7 @@ from distclip.sharding.layout import Layout, LayoutFunction, LocalParam
 from distclip.sharding.mesh import ReduceMesh, check_mesh, widest_mesh
 from distclip.sharding.shard import BlockShard, ParamShard
 from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout, bare_name
+from distclip.torch_private import with_real_values
 
 # The first that recognises a tensor reads it. What none recognises is a plain tensor, whole here.
 READERS: tuple[MakeReader, ...] = (fsdp1.make_reader, dtensor.make_reader)
@@ -38,6 +39,7 @@ class ShardedParams(NamedTuple):
     reduce_mesh: ReduceMesh | None
 
 
+@with_real_values()
 def read_layouts(
     named: Sequence[tuple[str, Tensor]],
     modules: Sequence[nn.Module] = (),
