@@ -56,6 +56,7 @@ from distclip.sharding.partial_gradients import (
 )
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
+from distclip.torch_private import outside_of_graphs
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad
 
@@ -78,6 +79,7 @@ class _TorchClipNorm(StatelessPolicy):
         return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
@@ -149,6 +151,7 @@ def clip_grad_norm_(
     return decision.report.total_norm
 
 
+@outside_of_graphs
 @torch.no_grad()
 def get_total_norm(
     tensors: Parameters,
@@ -199,6 +202,7 @@ def measure_tensors(
     )
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -219,6 +223,7 @@ def clip_grads_with_norm_(
         step.scale_(lists, step.coefficient(norm, limit))
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters, clip_value: float, foreach: bool | None = None
@@ -317,7 +322,7 @@ def _check_finite(
     decision: Decision, given: Parameters, policy: Policy[Any], where: _Where
 ) -> None:
     """Raises NonFiniteGradientError. Kept plans have no names: a new one gives them."""
-    if not bool(decision.finite):
+    if decision.is_known_nonfinite:
         plan = _make_plan(given, policy, where)
         raise nonfinite.error(
             decision.total_norm,

@@ -26,6 +26,7 @@ from distclip.sharding.local_tensors import any_unreduced, local_gradients
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
+from distclip.torch_private import outside_of_graphs
 from distclip.training import grad_scaler, optimizers
 from distclip.training.backward import BackwardNorms
 from distclip.training.model_changes import ModelChanges, check_present
@@ -82,6 +83,7 @@ class Clipper:
         ranks of the mesh must make the clipper, and call it every step.
     """
 
+    @outside_of_graphs
     @_kept_between_calls
     def __init__(
         self,
@@ -146,6 +148,7 @@ class Clipper:
         """How many calls found a norm that was not finite, with "skip" or "zero"; int64 scalar."""
         return self._skips.total.clone()
 
+    @outside_of_graphs
     def clip_(
         self,
         optimizer: Optimizers | None = None,
@@ -187,6 +190,7 @@ class Clipper:
         decision.apply_()
         return decision.report
 
+    @outside_of_graphs
     @torch.no_grad()
     def decide(
         self,
@@ -215,6 +219,7 @@ class Clipper:
             on_apply = partial(grad_scaler.record, scaler, stepped)
         return self._decide(stepped, factor, on_apply, step)
 
+    @outside_of_graphs
     def step(
         self,
         optimizer: Optimizers,
@@ -255,10 +260,11 @@ class Clipper:
             if folds:
                 with optimizers.folded(each, decision.factor, skip):
                     grad_scaler.step_optimizer(each, scaler)
-            elif skip is None or grad_scaler.is_on(scaler) or not bool(skip):
+            elif skip is None or grad_scaler.is_on(scaler) or not decision.is_known_nonfinite:
                 grad_scaler.step_optimizer(each, scaler)
         return decision.report
 
+    @outside_of_graphs
     def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> StepHook:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours.
 
@@ -367,7 +373,7 @@ class Clipper:
     def _raise_if_nonfinite(self, decision: Decision) -> None:
         counts = self._on_nonfinite in ("skip", "zero")
         too_many = counts and self._skips.count_(decision.finite)
-        if too_many or (self._on_nonfinite == "raise" and not bool(decision.finite)):
+        if too_many or (self._on_nonfinite == "raise" and decision.is_known_nonfinite):
             decision.take_effect()  # a scaler can skip the step of who goes on
             in_a_row = self._skips.max_consecutive if too_many else None
             raise nonfinite.error(decision.total_norm, decision.gradients, self.plan, in_a_row)

@@ -20,8 +20,10 @@ from distclip.norms.power_sums import norm_dtype
 from distclip.parameters import list_items, named_tensors
 from distclip.policies import check_not_negative
 from distclip.sharding import local_tensors as gradients
+from distclip.torch_private import outside_of_graphs
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None = None) -> Tensor:
     """`t` scaled by min(1, clip_norm / its norm); with `axes`, norms are taken over these dims.
@@ -61,6 +63,7 @@ def clip_by_norm(t: Tensor, clip_norm: float, axes: int | Sequence[int] | None =
     return clipped
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_global_norm(
     t_list: Iterable[Tensor | None], clip_norm: float, use_norm: float | Tensor | None = None
@@ -92,6 +95,7 @@ def clip_by_global_norm(
     return [None if t is None else next(scaled) for t in given], seen
 
 
+@outside_of_graphs
 @torch.no_grad()
 def clip_by_value(
     t: Tensor, clip_value_min: float | Tensor, clip_value_max: float | Tensor

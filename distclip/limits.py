@@ -21,6 +21,7 @@ from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.reduce import gather_objects, rank_group
 from distclip.policies import Policy, never_negative
+from distclip.torch_private import has_values, host_has_values
 
 
 class Limits(NamedTuple):
@@ -97,7 +98,9 @@ class LimitChecks:
         found, self._found, self.invalid = self._found, None, None
         groups = zip(self._plan.groups, valid, strict=True)
         here = [(group, each) for group, each in groups if each is not None]
-        if finite.is_cpu:
+        if not has_values(finite):
+            return
+        if host_has_values(finite):
             self._check_now(here, finite, found)
             return
         shared = [each for group, each in here if is_shared(group, self._plan)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distclip.torch_private import outside_of_graphs
+
 
 @dataclass(frozen=True)
 class Report:
@@ -56,6 +58,7 @@ class Report:
     def clipped(self) -> Tensor:
         return self.coefficient < 1
 
+    @outside_of_graphs
     def nonfinite_parameters(self) -> dict[str, list[int]]:
         """The parameters with gradients that were not finite, each with the ranks that have them.
 
@@ -70,6 +73,7 @@ class Report:
         """
         return {} if bool(self.finite) else self.search()
 
+    @outside_of_graphs
     def to_dict(self) -> dict[str, float | bool]:
         """Plain numbers for a log. Waits for the device."""
         return {

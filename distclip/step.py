@@ -34,6 +34,7 @@ from distclip.policies import NormContext, Policy, Scope
 from distclip.report import Report
 from distclip.sharding.local_tensors import reducible, unreduced_text
 from distclip.sharding.shard import UnitView
+from distclip.torch_private import has_values, host_has_values, outside_of_graphs
 
 
 class ReduceGradients(Protocol):
@@ -83,6 +84,7 @@ class Decision:
     on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
     _applied: bool = field(default=False, repr=False)
 
+    @outside_of_graphs
     @torch.no_grad()
     def apply_(
         self,
@@ -133,6 +135,11 @@ class Decision:
     def found_inf(self) -> Tensor:
         """1 where the total norm is not finite, as GradScaler has it; float32."""
         return (~self.finite).float()
+
+    @property
+    def is_known_nonfinite(self) -> bool:
+        """Whether the total norm is NaN or infinite, which waits for it; not if it has no value."""
+        return has_values(self.finite) and not bool(self.finite)
 
     def skip(self, scaled: bool) -> Tensor | None:
         """1 where the optimizer's step is to be left out; None where it never is.
@@ -367,7 +374,7 @@ def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
 
 def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
     """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
-    if factor.is_cpu and factor.item() == 1:
+    if host_has_values(factor) and factor.item() == 1:
         return
     for tensors in tensor_lists:
         kernels.scale_(tensors, factor.to(tensors[0].device))

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _torch = cast(Any, torch)
 
@@ -58,6 +63,26 @@ def spec_of_localized(param: Tensor) -> Any:
     return getattr(param, "_st_info", None)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device and under FakeTensorMode, as estimators of memory use them.
+
+    No public name tells a fake tensor from others.
+    """
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+# A DeviceMesh holds its ranks as a tensor, which is real under FakeTensorMode too.
+with_real_values = unset_fake_temporarily
+
+# Tensors inside `torch.func`: under `vmap` one stands for many, and none can be read.
+is_transformed: Callable[[Tensor], bool] = _torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def host_has_values(tensor: Tensor) -> bool:
+    """Whether the host can read the values, and needs not wait for them."""
+    return tensor.is_cpu and not isinstance(tensor, FakeTensor) and not is_transformed(tensor)
+
+
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
 # The memory of a tensor that torch negates lazily; `resolve_neg` makes a copy.
@@ -65,6 +90,15 @@ neg_view: Callable[[Tensor], Tensor] = _torch._neg_view
 # torch.optim is made of them. torch.nn.utils.get_total_norm gives no float64 norm of float32.
 foreach_norm: Callable[..., list[Tensor]] = _torch._foreach_norm
 foreach_mul_: Callable[..., None] = _torch._foreach_mul_
+
+
+def outside_of_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which Dynamo does not trace: a graph breaks before it and goes on after it.
+
+    `torch.compiler.disable` imports torch._dynamo where it decorates, which takes a second. This
+    imports it in the first call, as every optimizer of torch does when it is made.
+    """
+    return _torch._disable_dynamo(function)
 
 
 def queue_after_backward(call: Callable[[], None]) -> None:

@@ -1,26 +1,33 @@
 """Checkpoints that are whole or not there: written under another name, renamed when all is written.
 
+Disks lose what they have taken, and so a checkpoint names the checksums of its files. Where the
+newest is damaged, a run goes on from the one before.
+
 Two starts of one run may be alive at once, where a node was cut off and the run went on elsewhere.
 Each start claims the folder with a token of its own; only the last to claim it may complete a
 checkpoint.
 """
 
-import json
+import os
 import re
 import shutil
 import socket
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from launch.ranks import UserError, agree, on_rank_0
+from launch import run_facts
+from launch.files import describe, errors_as, sync_folder
+from launch.ranks import UserError, agree, gather, on_rank_0
 from launch.trainers import Trainer
 
 NUM_KEPT = 2
-FACTS = "run.json"
 OWNER = ".owner"  # beside the folder of checkpoints
 SECONDS_TO_SHARE = 10.0  # network file systems remember for seconds that a file was not there
 
@@ -42,44 +49,49 @@ class Checkpoints:
         self, folder: Path, trainer: Trainer, facts: dict[str, Any], *, resume: bool
     ) -> None:
         self.folder, self.trainer, self.facts = folder, trainer, facts
+        self.owner = folder.with_suffix(OWNER)
+        self.damaged: list[Path] = []  # found by `load`; removed when there is a newer one
         self.token = on_rank_0(lambda: self._claim(resume))
         agree(self._check_shared)
 
     def _claim(self, resume: bool) -> str:
-        """Removes what a killed run left half-written and, unless resuming, every checkpoint."""
+        """Removes what killed runs left half-written or half-removed; unless resuming, all."""
         self.token = uuid.uuid4().hex
-        try:
+        with errors_as(f"--out {self.folder.parent} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder.with_suffix(f".{self.token}")
             temporary.write_text(self.token)
-            temporary.rename(self.folder.with_suffix(OWNER))
-            for pattern in ("unfinished-*", "discarded-*", *([] if resume else ["step-*"])):
-                for path in self.folder.glob(pattern):
-                    self._discard(path)
-        except OSError as error:
-            out = self.folder.parent
-            raise UserError(f"--out {out} cannot be used: {error.strerror}") from None
+            temporary.rename(self.owner)
+            steps = self._steps()
+            halves = [p for name in ("unfinished-*", "discarded-*") for p in self.folder.glob(name)]
+            for path in [*steps, *halves]:
+                _check_folder(path)
+            for path in halves if resume else [*halves, *steps]:
+                self._discard(path)
         return self.token
 
     def _discard(self, path: Path) -> None:
         # Renamed before it is removed: an earlier start that completes it has all of it, or none.
-        renamed = path.with_name(f"discarded-{self.token}-{path.name}")
+        name = re.sub(r"^(discarded-[0-9a-f]{32}-)+", "", path.name)
+        renamed = path.with_name(f"discarded-{self.token}-{name}")
         try:
             path.rename(renamed)
         except FileNotFoundError:
             return
+        if renamed.is_symlink():
+            renamed.unlink()
         shutil.rmtree(renamed, ignore_errors=True)  # a rank that is cut off may still write into it
 
-    def _owned(self) -> bool:
-        """Whether no later start has claimed the folder."""
+    def _read_owner(self) -> str | None:
+        """The token of the last start that claimed the folder; None where it cannot be read."""
         try:
-            return self.folder.with_suffix(OWNER).read_text() == self.token
-        except FileNotFoundError:
-            return False
+            return self.owner.read_bytes().decode(errors="replace")
+        except OSError:
+            return None
 
     def _check_shared(self) -> None:
         until = time.monotonic() + SECONDS_TO_SHARE
-        while not self._owned():
+        while self._read_owner() != self.token:
             if time.monotonic() > until:
                 raise UserError(
                     f"--out {self.folder.parent}: {socket.gethostname()} does not see there what "
@@ -88,7 +100,13 @@ class Checkpoints:
             time.sleep(0.1)
 
     def _check_owned(self) -> None:
-        if not self._owned():
+        owner = self._read_owner()
+        if owner is None:
+            raise UserError(
+                f"{self.owner} was removed, which says whose the checkpoints are: this run ends "
+                "and writes no more"
+            )
+        if owner != self.token:
             raise UserError(
                 f"{self.folder} now belongs to a later start of this run: this one ends and "
                 "writes no more"
@@ -98,56 +116,136 @@ class Checkpoints:
         """Writes one checkpoint, and removes all but the last two.
 
         Raises:
-            UserError: on every rank, where a later start has claimed the folder.
+            UserError: on every rank, where it cannot be written, or a later start has claimed the
+                folder.
         """
         temporary = self.folder / f"unfinished-{self.token}-{step}"
         on_rank_0(self._check_owned)
-        self.trainer.save(temporary)
+        agree(lambda: self._write(temporary))
         # A name without "unfinished" says that the last rank has written its share.
         dist.barrier()
-        on_rank_0(lambda: self._finish(temporary, step))
+        names = on_rank_0(lambda: run_facts.names_in(temporary))
+        shares = gather(agree(lambda: run_facts.checksums(temporary, names)))
+        checksums = {name: crc for share in shares for name, crc in share.items()}
+        on_rank_0(lambda: self._finish(temporary, step, checksums))
 
-    def _finish(self, temporary: Path, step: int) -> None:
+    def _write(self, temporary: Path) -> None:
         try:
-            (temporary / FACTS).write_text(json.dumps({"step": step, **self.facts}, indent=1))
-            self._check_owned()
-            temporary.rename(self.folder / f"step-{step:07d}")
-        except FileNotFoundError:  # a later start has discarded it in this moment
-            self._check_owned()
-            raise
-        for old in self.complete()[:-NUM_KEPT]:
-            shutil.rmtree(old)
+            self.trainer.save(temporary)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self._check_owned()  # a later start may have discarded it in this moment
+            free = _free_space(self.folder.parent)
+            raise UserError(
+                f"checkpoint {temporary} cannot be written: {_reason(error)} ({free})"
+            ) from None
+
+    def _finish(self, temporary: Path, step: int, checksums: dict[str, str]) -> None:
+        final = self.folder / f"step-{step:07d}"
+        with errors_as(f"checkpoint {final} cannot be written"):
+            try:
+                run_facts.write(temporary, step, self.facts, checksums)
+                self._check_owned()
+                if os.path.lexists(final):  # a damaged one
+                    _check_folder(final)
+                    self._discard(final)
+                temporary.rename(final)
+            except FileNotFoundError:  # a later start has discarded it in this moment
+                self._check_owned()
+                raise
+            sync_folder(self.folder)
+            self._remove_old(final)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Removes all but the last two; damaged ones, and what was left of them, as well."""
+        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
+        kept = [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
+        for path in self._steps():
+            if path not in kept and path.is_dir():
+                self._discard(path)
+        self.damaged = []
+
+    def _steps(self) -> list[Path]:
+        """Whatever has the name of a checkpoint, the newest last."""
+        paths = (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", p.name))
+        return sorted(paths, key=_step)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, the newest last."""
-        paths = (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", p.name))
-        return sorted((p for p in paths if (p / FACTS).is_file()), key=lambda p: int(p.name[5:]))
+        return [path for path in self._steps() if (path / run_facts.NAME).is_file()]
 
     def load(self) -> int:
-        """Loads the last complete checkpoint; its step, or 0 where there is none.
+        """Loads the newest checkpoint that is not damaged; its step, or 0 where there is none.
+
+        Rank 0 prints one line where a newer one is damaged.
 
         Raises:
-            UserError: on every rank, where the checkpoint is of another run or damaged.
+            UserError: on every rank, where the checkpoint is of another run, or all are damaged.
         """
-        path = on_rank_0(lambda: next(reversed(self.complete()), None))
-        if path is None:
-            return 0
-        step = on_rank_0(lambda: self._check_facts(path))
-        self.trainer.load(path)
-        return step
-
-    def _check_facts(self, path: Path) -> int:
-        try:
-            saved = json.loads((path / FACTS).read_text())
-            step = int(saved["step"])
-        except (OSError, ValueError, KeyError):
+        reasons: list[str] = []
+        for path in reversed(on_rank_0(self._steps)):
+            reason = self._load_from(path)
+            if reason is None:
+                if reasons:
+                    line = f"damaged: {'; '.join(reasons)}: going on from {path.name}"
+                    on_rank_0(partial(print, line, flush=True))
+                return _step(path)
+            reasons.append(f"{path} ({reason})")
+            self.damaged.append(path)
+        if reasons:
             raise UserError(
-                f"checkpoint {path}: its {FACTS} is damaged; remove that folder"
-            ) from None
-        for name, value in self.facts.items():
-            if saved.get(name) != value:
-                raise UserError(
-                    f"checkpoint {path} is of a run with {name} {saved.get(name)} and this one has "
-                    f"{name} {value}: use the same, or another --out"
-                )
-        return step
+                f"no checkpoint can be loaded: {'; '.join(reasons)}: remove them, or start "
+                "without --resume"
+            )
+        return 0
+
+    def _load_from(self, path: Path) -> str | None:
+        """Why the checkpoint cannot be loaded; None where it was, on every rank.
+
+        Where only some ranks have failed, the others have loaded what is not to be used: all ranks
+        then load another, or leave.
+        """
+        checksums = on_rank_0(lambda: run_facts.read(path, _step(path), self.facts))
+        if isinstance(checksums, str):
+            return checksums
+        return _first_failure(lambda: run_facts.compare(path, checksums)) or _first_failure(
+            lambda: self.trainer.load(path)
+        )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a folder, and a run names its checkpoints so: move it away, or use "
+            "another --out"
+        )
+
+
+def _first_failure(work: Callable[[], None]) -> str | None:
+    """Why `work` failed on the first rank where it did; None where it did on none."""
+    reason = None
+    try:
+        work()
+    except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+    return next((text for text in gather(reason) if text), None)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        causes = [cause for cause, _ in error.failures.values()]
+        error = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    if isinstance(error, OSError):
+        return describe(error)
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"^\[enforce fail[^\]]*\][ .]*", "", text.splitlines()[0])
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free in {folder}"
+    except OSError as error:
+        return describe(error)

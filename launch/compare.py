@@ -93,9 +93,10 @@ def train(options: Options, policy: str) -> None:
 def rows_of(options: Options, policy: str) -> list[Row]:
     path = folder(options, policy) / "metrics.jsonl"
     try:
-        return read(path)
+        rows = read(path)
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}")
+    return rows or fail(f"{path} has no rows")
 
 
 def folder(options: Options, policy: str) -> Path:

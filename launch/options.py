@@ -76,8 +76,8 @@ class Options(Generic[PolicyT]):
     """Folder for metrics.jsonl, report.png and checkpoints/. Without --resume an earlier run in it
     is replaced."""
     resume: bool = False
-    """Go on from the last complete checkpoint in --out; from the start where there is none. Also
-    done without it when torchrun or SLURM starts a run again."""
+    """Go on from the newest checkpoint in --out that is not damaged; from the start where there is
+    none. Also done without it when torchrun or SLURM starts a run again."""
     save_every: int = 50
     """Steps between checkpoints, of which the last two are kept; with 0, one only when asked to
     stop."""

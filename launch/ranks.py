@@ -200,13 +200,14 @@ def gather(value: T) -> list[T]:
 def agree(work: Callable[[], T]) -> T:
     """What `work` returns; where it fails on any rank, all raise the first such rank's UserError.
 
+    An OSError counts as one: files are the user's to put right.
     If one rank raised while the others went on, they would wait in their next collective.
-    `work` must not communicate.
+    `work` must not communicate, unless what fails in it fails on all ranks.
     """
     result, failure = None, None
     try:
         result = work()
-    except UserError as error:
+    except (UserError, OSError) as error:
         failure = str(error)
     first = next((text for text in gather(failure) if text), None)
     if first:
@@ -224,7 +225,8 @@ def leave(error: UserError) -> NoReturn:
     prints = os.environ.get("RANK", "0") == "0" if error.prints is None else error.prints
     if prints:
         program = os.path.basename(sys.argv[0])
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # its disk is full too
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized() and error.prints is None:
         with contextlib.suppress(RuntimeError):  # a rank that is ahead may have left
             dist.barrier()

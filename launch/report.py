@@ -1,7 +1,9 @@
 """What rank 0 shows and leaves: metrics.jsonl, a progress bar, a closing table, pictures."""
 
+import contextlib
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launch.files import describe
+from launch.ranks import UserError
+
 if TYPE_CHECKING:  # matplotlib takes half a second, which only the rank that draws waits for
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+COLUMNS = {"step", "clipped", "finite", "lr", "seconds", "tokens"}
+NOT_ALWAYS_FINITE = {"loss", "total_norm", "limit", "coefficient"}
 NUM_PLAIN_LINES = 10
 NUM_LAST = 10
 BLUE, ORANGE, GREY, RED = "#2864a8", "#e07b1a", "#8a8f98", "#c0282d"
@@ -29,11 +36,16 @@ class Log:
 
     Args:
         done: the step that the run goes on after. Later lines of the file are removed: a killed run
-            has written more of them than its checkpoint covers.
+            has written more of them than its checkpoint covers. So are lines that cannot be read.
+
+    Attributes:
+        failure: why a row could not be written; the run ends with it when all ranks know.
     """
 
+    failure: str | None = None
+
     def __init__(self, path: Path, console: Console, done: int, steps: int) -> None:
-        self.console, self.steps = console, steps
+        self.console, self.steps, self.path = console, steps, path
         self.rows = [row for row in read(path) if row["step"] <= done] if path.exists() else []
         self.num_clipped = _count(self.rows, "clipped")
         shorter = path.with_suffix(".tmp")
@@ -53,14 +65,31 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        self.file.close()
+        with contextlib.suppress(OSError):  # what `add` could not write; `failure` says so
+            self.file.close()
 
     def add(self, row: Row) -> None:
         """Hands the line to the system at once: `kill -9` loses the step that is going on."""
         self.rows.append(row)
         self.num_clipped += bool(row["clipped"])
+        try:
+            self._write(row)
+        except OSError as error:  # the other ranks wait in the next step: they learn it there
+            self.failure = f"{self.path} cannot be written: {describe(error)}"
+
+    def check(self) -> None:
+        """Raises UserError where a row could not be written."""
+        if self.failure:
+            raise UserError(self.failure)
+
+    def _write(self, row: Row) -> None:
         self.file.write(_line(row))
         self.file.flush()
+        if not os.fstat(self.file.fileno()).st_nlink:
+            self.failure = (
+                f"{self.path} now belongs to a later start of this run, or was removed: this one "
+                "ends and writes no more"
+            )
         step = row["step"]
         names = {"loss": "loss", "norm": "total_norm", "limit": "limit"}
         numbers = "  ".join(f"{name} {number(row[key])}" for name, key in names.items())
@@ -75,14 +104,21 @@ def show(console: Console, line: str) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a kill has cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """The rows of a metrics.jsonl, without lines that are damaged, as by a kill or a full disk."""
+    lines = path.read_text(errors="replace").split("\n")
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    nulls = {name for name, value in row.items() if value is None}
+    numbers = {name for name, value in row.items() if isinstance(value, float | int)}
+    return row if numbers >= COLUMNS and nulls | numbers >= NOT_ALWAYS_FINITE else None
 
 
 def _line(row: Row) -> str:

@@ -3,6 +3,7 @@
 This module imports nothing that takes time: before `install`, either signal ends the process.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -45,11 +46,15 @@ def leave(code: int) -> NoReturn:
     """Ends this rank with `code`, whatever signals arrive meanwhile."""
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
-    if path := os.environ.get(EXIT_FILE):
-        Path(path).write_text(str(code))
     # torchrun restarts a rank that fails (--max-restarts), and a rank that stopped did not fail.
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if path := os.environ.get(EXIT_FILE):
+        try:
+            Path(path).write_text(str(code))
+        except OSError:  # a full disk: torchrun has to see the code itself
+            under_torchrun = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # sys.exit would wait for gloo's threads, which can hang when the other ranks have left.
     os._exit(0 if code == STOPPED and under_torchrun else code)

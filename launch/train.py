@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from launch import ranks, report
 from launch.checkpoint import Checkpoints
+from launch.files import errors_as
 from launch.layouts import Wrapped, wrap
 from launch.options import Options, read_options
 from launch.task import Corpus, build_model, read_corpus
@@ -89,17 +90,10 @@ def train(options: Options[Any], device: torch.device) -> bool:
     folder = options.out / "checkpoints"
     checkpoints = Checkpoints(folder, run.trainer, run.facts, resume=resume)
     done = checkpoints.load() if resume else 0
-    console, log = Console(), None
-    if dist.get_rank() == 0:
-        report.show(console, opening(run, done, resume))
-        log = report.Log(options.out / "metrics.jsonl", console, done, options.steps)
+    log = ranks.agree(lambda: open_log(run, done, resume) if dist.get_rank() == 0 else None)
     step = run_steps(run, checkpoints, done, log)
     run.trainer.close()
-    if log and step < options.steps:
-        line = f"asked to stop: checkpoint of step {step} is complete, and --resume goes on"
-        report.show(console, line)
-    elif log:
-        finish(run, log.rows, console)
+    ranks.agree(lambda: finish(run, step, log) if log else None)
     return step >= options.steps
 
 
@@ -117,23 +111,29 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
 def run_steps(run: Run, checkpoints: Checkpoints, done: int, log: report.Log | None) -> int:
     """The steps after `done`, with their checkpoints; the last step that was made."""
     options, step = run.options, done
+    check = log.check if log else lambda: None
     with log or contextlib.nullcontext():
         for step in range(done + 1, options.steps + 1):
-            row, stop = train_step(run, step)
+            row, stop, log_failed = train_step(run, step, log)
+            if log_failed:
+                break
             if log:
                 log.add(row)
             last = step == options.steps
             due = options.save_every and (step % options.save_every == 0 or last)
             stop = stop and not last
             if due or stop:
+                ranks.agree(check)  # a checkpoint covers the rows of its steps
                 checkpoints.save(step)
             if stop:
                 break
+        ranks.agree(check)
     return step
 
 
-def train_step(run: Run, step: int) -> tuple[report.Row, bool]:
-    """One step of training: its row of metrics.jsonl, and whether the ranks stop after it.
+def train_step(run: Run, step: int, log: report.Log | None) -> tuple[report.Row, bool, bool]:
+    """One step of training: its row of metrics.jsonl, whether the ranks stop after it, and whether
+    the rows before could not be written.
 
     Reading the numbers is the step's one wait for the device.
 
@@ -148,10 +148,11 @@ def train_step(run: Run, step: int) -> tuple[report.Row, bool]:
         logits = run.trainer.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     clipped = run.trainer.update(loss).to_dict()
-    mean, stop = over_ranks(loss, signals.warned())
+    failed = log is not None and log.failure is not None
+    mean, (stop, log_failed) = over_ranks(loss, signals.warned(), failed)
     row = {"step": step, "loss": mean} | {name: clipped[name] for name in MEASURED}
     row |= {"lr": lr, "seconds": round(time.perf_counter() - began, 4)}
-    return row | {"tokens": run.options.batch * run.options.context}, stop
+    return row | {"tokens": run.options.batch * run.options.context}, stop, log_failed
 
 
 def learning_rate(options: Options[Any], step: int) -> float:
@@ -173,16 +174,23 @@ def local_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     return share[:, :-1].contiguous(), share[:, 1:].contiguous()
 
 
-def over_ranks(loss: Tensor, warned: bool) -> tuple[float, bool]:
-    """The mean loss, and whether any rank was asked to stop.
+def over_ranks(loss: Tensor, *flags: bool) -> tuple[float, list[bool]]:
+    """The mean loss, and of each flag whether it is set on any rank.
 
-    One collective tells both: all ranks then stop after the same step.
+    One collective tells all: the ranks then stop after the same step.
     """
     # The ranks along a tp axis hold the same loss, which leaves the mean over all ranks right.
-    both = torch.stack([loss.detach(), loss.new_tensor(warned)])
-    dist.all_reduce(both)
-    total, num_warned = both.tolist()
-    return total / dist.get_world_size(), num_warned > 0
+    sums = torch.cat([loss.detach().view(1), loss.new_tensor(flags)])
+    dist.all_reduce(sums)
+    total, *counts = sums.tolist()
+    return total / dist.get_world_size(), [count > 0 for count in counts]
+
+
+def open_log(run: Run, done: int, resume: bool) -> report.Log:
+    console, path = Console(), run.options.out / "metrics.jsonl"
+    report.show(console, opening(run, done, resume))
+    with errors_as(f"{path} cannot be used"):
+        return report.Log(path, console, done, run.options.steps)
 
 
 def opening(run: Run, done: int, resume: bool) -> str:
@@ -204,11 +212,18 @@ def describe(run: Run) -> str:
     return f"{options.model}, {where}, {options.policy_name} ({settings})"
 
 
-def finish(run: Run, rows: list[report.Row], console: Console) -> None:
-    """The picture, the table, and where everything is."""
+def finish(run: Run, step: int, log: report.Log) -> None:
+    """The picture, the table, and where everything is; or how a run that was stopped goes on."""
+    console = log.console
+    if step < run.options.steps:
+        line = f"asked to stop: checkpoint of step {step} is complete, and --resume goes on"
+        return report.show(console, line)
     out, title = run.options.out, describe(run)
-    report.draw_run(rows, title, out / "report.png")
-    console.print(report.summary(rows, title))
+    if not log.rows:  # a finished run was resumed, and the file is gone
+        return report.show(console, f"{log.path} has no rows: nothing to draw")
+    with errors_as(f"{out / 'report.png'} cannot be written"):
+        report.draw_run(log.rows, title, out / "report.png")
+    console.print(report.summary(log.rows, title))
     for name in ("report.png", "metrics.jsonl", "checkpoints"):
         report.show(console, f"  {os.fspath(out / name)}")
 

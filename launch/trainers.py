@@ -12,13 +12,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
+from launch.dcp_reader import SafePlanner, SafeReader
 from launch.options import Options
 from launch.ranks import UserError
 
@@ -129,12 +129,7 @@ def _make_optimizer(model: nn.Module, options: Options[Any]) -> Optimizer:
 
 
 def _load(states: dict[str, Any], folder: Path) -> None:
-    try:
-        dcp.load(states, checkpoint_id=folder)
-    except CheckpointException as error:
-        reasons = (str(failure[0]) for failure in error.failures.values())
-        reason = next(reasons, "no reason given").strip().splitlines()[0]
-        raise UserError(f"checkpoint {folder} does not fit this run: {reason}") from None
+    dcp.load(states, storage_reader=SafeReader(folder), planner=SafePlanner())
 
 
 def _import_deepspeed(layout: str, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from distclip.kernels import cpu, foreach, naive
 from distclip.kernels.backend import Backend as Backend
 from distclip.kernels.contiguous import grouped
+from distclip.torch_private import has_values, is_transformed
 
 DEFINITION: Backend = naive  # the other backends are tested against it
 
@@ -41,7 +42,7 @@ def backend(device: torch.device) -> Backend:
 def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
     """`Backend.prepare` for tensors of any devices."""
     for on_device in _by_device(tensors):
-        backend(on_device[0].device).prepare(on_device, norm_type)
+        _backend_of(on_device).prepare(on_device, norm_type)
 
 
 def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -103,7 +104,12 @@ def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
 
 
 def _backend_of(tensors: Sequence[Tensor]) -> Backend:
-    return backend(tensors[0].device) if tensors else cpu
+    if not tensors:
+        return cpu
+    if is_transformed(tensors[0]):
+        return naive  # its operators are those that `vmap` has
+    # Fake tensors name a device, but have no memory there.
+    return backend(tensors[0].device) if has_values(tensors[0]) else foreach
 
 
 @cache

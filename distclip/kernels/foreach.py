@@ -22,7 +22,7 @@ from distclip.kernels.naive import (
     unit_power_sums,
     zero_,
 )
-from distclip.torch_private import foreach_mul_, foreach_norm
+from distclip.torch_private import foreach_mul_, foreach_norm, host_has_values
 
 __all__ = [
     "clamp_",
@@ -61,7 +61,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Writes even if the coefficient is 1, because a look at it would wait for the device."""
     for alike in grouped(tensors, attrgetter("dtype")):
         dtype = alike[0].dtype
-        tiny = coefficient.device.type == "cpu" and naive.is_tiny(coefficient.item())
+        tiny = host_has_values(coefficient) and naive.is_tiny(coefficient.item())
         if dtype in (torch.float32, torch.float64) and not tiny:
             foreach_mul_(alike, coefficient.to(dtype))
         else:  # foreach_mul_ would round the coefficient to 16 bits before it multiplies

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.contiguous import flat
+from distclip.torch_private import host_has_values
 
 # Smaller coefficients are no normal float32 numbers: products with them are computed in float64.
 LEAST_FLOAT32 = 2.0**-126
@@ -52,7 +53,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     On an accelerator a coefficient below `LEAST_FLOAT32` is what float32 makes of it, perhaps 0:
     only a wait would tell.
     """
-    if coefficient.device.type != "cpu":
+    if not host_has_values(coefficient):
         for tensor in tensors:
             # `mul_` would round a tensor's coefficient to 16 bits before it multiplies.
             wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -73,7 +74,7 @@ def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
 
 def zero_(tensors: Sequence[Tensor], where: Tensor) -> None:
     """A mask, because a product with zero would keep NaN and make NaN of infinities."""
-    if where.device.type != "cpu" or where.item():
+    if not host_has_values(where) or where.item():
         for tensor in tensors:
             tensor.masked_fill_(where, 0)
 
@@ -101,10 +102,10 @@ def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
 
 def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
     """One product of the tensor and its coefficients, widened to float32 or float64."""
-    if coefficients.device.type == "cpu" and bool((coefficients == 1).all()):
+    if host_has_values(coefficients) and bool((coefficients == 1).all()):
         return
     least = torch.float32
-    if coefficients.device.type == "cpu":
+    if host_has_values(coefficients):
         magnitudes = coefficients.abs()
         if bool(((magnitudes > 0) & (magnitudes < LEAST_FLOAT32)).any()):
             least = torch.float64

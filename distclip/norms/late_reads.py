@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distclip.torch_private import has_values
+
 _LAG = 4  # steps
 
 
@@ -25,6 +27,8 @@ class LateReads:
 
         A step inside a CUDA graph is not read: it could neither copy nor raise.
         """
+        if not has_values(number):
+            return 0
         if number.device.type == "cpu":
             return int(number)
         device_module: Any = torch.get_device_module(number.device.type)

@@ -16,6 +16,7 @@ from distclip.norms.power_sums import Power
 from distclip.norms.units import Units
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
+from distclip.torch_private import host_has_values
 
 TensorLists = list[list[Tensor]]  # as `kernels.tensor_lists` returns them
 
@@ -64,7 +65,8 @@ def _measure_group(
     # An accelerator's kernels give a number for each tensor at no cost.
     if not per_tensor and plan.device.type == "cpu" and not group.power.needs_norms:
         together = _measure_together(params, grads, group, plan.device)
-        if math.isfinite(together.payload.sum().item()):
+        added = together.payload.sum()
+        if not host_has_values(added) or math.isfinite(added.item()):
             return together
     return _measure_each(params, grads, group, plan.device)
 

@@ -16,6 +16,7 @@ from distclip.norms.agreement import HEADER_SIZE, Answer, Header, decode
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.sharding.mesh import all_gather_objects
+from distclip.torch_private import has_values, host_has_values
 
 T = TypeVar("T")
 RankGroup: TypeAlias = dist.ProcessGroup
@@ -119,7 +120,8 @@ class _Flags(NamedTuple):
 def _read(answer: Answer, plan: Plan, header: Header) -> _Flags:
     """Raises LayoutError where the ranks do not mean the same call."""
     calls, alike, missing = plan.calls, True, False
-    if plan.device.type == "cpu" or (plan.copied_dtensors and not calls.is_settled):
+    looks = plan.copied_dtensors and not calls.is_settled and has_values(answer.agrees)
+    if looks or host_has_values(answer.agrees):
         agrees, alike = bool(answer.agrees), bool(answer.alike)
         unreduced, missing, fault = cast("list[bool]", answer.flags.tolist())
         # Whether a gradient has to be reduced depends on how the model is written, and not on its

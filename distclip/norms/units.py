@@ -119,7 +119,7 @@ def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.
 
     def per_unit(per_span: list[float]) -> Tensor:
         numbers = torch.tensor(per_span, dtype=torch.float64, device="cpu")
-        return numbers.repeat_interleave(counts).to(device)
+        return numbers.repeat_interleave(counts, output_size=num_units).to(device)
 
     return Units(
         spans,

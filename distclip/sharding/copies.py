@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,6 +21,7 @@ from distclip.errors import LayoutError
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import final_gradient, layout_identity
 from distclip.sharding.mesh import ReduceMesh, all_gather_objects
+from distclip.torch_private import has_values, local_tensor
 
 _SAMPLE = 1 << 16  # elements of a tensor that are looked at
 # Copies may have drifted by rounding, and the gradients of some are noise: a difference counts
@@ -98,7 +100,8 @@ _compared = WeakIdKeyDictionary()
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return not tensor.is_meta and not is_lazy(tensor) and tensor.dtype.itemsize > 1
+    has_numbers = has_values(local_tensor(tensor) if isinstance(tensor, DTensor) else tensor)
+    return has_numbers and not is_lazy(tensor) and tensor.dtype.itemsize > 1
 
 
 def _is_new(param: LocalParam, mesh: ReduceMesh) -> bool:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import LayoutError
-from distclip.torch_private import root_mesh
+from distclip.torch_private import root_mesh, with_real_values
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ class ReduceMesh:
         return cls(ranks, ("world",), frozenset(), world_group(), device_type)
 
     @cached_property
+    @with_real_values()
     def coordinate(self) -> dict[str, int]:
         """The index of this rank on each axis."""
         indices = self._indices_of([dist.get_rank()])
@@ -74,6 +75,7 @@ class ReduceMesh:
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 
+    @with_real_values()
     def ranks_along(self, axis: str) -> list[int]:
         """The ranks along `axis` through this one."""
         index = [slice(None) if a == axis else self.coordinate[a] for a in self.axes]
@@ -186,6 +188,7 @@ def world_id() -> int | None:
     return id(dist.group.WORLD) if initialized else None
 
 
+@with_real_values()
 def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
     """A small object of every rank, by global rank.
 

@@ -22,6 +22,7 @@ from distclip.sharding.mesh import ReduceMesh, check_mesh, widest_mesh
 from distclip.sharding.names import bare_names
 from distclip.sharding.shard import BlockShard, ParamShard
 from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout
+from distclip.torch_private import with_real_values
 
 # The first that recognises a tensor reads it. What none recognises is a plain tensor, whole here.
 READERS: tuple[MakeReader, ...] = (fsdp1.make_reader, ddp.make_reader, dtensor.make_reader)
@@ -40,6 +41,7 @@ class ShardedParams(NamedTuple):
     mesh: ReduceMesh | None = None
 
 
+@with_real_values()
 def read_layouts(
     named: Sequence[tuple[str, Tensor]],
     modules: Sequence[nn.Module] = (),

@@ -147,6 +147,7 @@ def register_grad_hooks(
         _register_bucket_hook(listener, module)
     in_buckets = {id(p) for module in ddp for p in module.parameters()}
 
+    @torch_private.outside_of_graphs
     def hook(param: Tensor) -> None:
         listener.reduced(param, final_gradient(param))
         listener.written(param)
@@ -160,15 +161,18 @@ def _register_bucket_hook(listener: Listener, module: DistributedDataParallel) -
 
     arrived: list[Tensor] = []
 
+    @torch_private.outside_of_graphs
     def finish() -> None:
         for param in arrived:
             listener.written(param)
         arrived.clear()
 
+    @torch_private.outside_of_graphs
     def finish_after_ddp() -> None:
         # DDP queues the callback that writes `.grad` after ours, which has to queue once more.
         torch_private.queue_after_backward(finish)
 
+    @torch_private.outside_of_graphs
     def hook(
         group: Any,
         bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
 from distclip.sharding.layout import LocalParam
+from distclip.torch_private import host_has_values
 
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
 
@@ -148,7 +149,7 @@ def folded(
 
 def _grad_scale(factor: Tensor | None) -> Tensor | None:
     # Where the host knows that it is 1, the kernel need not write the gradients back.
-    if factor is None or (factor.device.type == "cpu" and factor.item() == 1):
+    if factor is None or (host_has_values(factor) and factor.item() == 1):
         return None
     return factor.reciprocal().float()
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from distclip.report import Report
 from distclip.step import Decision
+from distclip.torch_private import outside_of_graphs
 from distclip.training import grad_scaler, optimizers
 from distclip.training.optimizers import HiddenGradients
 
@@ -69,6 +70,7 @@ class StepHook:
                 vars(self._optimizer)["step"] = self._step_before
         self._end()
 
+    @outside_of_graphs
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._in_wrapper = True
         try:
@@ -77,6 +79,7 @@ class StepHook:
             self._in_wrapper = False
             self._end()
 
+    @outside_of_graphs
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._in_wrapper and self._clipped:
             return None  # torch calls the hooks again where a step calls `super().step()`
@@ -88,6 +91,7 @@ class StepHook:
             return None
         return args[:1], {**kwargs, "closure": self._clipping(closure)}
 
+    @outside_of_graphs
     def _after(self, *_: Any) -> None:
         if not self._in_wrapper:
             self._end()
@@ -134,7 +138,7 @@ class StepHook:
     def _apply(self, decision: Decision, scaled: bool) -> None:
         decision.apply_()
         skip = decision.skip(scaled)
-        if skip is not None and bool(skip):
+        if skip is not None and decision.is_known_nonfinite:
             self._hidden.hide(_params(self._optimizer))
         self.report = decision.report
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from launch import compare, report
+from launch.ranks import UserError
 from tests.launch.runs import Row, rows_of
 
 
@@ -35,6 +39,64 @@ def test_a_log_goes_on_after_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     log = write(tmp_path, [row(4, norm=0.5)], done=3)
     assert log.rows == rows_of(tmp_path) == [row(1), row(2), row(3), row(4, norm=0.5)]
     assert log.num_clipped == 3
+
+
+DAMAGED_LINES = [
+    '{"step": 2, "lo',
+    "",
+    "\0" * 40,
+    "null",
+    "[2]",
+    "{}",
+    '{"step": "2"}',
+    "\x85{",
+    json.dumps({**row(2), "loss": "?"}),
+    json.dumps({**row(2), "seconds": None}),
+    json.dumps({name: value for name, value in row(2).items() if name != "limit"}),
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_LINES, ids=lambda line: line[:20])
+def test_a_damaged_line_loses_no_later_one(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, [row(step) for step in range(1, 6)])
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], damaged.encode("latin-1"), *lines[2:]]))
+    assert report.read(path) == [row(1), row(3), row(4), row(5)]
+    log = write(tmp_path, [row(5, norm=0.5)], done=4)
+    assert log.rows == rows_of(tmp_path) == [row(1), row(3), row(4), row(5, norm=0.5)]
+    assert report.summary(log.rows, "title").row_count == 5
+
+
+def test_a_full_disk_is_known_after_the_row(tmp_path: Path) -> None:
+    log = report.Log(tmp_path / "metrics.jsonl", Console(), 0, steps=10)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with log:
+        log.add(row(1))
+        log.check()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+        try:
+            log.add(row(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: File too large"):
+        log.check()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_log_that_was_taken_away(tmp_path: Path, how: str) -> None:
+    log = report.Log(tmp_path / "metrics.jsonl", Console(), 0, steps=10)
+    with log:
+        log.add(row(1))
+        log.check()
+        if how == "removed":
+            shutil.rmtree(tmp_path)
+        else:
+            write(tmp_path, [])
+        log.add(row(2))
+    with pytest.raises(UserError, match="now belongs to a later start of this run, or was removed"):
+        log.check()
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:

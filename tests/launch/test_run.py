@@ -90,6 +90,24 @@ def test_a_mistake_is_one_line_from_one_rank_and_not_started_again(tmp_path: Pat
     assert done.stderr == f"train.py: error: --data {nowhere}: no such folder\n"
 
 
+@pytest.mark.parametrize(
+    ("kib", "options", "said"),
+    [
+        (1, ("--save-every", "0"), "metrics.jsonl cannot be written: File too large"),
+        (5, ("--save-every", "3"), "cannot be written: "),
+    ],
+)
+def test_a_full_disk_is_one_line_from_one_rank(
+    text: Path, tmp_path: Path, kib: int, options: tuple[str, ...], said: str
+) -> None:
+    words = command(text, tmp_path, "--steps", "20", "--layout", "fsdp2", *options)
+    done = run(["bash", "-c", f'ulimit -f {kib}; exec "$@"', "_", *words])
+    assert done.returncode == USER_ERROR
+    assert done.stderr.startswith("train.py: error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 FAKE_TORCH = """
 import os, signal
 numbers = (signal.SIGUSR1, signal.SIGTERM)

@@ -90,6 +90,30 @@ def test_a_resumed_run_goes_on_to_the_same_bits(
     assert (tmp_path / "report.png").exists()
 
 
+@pytest.mark.parametrize("layout", ["fsdp2", STAGES[2]])
+def test_a_damaged_checkpoint_is_made_again_to_the_same_bits(
+    four_on_cpus: Ranks, text: Path, tmp_path: Path, layout: str
+) -> None:
+    paths = ("--data", str(text), "--out", str(tmp_path))
+    words = (*SIX_STEPS, *paths, "--layout", layout, "--policy", "zclip")
+    four_on_cpus.run(train_here, *words)
+    undisturbed = without_seconds(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-0000006"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    four_on_cpus.run(train_here, *words, "--resume")
+    assert without_seconds(tmp_path) == undisturbed
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-0000003", newest.name]
+
+
+def test_a_finished_run_without_its_rows(four_on_cpus: Ranks, text: Path, tmp_path: Path) -> None:
+    words = (*SIX_STEPS, "--data", str(text), "--out", str(tmp_path))
+    four_on_cpus.run(train_here, *words)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert four_on_cpus.run(train_here, *words, "--resume") == [True] * 4
+    assert rows_of(tmp_path) == []
+
+
 def refusal_here(*words: str) -> str:
     with pytest.raises(UserError) as caught:
         train_here(*words)
