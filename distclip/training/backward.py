@@ -98,7 +98,9 @@ class BackwardNorms:
         addresses = [0 if grad is None else grad.data_ptr() for grad in gradients]
         was = zip(gradients, versions, addresses, self._samples, strict=True)
         if gradients is self._seen and (versions, addresses) == (self._versions, self._addresses):
-            return {i for i, (grad, *_, view) in enumerate(was) if grad is not None and view is None}
+            return {
+                i for i, (grad, *_, view) in enumerate(was) if grad is not None and view is None
+            }
         then = zip(self._seen, self._versions, self._addresses, strict=True)
         return {
             i
