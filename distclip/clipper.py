@@ -22,10 +22,11 @@ from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import local_gradients
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
-from distclip.training import grad_scaler, optimizers
+from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.optimizers import Optimizers
-from distclip.training.step_hook import StepHook
+from distclip.training.rounds import Rounds
+from distclip.training.step_hook import AttachedClipper
 
 
 class Clipper:
@@ -102,6 +103,7 @@ class Clipper:
         ]
         self._gradient = gradient
         self._backward = BackwardNorms(self.plan, self._modules) if overlap else None
+        self._rounds = Rounds(self.plan)
 
     @property
     def skipped(self) -> Tensor:
@@ -192,6 +194,7 @@ class Clipper:
         Other args, Raises, Collective: as `clip_`.
         """
         stepped = optimizers.list_optimizers(optimizer)
+        self._check_steps(stepped)
         if closure is not None:
             return self._step_closure(stepped, scaler, scale, closure)
         decision = self.decide(stepped, scaler, scale)
@@ -199,18 +202,25 @@ class Clipper:
             skip = decision.skip(grad_scaler.is_on(scaler))
             folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
             decision.take_effect() if folds else decision.apply_()
+        found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
             if folds:
                 with optimizers.folded(each, decision.factor, skip):
                     grad_scaler.step_optimizer(each, scaler)
             elif skip is None or grad_scaler.is_on(scaler) or not bool(skip):
-                grad_scaler.step_optimizer(each, scaler)
+                grad_scaler.step_optimizer(each, scaler, found_inf)
         return decision.report
 
-    def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> StepHook:
+    def attach(self, optimizer: Optimizers, scaler: GradScaler | None = None) -> AttachedClipper:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours.
 
         `.remove()` of what is returned ends it; `.report` is that of the latest step.
+
+        Several optimizers, given together or one after the other, share one norm: the first that
+        steps measures the gradients of all, and the others clip theirs with the same coefficient,
+        unless their gradients have changed since or one of them steps again, which begins anew. If
+        they are scaled, pass the scaler with each of them. What wraps optimizers is seen through;
+        where a wrapper does work of its own, as schedule-free's does, its own step clips.
 
         It does what `step` does, also under `GradScaler.step` with fused optimizers, whose
         gradients are then still scaled. Pass the scaler as well where an overflow on one rank may
@@ -218,9 +228,20 @@ class Clipper:
         halve the scale. With optimizers that are not fused a scaler decides before the step runs,
         and ranks of which only some skip would wait for each other: use `step`.
 
-        Collective: in each step, as `clip_`; all ranks must step.
+        Raises:
+            ValueError: the clipper is attached to the optimizer already; a wrapper that steps other
+                tensors than the clipper holds; in a step, see `clip_`.
+            TypeError: something that is no optimizer.
+
+        Collective: in each step, as `clip_`; all ranks must step. Of several optimizers those that
+            do not measure agree that theirs are unchanged: one more all-reduce of one number, which
+            an accelerator is waited for.
         """
-        return StepHook(optimizer, scaler, self._decide)
+        given = optimizers.list_optimizers(optimizer)
+        if self._gradient is None:
+            for each in given:
+                wrappers.check_wrapped(each, self.plan)
+        return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     def state_dict(self) -> dict[str, Any]:
         """What the policies remember: tensors and numbers under names.
@@ -305,13 +326,26 @@ class Clipper:
         def decide_scaled(stepped: list[Optimizer], *_: Any) -> Decision:
             return self._decide(stepped, factor)
 
-        attached = StepHook(optimizer, None, decide_scaled)
+        attached = AttachedClipper([optimizer], None, decide_scaled, Rounds(self.plan))
         try:
             optimizer.step(closure)
         finally:
             attached.remove()
         assert attached.report is not None
         return attached.report
+
+    def _check_steps(self, stepped: Sequence[Optimizer]) -> None:
+        attached = [each.optimizer for each in self._rounds.members()]
+        for each in stepped:
+            if any(inner is other for inner in wrappers.unwrapped([each]) for other in attached):
+                raise ValueError(
+                    f"cannot clip and step this {type(each).__qualname__}: the Clipper is attached "
+                    f"to it, and would clip twice and count the step twice. Call "
+                    f"`optimizer.step()`, or end it with `attached.remove()` first."
+                )
+            wrappers.check_accumulated(each)
+            if self._gradient is None:
+                wrappers.check_wrapped(each, self.plan)
 
     def _group_states(self) -> list[state_dict.GroupState]:
         return [

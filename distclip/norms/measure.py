@@ -221,9 +221,9 @@ class NormBuffer:
                 _add_units_(self.per_tensor, span.views(grad), p, units)
 
     def refresh(self, grads: Sequence[Tensor | None], changed: Tensor) -> None:
-        """Measures again where `changed`, a bool for each member, is true; for groups without units.
+        """Measures again where `changed`, a bool for each member, is true; without a wait.
 
-        No wait for the device.
+        For groups without units.
         """
         p, otherwise = self._group.norm_type, self.per_tensor
         nothing = otherwise[:0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,26 +16,25 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import gather_objects, rank_group
-
-Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
+from distclip.training.wrappers import Optimizers as Optimizers
+from distclip.training.wrappers import list_optimizers as list_optimizers
+from distclip.training.wrappers import params_of
 
 _FUSED = (Adam, AdamW, SGD, Adagrad)  # exactly these: a subclass may have a step of its own
 _ATTRIBUTES = ("grad_scale", "found_inf")
 
 
-def list_optimizers(given: Optimizers | None) -> list[Optimizer]:
-    if given is None:
-        return []
-    # Wrappers of optimizers need not be `Optimizer`s.
-    is_one = hasattr(given, "param_groups")
-    return [cast(Optimizer, given)] if is_one else list(cast("Iterable[Optimizer]", given))
-
-
 def fold(optimizers: Sequence[Optimizer], plan: Plan) -> bool:
     """Whether these multiply all gradients of the plan, and no other, by one factor."""
     planned = {id(p.param) for p in plan.params if p.param.grad is not None}
-    stepped = {id(p) for p in _params(optimizers) if p.grad is not None}
+    stepped = {id(p) for p in params_of(optimizers) if p.grad is not None}
     return planned == stepped and all(map(multiplies, optimizers))
+
+
+def folds_its_own(optimizer: Optimizer, plan: Plan) -> bool:
+    """Whether an optimizer multiplies gradients of the plan alone by one factor."""
+    planned = {id(p.param) for p in plan.params}
+    return planned.issuperset(map(id, params_of([optimizer]))) and multiplies(optimizer)
 
 
 def multiplies(optimizer: Optimizer) -> bool:
@@ -120,9 +119,9 @@ def _grad_scale(factor: Tensor | None) -> Tensor | None:
 
 
 class HiddenGradients:
-    """Gradients taken off their parameters: an optimizer steps no parameter without a gradient.
+    """Gradients taken off their parameters: torch's optimizers step none without a gradient.
 
-    Nothing inside `step()` can leave the step out in another way.
+    For where a step cannot be left out as a whole.
     """
 
     def __init__(self) -> None:
@@ -132,6 +131,10 @@ class HiddenGradients:
         self._hidden = [(p, p.grad) for p in params if p.grad is not None]
         for param, _ in self._hidden:
             param.grad = None
+
+    def forget(self) -> None:
+        """Leaves them off."""
+        self._hidden = []
 
     def restore(self) -> None:
         """Puts them back, except where a new gradient has been put meanwhile."""
@@ -169,16 +172,10 @@ class CheckedOptimizers:
 
 
 def _difference(optimizers: Sequence[Optimizer], plan: Plan) -> str | None:
-    stepped, planned = {id(p) for p in _params(optimizers)}, {id(p.param) for p in plan.params}
+    stepped, planned = {id(p) for p in params_of(optimizers)}, {id(p.param) for p in plan.params}
     left = [p.name for p in plan.params if p.param.requires_grad and id(p.param) not in stepped]
     if left:
         return f"no optimizer given steps {left[0]!r}"
     if others := stepped - planned:
         return f"{len(others)} parameters of the optimizer are not the Clipper's"
     return None
-
-
-def _params(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    ]

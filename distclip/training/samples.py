@@ -15,9 +15,9 @@ from torch import Tensor
 from distclip.kernels.contiguous import flat
 
 WHOLE = 1 << 12  # elements: gradients of so few are compared whole
-# Elements from one of a sample to the next: a write to so many neighbours touches the sample. It is
-# prime, and thus visits all columns of a matrix.
-STEP = 127
+# Elements from one of a sample to the next: a write to so many neighbours touches the sample. A
+# prime visits all columns of a matrix, unless it divides their number: hence a second one.
+STEP, _OTHER_STEP = 127, 113
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,9 +36,15 @@ def sample(values: Tensor) -> Tensor | None:
     if elements.data_ptr() != values.data_ptr():  # a copy, which shows nothing
         return None
     if not is_whole(values):
-        row = values.numel() // values.shape[0] if values.ndim > 1 else STEP
-        elements = elements[:: max(1, min(STEP, row - 1))]
+        elements = elements[:: _step(values)]
     return elements.view(_BITS[values.itemsize])
+
+
+def _step(values: Tensor) -> int:
+    if values.ndim < 2:
+        return STEP
+    row = values.numel() // values.shape[0]
+    return max(1, min(STEP if row % STEP else _OTHER_STEP, row - 1))
 
 
 def is_whole(values: Tensor) -> bool:

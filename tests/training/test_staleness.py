@@ -260,7 +260,7 @@ def test_any_run_of_neighbours_is_seen() -> None:
         param.grad = None
 
 
-@pytest.mark.parametrize("width", [2, 3, 7, 64, 127, 128, 129, 500])
+@pytest.mark.parametrize("width", [2, 3, 7, 64, 127, 128, 254, 500])
 def test_a_row_or_a_column_of_zeros_that_is_added_to_is_seen(width: int) -> None:
     """As an all-reduce does to the rows of an embedding that this rank's tokens did not use."""
     grad = torch.ones(600, width)
@@ -273,7 +273,7 @@ def test_a_row_or_a_column_of_zeros_that_is_added_to_is_seen(width: int) -> None
         expected = norm_of(params)
         check(clipper.clip_(), expected)
         param.grad = None
-    for column in range(width):
+    for column in range(0, width, 1 + width // 60):
         backward(params, [grad])
         param.grad.data[:, column] += 100
         expected = norm_of(params)

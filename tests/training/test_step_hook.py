@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -110,10 +111,12 @@ def test_a_step_that_raises_leaves_nothing(value: float, replaced: bool) -> None
     attached = clipper.attach(optimizer)
     if replaced:
         optimizer.step = original
-    with pytest.raises(ZeroDivisionError):
+    is_left_out = math.isnan(value) and not replaced
+    with nullcontext() if is_left_out else pytest.raises(ZeroDivisionError):
         optimizer.step()
     if not replaced:
         assert model.weight.grad is not None
+    optimizer.fails = False
     model.weight.grad = torch.full_like(model.weight, 3.0)
     optimizer.step()
     assert_stepped_once_clipped(model)
