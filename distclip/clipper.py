@@ -24,9 +24,9 @@ from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
-from distclip.training.optimizers import Optimizers
 from distclip.training.rounds import Rounds
 from distclip.training.step_hook import AttachedClipper
+from distclip.training.wrappers import Optimizers
 
 
 class Clipper:
@@ -159,7 +159,7 @@ class Clipper:
         Args, Raises, Collective: as `clip_`. A scaler learns that its gradients are unscaled from
             `apply_`.
         """
-        stepped = optimizers.list_optimizers(optimizer)
+        stepped = wrappers.list_optimizers(optimizer)
         factor = grad_scaler.inverse_scale(scaler, stepped)
         if scale is not None:
             given = parameters.as_scalar(scale, self.plan.device)
@@ -193,7 +193,7 @@ class Clipper:
 
         Other args, Raises, Collective: as `clip_`.
         """
-        stepped = optimizers.list_optimizers(optimizer)
+        stepped = wrappers.list_optimizers(optimizer)
         self._check_steps(stepped)
         if closure is not None:
             return self._step_closure(stepped, scaler, scale, closure)
@@ -237,7 +237,7 @@ class Clipper:
             do not measure agree that theirs are unchanged: one more all-reduce of one number, which
             an accelerator is waited for.
         """
-        given = optimizers.list_optimizers(optimizer)
+        given = wrappers.list_optimizers(optimizer)
         if self._gradient is None:
             for each in given:
                 wrappers.check_wrapped(each, self.plan)

@@ -29,8 +29,8 @@ class BackwardNorms:
     A norm is used only if `.grad` is still the very tensor, no operation has written to it since,
     and a sample of its elements has the bits that it had. What has changed, or was never seen, is
     measured when the norms are asked for. A second micro-batch, a gradient set to None or replaced,
-    and a backward that raises need no rule of their own. What is not seen is a write that torch does
-    not count and that leaves out the sample, such as one to a single element through `.data`.
+    and a backward that raises need no rule of their own. What is not seen is a write that torch
+    does not count and that leaves out the sample, such as one to a single element through `.data`.
     """
 
     def __init__(self, plan: Plan, modules: Sequence[nn.Module]) -> None:

@@ -60,13 +60,14 @@ def inverse_scale(scaler: GradScaler | None, stepped: Sequence[Optimizer]) -> Te
 def unscale_unless_alike(
     scaler: GradScaler, attached: Sequence[Optimizer], scale: Tensor | None
 ) -> Tensor | None:
-    """`scale` where no optimizer's gradients are unscaled yet; else unscales those that are not.
+    """`scale` if all gradients stay scaled until their optimizers step; else unscales all now.
 
     Args:
         scale: what the gradients of an optimizer that steps now still need.
     """
     stages = [stage_of(scaler, optimizer) for optimizer in attached]
-    if scale is not None and all(stage is OptState.READY for stage in stages):
+    all_ready = all(stage is OptState.READY for stage in stages)
+    if scale is not None and all_ready and all(map(torch_private.takes_scaled_gradients, attached)):
         return scale
     for optimizer, stage in zip(attached, stages, strict=True):
         if stage is OptState.READY:
@@ -80,7 +81,7 @@ class _WithStage(NamedTuple):
 
 
 def _with_stage(scaler: GradScaler, optimizer: Optimizer) -> list[_WithStage]:
-    """The optimizers behind `optimizer`, each with the latest stage that it or its wrapper is in."""
+    """The optimizers behind `optimizer`, each with the later of its stage and its wrapper's."""
     outer = stage_of(scaler, optimizer)
     inner = [_WithStage(each, stage_of(scaler, each)) for each in wrappers.unwrapped([optimizer])]
     return [each if outer is OptState.READY else each._replace(stage=outer) for each in inner]
@@ -106,8 +107,8 @@ def record(scaler: GradScaler, stepped: Sequence[Optimizer], found_inf: Tensor) 
 def _record(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor) -> None:
     scale = cast(Tensor, torch_private.loss_scale(scaler))
     state = torch_private.scaler_state(scaler, optimizer)
-    # `update` adds these up in place, and each optimizer needs a tensor of its own. Its shape is the
-    # one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step takes none.
+    # `update` adds these up in place, and each optimizer needs a tensor of its own. Its shape is
+    # the one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step takes none.
     is_sharded = hasattr(scaler, "process_group")
     flat = is_sharded and not torch_private.takes_scaled_gradients(optimizer)
     found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])

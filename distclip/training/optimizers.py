@@ -16,8 +16,6 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import gather_objects, rank_group
-from distclip.training.wrappers import Optimizers as Optimizers
-from distclip.training.wrappers import list_optimizers as list_optimizers
 from distclip.training.wrappers import params_of
 
 _FUSED = (Adam, AdamW, SGD, Adagrad)  # exactly these: a subclass may have a step of its own

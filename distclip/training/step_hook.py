@@ -203,27 +203,24 @@ class StepHook:
         self._check_scaled(decision, change, loss_scale)
         if is_first := decision is None:
             decision = self._decide_for(together if is_shared else [self], loss_scale, scaled)
-            self._rounds.begin(self, decision)
         elif scaled and scaler is not None:
             grad_scaler.record(scaler, [optimizer], decision.found_inf)
         self._set_report(decision.report)
         skip = decision.skip(scaled)
-        if self._folds(decision, is_shared):
+        if folds := self._folds(decision, is_shared):
             optimizers.fold_(optimizer, decision.factor, skip)
-            if is_first:
-                decision.take_effect()
             self._folded = found_inf is None  # the scaler takes its attributes away itself
-            return
-        if found_inf is not None:
+        elif found_inf is not None:
             optimizers.fold_(optimizer, None, None)
-        if not is_shared or not decision.in_grad:
-            decision.apply_() if is_first else None
-        else:
+        is_partial = is_shared and decision.in_grad
+        if not folds and is_partial:
             mine = {id(param) for param in wrappers.params_of([optimizer])}
             decision.apply_(lambda p: p.grad if id(p) in mine else None, decision.scale)
-            if is_first:
-                decision.take_effect()
-        self._leave_out(skip, None, at_once=True)
+        if is_first:
+            decision.take_effect() if folds or is_partial else decision.apply_()
+            self._rounds.begin(self, decision)
+        if not folds:
+            self._leave_out(skip, None, at_once=True)
 
     def _from_scaler(self, name: str) -> Tensor | None:
         found = getattr(self.optimizer, name, None)

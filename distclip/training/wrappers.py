@@ -48,9 +48,9 @@ def params_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 
 
 def is_wrapper(optimizer: Optimizer) -> bool:
-    """Whether something else than a plain `torch.optim.Optimizer` stands in a step's place."""
-    is_plain = isinstance(optimizer, Optimizer) and "param_groups" in _attributes(optimizer)
-    return not is_plain or bool(_passes_on_to(optimizer))
+    """Whether it passes steps on, or is no optimizer that `Optimizer.__init__` has made."""
+    is_made = {"param_groups", "defaults"} <= _attributes(optimizer).keys()
+    return not (isinstance(optimizer, Optimizer) and is_made) or bool(_passes_on_to(optimizer))
 
 
 def known_to_scaler(optimizer: Optimizer) -> list[Optimizer]:
@@ -90,8 +90,8 @@ def check_accumulated(optimizer: Optimizer) -> None:
     if _passes_on_to(optimizer) and not getattr(state, "sync_gradients", True):
         raise ValueError(
             f"cannot clip for a {type(optimizer).__qualname__} now: accelerate is accumulating "
-            f"gradients, and would leave out the step; clipping and unscaling belong after the last "
-            f"micro-batch. Call it `if accelerator.sync_gradients:`, or use `clipper.attach`."
+            f"gradients, and would leave out the step; clipping and unscaling belong after the "
+            f"last micro-batch. Call it `if accelerator.sync_gradients:`, or use `clipper.attach`."
         )
 
 
