@@ -104,8 +104,8 @@ def power_sums_where(
     tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
 ) -> Tensor:
     """Reads what `where` names."""
-    sums = otherwise.clone()
-    if named := where.nonzero().flatten().tolist():
+    sums, named = otherwise.clone(), [i for i, is_named in enumerate(where) if is_named]
+    if named:
         sums[named] = power_sums([tensors[i] for i in named], norm_type)
     return sums
 

@@ -20,7 +20,7 @@ from distclip.errors import LayoutError
 from distclip.norms.measure import GroupMeasurement, NormBuffer, measure
 from distclip.norms.plan import Plan
 from distclip.sharding.local_tensors import final_gradient, local_gradient
-from distclip.training import samples
+from distclip.training.samples import Samples
 
 
 class BackwardNorms:
@@ -45,10 +45,7 @@ class BackwardNorms:
         ]
         self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
         self._measured: set[int] = set()  # the parameters whose number in a buffer is not zero
-        # Of each gradient as it was measured: the bits of its sample, and whether a multiplication
-        # would show in them.
-        self._bits: list[Tensor | None] = [None] * len(self._params)
-        self._shows = torch.ones(len(self._params), dtype=torch.bool, device=plan.device)
+        self._samples = Samples(len(self._params), plan.device)
         self._latest: Tensor | None = None  # the values that were measured last
         self._forget_gradients()
         handles = register_grad_hooks(_WeakListener(self), self._params, modules)
@@ -68,9 +65,9 @@ class BackwardNorms:
         stale, changed = self._surely_stale(gradients), None
         sampled = [i for i, grad in enumerate(gradients) if grad is not None and i not in stale]
         if self._waits:
-            stale |= self._stale_by_samples(sampled)
+            stale |= self._samples.changed(sampled)
         elif sampled:
-            changed = self._changed(sampled)
+            changed = self._samples.changed_on_device(sampled)
         if self._is_too_much(len(stale)):
             self._forget_gradients()
             return measure(gradients, self._plan)
@@ -95,43 +92,14 @@ class BackwardNorms:
         """What is another tensor or lies elsewhere, has a later version, or has no sample."""
         versions = [-1 if grad is None else torch_private.version(grad) for grad in gradients]
         addresses = [0 if grad is None else grad.data_ptr() for grad in gradients]
-        was = zip(gradients, versions, addresses, self._samples, strict=True)
+        has = self._samples.has
+        stale = {i for i, grad in enumerate(gradients) if grad is not None and not has(i)}
         if gradients is self._seen and (versions, addresses) == (self._versions, self._addresses):
-            return {
-                i for i, (grad, *_, view) in enumerate(was) if grad is not None and view is None
-            }
+            return stale
+        now = zip(gradients, versions, addresses, strict=True)
         then = zip(self._seen, self._versions, self._addresses, strict=True)
-        return {
-            i
-            for i, ((grad, version, address, view), (seen, old_version, old_address)) in enumerate(
-                zip(was, then, strict=True)
-            )
-            if grad is not seen
-            or (version, address) != (old_version, old_address)
-            or (grad is not None and view is None)
-        }
-
-    def _stale_by_samples(self, indices: Sequence[int]) -> set[int]:
-        shows = cast("list[bool]", self._shows.tolist())
-        stale = {i for i in indices if not shows[i]}
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i in indices:
-            by_dtype.setdefault(self._bits[i].dtype, []).append(i)
-        for alike in by_dtype.values():
-            now, then = [self._samples[i] for i in alike], [self._bits[i] for i in alike]
-            if not samples.equal(now, then):
-                pairs = zip(alike, now, then, strict=True)
-                stale |= {i for i, a, b in pairs if not torch.equal(a, b)}
-        return stale
-
-    def _changed(self, indices: Sequence[int]) -> Tensor:
-        """For each parameter whether to measure its gradient again; on the device."""
-        present, nothing = set(indices), self._bits[indices[0]][:0]
-        now, then = (
-            [bits if i in present else nothing for i, bits in enumerate(each)]
-            for each in (self._samples, self._bits)
-        )
-        return samples.differ(now, then) | ~self._shows
+        pairs = enumerate(zip(now, then, strict=True))
+        return stale | {i for i, (a, b) in pairs if a[0] is not b[0] or a[1:] != b[1:]}
 
     def reduced(self, param: Tensor, values: Tensor | None) -> None:
         """A gradient has its final values; None where a collective has yet to make them."""
@@ -139,9 +107,9 @@ class BackwardNorms:
             self._grads[i] = self._seen[i] = None
             is_here = values is not None and values.device == self._plan.device
             self._measure(i, values if is_here else None)
-            self._latest = None
-            if is_here:
-                self._take_sample(i, cast(Tensor, values))
+            self._latest = values if is_here else None
+            if self._latest is not None:
+                self._samples.take(i, self._latest)
 
     def written(self, param: Tensor) -> None:
         """`.grad` has the values that were measured."""
@@ -150,25 +118,8 @@ class BackwardNorms:
             self._versions[i] = -1 if values is None else torch_private.version(values)
             self._addresses[i] = 0 if values is None else values.data_ptr()
             if values is not None and values is not self._latest:
-                self._samples[i] = self._if_like(samples.sample(values), self._bits[i])
+                self._samples.move(i, values)
         self._latest = None
-
-    @torch.no_grad()
-    def _take_sample(self, i: int, values: Tensor) -> None:
-        self._samples[i] = view = samples.sample(values)
-        self._latest = values
-        if view is None or (bits := self._if_like(self._bits[i], view)) is None:
-            self._bits[i] = None if view is None else view.clone()
-        else:
-            bits.copy_(view)
-        if view is not None and not samples.is_whole(values):
-            self._shows[i] = samples.any_nonzero(view)
-
-    @staticmethod
-    def _if_like(bits: Tensor | None, other: Tensor | None) -> Tensor | None:
-        if bits is None or other is None:
-            return None
-        return bits if bits.shape == other.shape and bits.dtype == other.dtype else None
 
     @torch.no_grad()
     def _measure(self, i: int, values: Tensor | None) -> None:
@@ -179,7 +130,7 @@ class BackwardNorms:
         """Keeps no gradient alive after it was used."""
         self._grads: list[Tensor | None] = [None] * len(self._params)
         self._seen = list(self._grads)  # their dense values
-        self._samples = list(self._grads)  # views of these
+        self._samples.forget()
         self._versions = [-1] * len(self._params)
         self._addresses = [0] * len(self._params)
 

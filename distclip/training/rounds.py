@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -105,8 +104,13 @@ class _Gradient(NamedTuple):
 class _Snapshot:
     """The gradients of one optimizer at one moment."""
 
+    @torch.no_grad()
     def __init__(self, optimizer: Optimizer) -> None:
-        self._gradients = _gradients([optimizer])
+        self._gradients: list[_Gradient] = []
+        for param in params_of([optimizer]):
+            values = final_gradient(param)
+            bits = None if (view := _bits(values)) is None else view.clone()
+            self._gradients.append(_Gradient(param, param.grad, _version(values), bits))
 
     def renew(self) -> None:
         """Takes operations for its own that were counted since; no other write."""
@@ -119,27 +123,17 @@ class _Snapshot:
 
     @torch.no_grad()
     def change(self) -> Change:
-        is_same_tensor = all(param.grad is grad for param, grad, *_ in self._gradients)
-        if not is_same_tensor:
+        now = [(each, final_gradient(each.param)) for each in self._gradients]
+        if any(g.param.grad is not g.grad or _version(values) != g.version for g, values in now):
             return Change.SEEN
-        changes = [Change.NONE]
-        for param, _, version, bits in self._gradients:
-            values = final_gradient(param)
-            if _version(values) != version:
-                return Change.SEEN
-            if bits is not None and not torch.equal(bits, _bits(values)):
-                changes.append(Change.UNCOUNTED)
-        return max(changes)
+        is_same = all(_is_same(g.bits, _bits(values)) for g, values in now)
+        return Change.NONE if is_same else Change.UNCOUNTED
 
 
-def _gradients(optimizers: Sequence[Optimizer]) -> list[_Gradient]:
-    found: list[_Gradient] = []
-    with torch.no_grad():
-        for param in params_of(optimizers):
-            values = final_gradient(param)
-            bits = None if (view := _bits(values)) is None else view.clone()
-            found.append(_Gradient(param, param.grad, _version(values), bits))
-    return found
+def _is_same(then: Tensor | None, now: Tensor | None) -> bool:
+    if then is None or now is None:
+        return then is now
+    return torch.equal(then, now)
 
 
 def _version(values: Tensor | None) -> int:

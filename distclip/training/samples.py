@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,26 +54,78 @@ def is_whole(values: Tensor) -> bool:
     return values.numel() <= WHOLE
 
 
-def any_nonzero(bits: Tensor) -> Tensor:
-    """Whether a multiplication would change one of them; a bool scalar. NaN counts, -0 does not."""
-    return (bits * 2).any()  # without the sign
+class Samples:
+    """The samples of several tensors: as they were when they were taken, and as they are now."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._then: list[Tensor | None] = [None] * count
+        # Whether a multiplication of the tensor would change the sample.
+        self._shows = torch.ones(count, dtype=torch.bool, device=device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps no tensor alive."""
+        self._now: list[Tensor | None] = [None] * len(self._then)
+
+    def has(self, i: int) -> bool:
+        return self._now[i] is not None
+
+    @torch.no_grad()
+    def take(self, i: int, values: Tensor) -> None:
+        """Takes the sample of `values` as they are."""
+        self._now[i] = now = sample(values)
+        if now is None:
+            return
+        then = self._then[i]
+        if then is not None and _are_alike(then, now):
+            then.copy_(now)  # memory of the same stream in every step
+        else:
+            self._then[i] = now.clone()
+        if not is_whole(values):
+            self._shows[i] = (now * 2).any()  # without the sign: -0 is zero
+
+    @torch.no_grad()
+    def move(self, i: int, values: Tensor) -> None:
+        """From now on `values` has what was taken."""
+        now, then = sample(values), self._then[i]
+        fits = now is not None and then is not None and _are_alike(then, now)
+        self._now[i] = now if fits else None
+
+    def changed(self, indices: Sequence[int]) -> set[int]:
+        """Which of these may have changed; all must have a sample. Waits for the device."""
+        shows = cast("list[bool]", self._shows.tolist())
+        found = {i for i in indices if not shows[i]}
+        now, then = self._of(indices)
+        for dtype in set(map(attrgetter("dtype"), then)):
+            alike = [k for k, each in enumerate(then) if each.dtype is dtype]
+            if not torch.equal(
+                torch.cat([now[k] for k in alike]), torch.cat([then[k] for k in alike])
+            ):
+                found |= {indices[k] for k in alike if not torch.equal(now[k], then[k])}
+        return found
+
+    def changed_on_device(self, indices: Sequence[int]) -> Tensor:
+        """As `changed`, without a wait: a bool for each tensor, any where it has no sample."""
+        now, then = self._of(indices)
+        counts = [0] * len(self._then)
+        for i, each in zip(indices, now, strict=True):
+            counts[i] = each.numel()
+        differs = torch.cat(now) != torch.cat(then)
+        owners = _owners(tuple(counts), differs.device)
+        found = torch.zeros(len(counts), dtype=torch.int64, device=differs.device)
+        return (found.index_add_(0, owners, differs.long()) > 0) | ~self._shows
+
+    def _of(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        now, then = ([each[i] for i in indices] for each in (self._now, self._then))
+        return cast("list[Tensor]", now), cast("list[Tensor]", then)
 
 
-def differ(now: Sequence[Tensor], then: Sequence[Tensor]) -> Tensor:
-    """Which samples have changed; a bool for each, on their device, without a wait for it."""
-    changed = torch.cat(list(now)) != torch.cat(list(then))
-    owners = _owners(tuple(map(Tensor.numel, now)), changed.device)
-    counts = torch.zeros(len(now), dtype=torch.int64, device=changed.device)
-    return counts.index_add_(0, owners, changed.long()) > 0
-
-
-def equal(now: Sequence[Tensor], then: Sequence[Tensor]) -> bool:
-    """Whether none has changed. Waits for the device."""
-    return not now or torch.equal(torch.cat(list(now)), torch.cat(list(then)))
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 @lru_cache(maxsize=8)
 def _owners(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The index of the sample that each element of all samples is from; uploaded once."""
+    """The index of the tensor that each element of all samples is from; uploaded once."""
     counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     return torch.arange(len(lengths), device="cpu").repeat_interleave(counts).to(device)

@@ -28,11 +28,13 @@ def list_optimizers(given: Optimizers | None) -> list[Optimizer]:
     if given is None:
         return []
     # Wrappers of optimizers need not be `Optimizer`s, and a container that steps may be iterable.
-    listable = hasattr(given, "__iter__") and not isinstance(given, str | bytes | dict)
-    listed = [given] if _is_one(given) or not listable else list(cast("Iterable[Any]", given))
+    is_list = hasattr(given, "__iter__") and not isinstance(given, str | dict)
+    listed = cast("list[Optimizer]", [given])
+    if is_list and not _is_one(given):
+        listed = list(cast("Iterable[Optimizer]", given))
     for optimizer in listed:
-        unwrapped([cast(Optimizer, optimizer)])
-    return list({id(each): cast(Optimizer, each) for each in listed}.values())
+        unwrapped([optimizer])
+    return list({id(each): each for each in listed}.values())
 
 
 def unwrapped(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
@@ -47,7 +49,7 @@ def params_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-def is_wrapper(optimizer: Optimizer) -> bool:
+def is_wrapper(optimizer: Any) -> bool:
     """Whether it passes steps on, or is no optimizer that `Optimizer.__init__` has made."""
     is_made = {"param_groups", "defaults"} <= _attributes(optimizer).keys()
     return not (isinstance(optimizer, Optimizer) and is_made) or bool(_passes_on_to(optimizer))
@@ -107,7 +109,7 @@ def _unwrap(optimizer: Any, outer: list[Any]) -> list[Optimizer]:
     inner = _passes_on_to(optimizer)
     if inner:
         return [found for each in inner for found in _unwrap(each, [*outer, optimizer])]
-    if not hasattr(type(optimizer), "step"):
+    if not _has_own_step(optimizer):
         raise ValueError(
             f"cannot clip for a {type(optimizer).__qualname__}: it is a proxy of an optimizer that "
             f"is in none of its attributes, and what is folded into the proxy would not reach the "
@@ -119,12 +121,18 @@ def _unwrap(optimizer: Any, outer: list[Any]) -> list[Optimizer]:
 def _passes_on_to(optimizer: Any) -> list[Any]:
     """The optimizers whose steps are the wrapper's step; none where it is one itself."""
     several = getattr(optimizer, "optimizers", None)
-    if isinstance(several, list | tuple) and several and all(map(_is_one, several)):
-        return list(cast("Sequence[Any]", several))
+    if isinstance(several, list | tuple):
+        listed = list(cast("Sequence[Any]", several))
+        if listed and all(map(_is_one, listed)):
+            return listed
     if _is_one(one := getattr(optimizer, "optimizer", None)) and one is not optimizer:
         return [one]
-    # The `__getattr__` of a proxy finds `step` in another object.
-    return [] if hasattr(type(optimizer), "step") else _held(optimizer)
+    return [] if _has_own_step(optimizer) else _held(optimizer)
+
+
+def _has_own_step(optimizer: Any) -> bool:
+    """False for a proxy, whose `__getattr__` finds `step` in another object."""
+    return hasattr(cast(Any, type(optimizer)), "step")
 
 
 def _held(optimizer: Any) -> list[Any]:
