@@ -16,10 +16,12 @@ from torch import Tensor
 
 from distclip.kernels.contiguous import flat
 
-WHOLE = 1 << 12  # elements: gradients of so few are compared whole
-# Elements from one of a sample to the next: a write to so many neighbours touches the sample. A
-# prime visits all columns of a matrix, unless it divides their number: hence a second one.
-STEP, _OTHER_STEP = 127, 113
+WHOLE = 1 << 12  # elements: tensors of so few are compared whole
+# Elements from one of a sample to the next: a write to so many neighbours touches the sample. Each
+# reads a line of the cache, and 1,021 float32 are 64 of them. A flat tensor may hold matrices whose
+# rows are not known. Primes visit all columns of a matrix, unless they divide their number.
+STEP, FLAT_STEP = 1021, 251
+_OTHER_STEP = 1019
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,8 +29,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def sample(values: Tensor) -> Tensor | None:
     """Some elements as integers with the same bits, flat; a view, which shows later writes.
 
-    All elements of a short tensor; else every `STEP`-th, or one of each row where rows are shorter:
-    the rows of an embedding that no token used are zero, until a collective adds those of others.
+    All elements of a short tensor; else every `STEP`-th, but at least one of each row (index of dim
+    0): rows of an embedding that no token used are zero, until a collective adds those of others.
 
     None where no such view exists: complex numbers, or gaps between the elements.
     """
@@ -44,7 +46,7 @@ def sample(values: Tensor) -> Tensor | None:
 
 def _step(values: Tensor) -> int:
     if values.ndim < 2:
-        return STEP
+        return FLAT_STEP
     row = values.numel() // values.shape[0]
     return max(1, min(STEP if row % STEP else _OTHER_STEP, row - 1))
 

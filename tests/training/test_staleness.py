@@ -252,15 +252,15 @@ def test_any_run_of_neighbours_is_seen() -> None:
     grad = torch.ones(3 * LONG)
     (param,) = params = [nn.Parameter(torch.zeros_like(grad))]
     clipper = clipper_of(params)
-    for first in range(0, samples.STEP + 3):
+    for first in range(0, samples.FLAT_STEP + 3):
         backward(params, [grad])
-        param.grad.data[LONG + first : LONG + first + samples.STEP].mul_(100)
+        param.grad.data[LONG + first : LONG + first + samples.FLAT_STEP].mul_(100)
         expected = norm_of(params)
         check(clipper.clip_(), expected)
         param.grad = None
 
 
-@pytest.mark.parametrize("width", [2, 3, 7, 64, 127, 128, 254, 500])
+@pytest.mark.parametrize("width", [2, 3, 7, 64, 128, 251, 500])
 def test_a_row_or_a_column_of_zeros_that_is_added_to_is_seen(width: int) -> None:
     """As an all-reduce does to the rows of an embedding that this rank's tokens did not use."""
     grad = torch.ones(600, width)
