@@ -54,8 +54,11 @@ class Clipper:
         overlap: measure each gradient during backward, as soon as it is final: under FSDP2 after
             its reduce-scatter, under DDP after its bucket's all-reduce (the clipper needs the
             module, and takes DDP's one communication hook), plain parameters at once. A gradient
-            that has changed since, and any other, is measured when the clipper is called; a write
-            through `.data` alone cannot be seen.
+            that has changed since, and any other, is measured when the clipper is called. A write
+            that torch does not count (`GradScaler.unscale_`, a collective, `.data`, NumPy) is found
+            by a sample of the elements: all of a short gradient, else some of each row. One that
+            misses the sample, such as one to a single element through `.data`, is not seen. On an
+            accelerator, policies with limits per tensor or unit measure after backward.
 
     Raises:
         LayoutError: it is unknown which ranks hold which elements.
@@ -123,7 +126,9 @@ class Clipper:
         With a scaler the gradients are unscaled as well, in the same pass; `scaler.step(optimizer)`
         and `scaler.update()` follow as always. An overflow on any rank makes all of them skip. Pass
         all optimizers that step what the clipper holds: `clip_([first, second], scaler=scaler)`.
-        Where `scaler.unscale_` was called before, nothing is unscaled again.
+        Where `scaler.unscale_` was called before, nothing is unscaled again. Wrappers of optimizers
+        (accelerate's, Lightning's, torchtitan's) are seen through; `scaler.step` may follow for the
+        wrapper or for what is inside.
 
         Args:
             scale: a factor that the gradients still need, such as 1 / num_tokens: a finite number,
@@ -135,6 +140,7 @@ class Clipper:
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
                 scaler or `scale` was given; `scale` is no finite number.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
+            TypeError: something that is no optimizer.
 
         Collective: one all-reduce of a few numbers; none where nothing is sharded. The first time
             with a scaler or `scale` and these optimizers, an all-gather of a short text as well.
@@ -187,6 +193,10 @@ class Clipper:
         clipper holds, gradients outside of `.grad`, on_nonfinite="zero". Where the norm is not
         finite, a scaler skips the step, and so does on_nonfinite="skip": on the device if folded,
         else on the host, which waits for the norm.
+
+        A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
+        accelerate's does, steps and updates it there; while accelerate accumulates gradients, a call
+        is an error. An optimizer that the clipper is attached to is an error as well.
 
         Args:
             closure: as `optimizer.step` has it. The gradients of each evaluation are clipped.
