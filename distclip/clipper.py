@@ -195,8 +195,8 @@ class Clipper:
         else on the host, which waits for the norm.
 
         A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
-        accelerate's does, steps and updates it there; while accelerate accumulates gradients, a call
-        is an error. An optimizer that the clipper is attached to is an error as well.
+        accelerate's does, steps and updates it there; while accelerate accumulates gradients, a
+        call is an error. An optimizer that the clipper is attached to is an error as well.
 
         Args:
             closure: as `optimizer.step` has it. The gradients of each evaluation are clipped.
@@ -328,6 +328,11 @@ class Clipper:
         scale: float | Tensor | None,
         closure: Callable[[], Any],
     ) -> Report:
+        if len(stepped) != 1:
+            raise ValueError(
+                f"cannot step {len(stepped)} optimizers with a closure: each evaluates it, and "
+                f"would clip the gradients of the others again. Pass one optimizer."
+            )
         (optimizer,) = stepped
         if scaler is not None and scaler.is_enabled():
             scaler.step(optimizer, closure=closure)  # raises: torch has no closures under a scaler

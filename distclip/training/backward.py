@@ -91,7 +91,7 @@ class BackwardNorms:
     def _surely_stale(self, gradients: Sequence[Tensor | None]) -> set[int]:
         """What is another tensor or lies elsewhere, has a later version, or has no sample."""
         versions = [-1 if grad is None else torch_private.version(grad) for grad in gradients]
-        addresses = [0 if grad is None else grad.data_ptr() for grad in gradients]
+        addresses = [grad.data_ptr() if type(grad) is Tensor else 0 for grad in gradients]
         has = self._samples.has
         stale = {i for i, grad in enumerate(gradients) if grad is not None and not has(i)}
         if gradients is self._seen and (versions, addresses) == (self._versions, self._addresses):
@@ -116,7 +116,7 @@ class BackwardNorms:
         if (i := self._index.get(id(param))) in self._measured:
             self._grads[i], self._seen[i] = param.grad, (values := final_gradient(param))
             self._versions[i] = -1 if values is None else torch_private.version(values)
-            self._addresses[i] = 0 if values is None else values.data_ptr()
+            self._addresses[i] = values.data_ptr() if type(values) is Tensor else 0
             if values is not None and values is not self._latest:
                 self._samples.move(i, values)
         self._latest = None

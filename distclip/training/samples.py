@@ -32,9 +32,9 @@ def sample(values: Tensor) -> Tensor | None:
     All elements of a short tensor; else every `STEP`-th, but at least one of each row (index of dim
     0): rows of an embedding that no token used are zero, until a collective adds those of others.
 
-    None where no such view exists: complex numbers, or gaps between the elements.
+    None where no such view exists: complex numbers, gaps between the elements, subclasses.
     """
-    if values.is_complex() or values.is_neg():
+    if type(values) is not Tensor or values.is_complex() or values.is_neg():
         return None
     elements = flat(values)
     if elements.data_ptr() != values.data_ptr():  # a copy, which shows nothing

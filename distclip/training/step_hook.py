@@ -88,7 +88,7 @@ class StepHook:
         set_report: Callable[[Report], None],
     ) -> None:
         self.optimizer = optimizer
-        self._handle, self._scaler, self._decide = handle, scaler, decide
+        self._handle, self.scaler, self._decide = handle, scaler, decide
         self._rounds, self._set_report = rounds, set_report
         self._hidden = HiddenGradients()
         self._folded = False
@@ -197,12 +197,13 @@ class StepHook:
         loss_scale, found_inf = (self._from_scaler(name) for name in ("grad_scale", "found_inf"))
         together = cast("list[StepHook]", self._rounds.members())
         is_shared = len(together) > 1
-        scaler = self._scaler if grad_scaler.is_used(self._scaler) else None
+        scaler = next((s for each in together if grad_scaler.is_used(s := each.scaler)), None)
         scaled = found_inf is not None or (is_shared and scaler is not None)
         decision, change = self._rounds.join_round(self) if is_shared else (None, Change.NONE)
-        self._check_scaled(decision, change, loss_scale)
+        if scaler is None:
+            self._check_scaled(decision, change, loss_scale)
         if is_first := decision is None:
-            decision = self._decide_for(together if is_shared else [self], loss_scale, scaled)
+            decision = self._decide_for(together, loss_scale, scaler if scaled else None)
         elif scaled and scaler is not None:
             grad_scaler.record(scaler, [optimizer], decision.found_inf)
         self._set_report(decision.report)
@@ -229,9 +230,9 @@ class StepHook:
     def _check_scaled(
         self, decision: Decision | None, change: Change, loss_scale: Tensor | None
     ) -> None:
-        """Raises ValueError where a scaler is at work that only its optimizers know."""
+        """Raises ValueError where a scaler is at work that nobody has passed."""
         differs = decision is not None and (decision.scale is None) != (loss_scale is None)
-        if self._scaler is None and (change is Change.UNCOUNTED or differs):
+        if change is Change.UNCOUNTED or differs:
             raise ValueError(
                 f"cannot clip the gradients of {type(self.optimizer).__qualname__} with the norm "
                 f"that it shares with other optimizers: they were multiplied after that norm was "
@@ -240,12 +241,11 @@ class StepHook:
             )
 
     def _decide_for(
-        self, together: Sequence[StepHook], loss_scale: Tensor | None, scaled: bool
+        self, together: Sequence[StepHook], loss_scale: Tensor | None, scaler: GradScaler | None
     ) -> Decision:
         stepped = [each.optimizer for each in together]
         scale = None if loss_scale is None else loss_scale.double().reciprocal()
-        scaler = self._scaler
-        if not scaled or scaler is None or not grad_scaler.is_used(scaler):
+        if scaler is None:
             return self._decide(stepped, scale)
         if len(stepped) > 1:
             scale = grad_scaler.unscale_unless_alike(scaler, stepped, scale)

@@ -56,13 +56,14 @@ def is_wrapper(optimizer: Any) -> bool:
 
 
 def known_to_scaler(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer and all that it holds: `scaler.step` may be called for any one of them."""
-    known: dict[int, Optimizer] = {}
-    found = [optimizer]
+    """The optimizer and those that it holds for its parameters: `scaler.step` may be given any."""
+    known, found = {id(optimizer): optimizer}, [optimizer]
     while found:
-        if id(each := found.pop()) not in known:
-            known[id(each)] = each
-            found += [*_held(each), *_passes_on_to(each)]
+        outer = found.pop()
+        for inner in [*_held(outer), *_passes_on_to(outer)]:
+            if id(inner) not in known and _covers([outer], [inner]):
+                known[id(inner)] = inner
+                found.append(inner)
     return list(known.values())
 
 
@@ -120,6 +121,15 @@ def _unwrap(optimizer: Any, outer: list[Any]) -> list[Optimizer]:
 
 def _passes_on_to(optimizer: Any) -> list[Any]:
     """The optimizers whose steps are the wrapper's step; none where it is one itself."""
+    inner = _inner(optimizer)
+    # One with groups of its own may step some parameters itself, and leave others to the inner one.
+    groups = _attributes(optimizer).get("param_groups") if inner else None
+    if groups and {id(p) for g in groups for p in g["params"]} - set(map(id, params_of(inner))):
+        return []
+    return inner
+
+
+def _inner(optimizer: Any) -> list[Any]:
     several = getattr(optimizer, "optimizers", None)
     if isinstance(several, list | tuple):
         listed = list(cast("Sequence[Any]", several))
@@ -128,6 +138,11 @@ def _passes_on_to(optimizer: Any) -> list[Any]:
     if _is_one(one := getattr(optimizer, "optimizer", None)) and one is not optimizer:
         return [one]
     return [] if _has_own_step(optimizer) else _held(optimizer)
+
+
+def _covers(outer: Sequence[Optimizer], inner: Sequence[Optimizer]) -> bool:
+    """Whether the outer optimizers step all that the inner ones do."""
+    return set(map(id, params_of(outer))).issuperset(map(id, params_of(inner)))
 
 
 def _has_own_step(optimizer: Any) -> bool:

@@ -445,6 +445,73 @@ def test_optimizers_of_torch_distributed(
         four_ranks.run(zero_redundancy, way, scaled, make)
 
 
+class Hybrid(Optimizer):
+    """Steps matrices itself, and leaves the rest to an optimizer of its own."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        params = [*model.parameters()]
+        self.optimizer = SGD([p for p in params if p.ndim < 2], lr=0.05, **options)
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for param in self.param_groups[0]["params"]:
+            if param.ndim > 1:
+                param.sub_(0.05 * param.grad)
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("way", ["clip_", "step", "attach"])
+def test_an_optimizer_that_holds_one_for_some_parameters(
+    way: str, fused: bool, scaled: bool
+) -> None:
+    scaler = make_scaler(scaled)
+    expected, _, norm = train_as_torch(lambda m: SGD(m.parameters(), lr=0.05), make_scaler(scaled))
+    model = make_model()
+    optimizer = Hybrid(model, fused=fused)
+    clipper = distclip.Clipper(model, distclip.ClipNorm(MAX_NORM))
+    attached = clipper.attach(optimizer, scaler) if way == "attach" else None
+    for step in range(4):
+        model.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if way == "step":
+            report = clipper.step(optimizer, scaler)
+        else:
+            report = clipper.clip_(optimizer, scaler) if way == "clip_" else None
+            scaler.step(optimizer)
+        scaler.update()
+    report = attached.report if report is None else report
+    assert report.clipped
+    torch.testing.assert_close(report.total_norm, norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights(model), weights(expected), **CLOSE)
+
+
+def test_an_optimizer_of_other_parameters_in_an_attribute_is_not_unscaled() -> None:
+    model, scaler = make_model(), make_scaler()
+    optimizer, other = SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)
+    optimizer.helper = other
+    clippers = [
+        distclip.Clipper(part, distclip.ClipNorm(MAX_NORM)) for part in (model[0], model[2])
+    ]
+    scaler.scale(loss_of(model, 0)).backward()
+    expected = [
+        nn.utils.get_total_norm([p.grad for p in c.parameters()]) / 1024 for c in model[::2]
+    ]
+    for clipper, each, norm in zip(clippers, (optimizer, other), expected, strict=True):
+        report = clipper.clip_(each, scaler)
+        assert report.clipped
+        torch.testing.assert_close(report.total_norm, norm, rtol=1e-6, atol=0)
+
+
+def test_several_with_a_closure() -> None:
+    model = make_model()
+    optimizers = [SGD(part.parameters(), lr=0.1) for part in (model[0], model[2])]
+    with pytest.raises(ValueError, match="cannot step 2 optimizers with a closure"):
+        distclip.Clipper(model).step(optimizers, closure=lambda: loss_of(model, 0))
+
+
 # What is refused
 
 
