@@ -195,6 +195,7 @@ class StepHook:
         optimizer = self.optimizer
         # GradScaler.step sets both, where it calls a fused optimizer or a wrapper of one.
         loss_scale, found_inf = (self._from_scaler(name) for name in ("grad_scale", "found_inf"))
+        is_set = getattr(optimizer, "found_inf", None) is not None  # not on its wrapper
         together = cast("list[StepHook]", self._rounds.members())
         is_shared = len(together) > 1
         scaler = next((s for each in together if grad_scaler.is_used(s := each.scaler)), None)
@@ -210,8 +211,8 @@ class StepHook:
         skip = decision.skip(scaled)
         if folds := self._folds(decision, is_shared):
             optimizers.fold_(optimizer, decision.factor, skip)
-            self._folded = found_inf is None  # the scaler takes its attributes away itself
-        elif found_inf is not None:
+            self._folded = not is_set  # a scaler takes away what it has set
+        elif is_set:
             optimizers.fold_(optimizer, None, None)
         is_partial = is_shared and decision.in_grad
         if not folds and is_partial:

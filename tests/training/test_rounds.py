@@ -300,6 +300,27 @@ def test_fused_optimizers_need_no_scaler() -> None:
     torch.testing.assert_close(weights(model), weights(expected), **CLOSE)
 
 
+@pytest.mark.parametrize("fused", [[False, False], [True, True]], ids=str)
+def test_gradients_in_one_buffer(fused: Sequence[bool]) -> None:
+    """A write to one counts for all of them, as for those that FSDP2 reduces together."""
+    model = make_model()
+    optimizers = optimizers_of(model, fused)
+    clipper = distclip.Clipper(model, POLICY)
+    attached = clipper.attach(optimizers)
+    params = [*model.parameters()]
+    for step in range(3):
+        parts = torch.zeros(sum(p.numel() for p in params)).split([p.numel() for p in params])
+        for param, part in zip(params, parts, strict=True):
+            param.grad = part.view_as(param)
+        loss_of(model, step).backward()
+        expected = nn.utils.get_total_norm([p.grad for p in params])
+        for optimizer in optimizers:
+            optimizer.step()
+            torch.testing.assert_close(attached.report.total_norm, expected, rtol=1e-6, atol=0)
+        assert attached.report.clipped
+    assert num_counted(clipper) == 3
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_outside_of_grad(overlap: bool) -> None:
     """Two optimizers beside `gradient=`, and with overlap."""

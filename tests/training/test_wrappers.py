@@ -294,8 +294,10 @@ def accumulating() -> Iterator[Any]:
 
 @pytest.mark.parametrize("way", ["step", "attach", "clip_"])
 def test_while_accelerate_accumulates(way: str, accumulating: Any) -> None:
-    model = make_model()
-    handle = accelerated(SGD(model.parameters(), lr=0.1))
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model, both = make_model(), []
+    handle = AcceleratedOptimizer(SGD(model.parameters(), lr=0.1), device_placement=False)
     clipper = distclip.Clipper(model, distclip.ClipNorm(MAX_NORM))
     attached = clipper.attach(handle) if way == "attach" else None
     scaler = make_scaler(way == "clip_")
@@ -303,7 +305,7 @@ def test_while_accelerate_accumulates(way: str, accumulating: Any) -> None:
         with accumulating.accumulate(model):
             scaler.scale(loss_of(model, step)).backward()
             before = weights(model)
-            last = accumulating.sync_gradients
+            both.append(last := accumulating.sync_gradients)
             if way == "attach":
                 handle.step()
                 assert last == (not torch.equal(before, weights(model)))
@@ -316,7 +318,24 @@ def test_while_accelerate_accumulates(way: str, accumulating: Any) -> None:
                 assert call(handle, scaler).clipped
             handle.zero_grad()
             scaler.update() if scaler.is_enabled() and last else None
+    assert both == [False, True, False, True]
     assert attached is None or attached.report.clipped
+
+
+def test_attached_to_a_proxy_that_the_scaler_steps() -> None:
+    """torch sets what a fused step reads on the proxy."""
+    expected, _, norm = train_as_torch(lambda m: adamw(m.parameters(), True), make_scaler())
+    model, scaler = make_model(), make_scaler()
+    proxy = Proxy(adamw(model.parameters(), True))
+    attached = distclip.Clipper(model, distclip.ClipNorm(MAX_NORM)).attach(proxy, scaler)
+    for step in range(4):
+        model.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.step(proxy)
+        scaler.update()
+    assert attached.report.clipped
+    torch.testing.assert_close(attached.report.total_norm, norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights(model), weights(expected), **CLOSE)
 
 
 # Wrappers that do work of their own
