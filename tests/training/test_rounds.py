@@ -307,8 +307,12 @@ def test_gradients_in_one_buffer(fused: Sequence[bool]) -> None:
     optimizers = optimizers_of(model, fused)
     clipper = distclip.Clipper(model, POLICY)
     attached = clipper.attach(optimizers)
-    # As optimizers do that add weight decay to the gradient itself.
-    optimizers[0].register_step_pre_hook(lambda *_: model[0].weight.grad.mul_(1.0))
+
+    def writes(*_: Any) -> None:
+        """As optimizers do that add weight decay to the gradient itself."""
+        model[0].weight.grad.mul_(1.0)
+
+    optimizers[0].register_step_pre_hook(writes)
     params = [*model.parameters()]
     for step in range(3):
         parts = torch.zeros(sum(p.numel() for p in params)).split([p.numel() for p in params])
