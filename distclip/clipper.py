@@ -27,11 +27,12 @@ from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
 from distclip.torch_private import outside_of_graphs
-from distclip.training import grad_scaler, optimizers
+from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.model_changes import ModelChanges, check_present
-from distclip.training.optimizers import Optimizers
-from distclip.training.step_hook import StepHook
+from distclip.training.rounds import Rounds
+from distclip.training.step_hook import AttachedClipper
+from distclip.training.wrappers import Optimizers
 
 # What is made in inference mode cannot be written outside of it: policies' states, counters,
 # buffers of a plan. `inference_mode(False)` alone would record operations for autograd.
@@ -69,8 +70,11 @@ class Clipper:
         overlap: measure each gradient during backward, as soon as it is final: under FSDP2 after
             its reduce-scatter, under DDP after its bucket's all-reduce (the clipper needs the
             module, and takes DDP's one communication hook), plain parameters at once. A gradient
-            that has changed since, and any other, is measured when the clipper is called; a write
-            through `.data` alone cannot be seen.
+            that has changed since, and any other, is measured when the clipper is called. A write
+            that torch does not count (`GradScaler.unscale_`, a collective, `.data`, NumPy) is found
+            by a sample of the elements: all of a short gradient, else some of each row. One that
+            misses the sample, such as one to a single element through `.data`, is not seen. On an
+            accelerator, policies with limits per tensor or unit measure after backward.
 
     Raises:
         LayoutError: it is unknown which ranks hold which elements.
@@ -127,6 +131,7 @@ class Clipper:
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = optimizers.CheckedOptimizers()
         self._hold(parameters.read_sources(self._sources))
+        self._rounds = Rounds(self.plan)
 
     def _hold(self, read: NamedParameters) -> None:
         """Makes the plan for these parameters, and the policies' states before the first step."""
@@ -163,7 +168,9 @@ class Clipper:
         With a scaler the gradients are unscaled as well, in the same pass; `scaler.step(optimizer)`
         and `scaler.update()` follow as always. An overflow on any rank makes all of them skip. Pass
         all optimizers that step what the clipper holds: `clip_([first, second], scaler=scaler)`.
-        Where `scaler.unscale_` was called before, nothing is unscaled again.
+        Where `scaler.unscale_` was called before, nothing is unscaled again. Wrappers of optimizers
+        (accelerate's, Lightning's, torchtitan's) are seen through; `scaler.step` may follow for the
+        wrapper or for what is inside.
 
         Args:
             scale: a factor that the gradients still need, such as 1 / num_tokens: a finite number,
@@ -209,7 +216,7 @@ class Clipper:
             `apply_`.
         """
         grad_scaler.check_scaler(scaler)
-        stepped = optimizers.list_optimizers(optimizer)
+        stepped = wrappers.list_optimizers(optimizer)
         factor = grad_scaler.inverse_scale(scaler, stepped)
         if scale is not None:
             given = parameters.as_scalar(scale, self.plan.device)
@@ -240,6 +247,10 @@ class Clipper:
         finite, a scaler skips the step, and so does on_nonfinite="skip": on the device if folded,
         else on the host, which waits for the norm.
 
+        A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
+        accelerate's does, steps and updates it there; while accelerate accumulates gradients, a
+        call is an error. An optimizer that the clipper is attached to is an error as well.
+
         Args:
             closure: as `optimizer.step` has it. The gradients of each evaluation are clipped.
 
@@ -247,8 +258,9 @@ class Clipper:
         """
         grad_scaler.check_scaler(scaler)
         check_function("closure", closure, "a function that computes the loss and its gradients")
-        stepped = optimizers.list_optimizers(optimizer)
+        stepped = wrappers.list_optimizers(optimizer)
         optimizers.check_steps(stepped, closure)
+        self._check_steps(stepped)
         if closure is not None:
             return self._step_closure(stepped, scaler, scale, closure, step)
         decision = self.decide(stepped, scaler, scale, step)
@@ -256,19 +268,26 @@ class Clipper:
             skip = decision.skip(grad_scaler.is_on(scaler))
             folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
             decision.take_effect() if folds else decision.apply_()
+        found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
             if folds:
                 with optimizers.folded(each, decision.factor, skip):
                     grad_scaler.step_optimizer(each, scaler)
             elif skip is None or grad_scaler.is_on(scaler) or not decision.is_known_nonfinite:
-                grad_scaler.step_optimizer(each, scaler)
+                grad_scaler.step_optimizer(each, scaler, found_inf)
         return decision.report
 
     @outside_of_graphs
-    def attach(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> StepHook:
+    def attach(self, optimizer: Optimizers, scaler: GradScaler | None = None) -> AttachedClipper:
         """Clips whenever `optimizer.step()` runs, for loops that are not yours.
 
         `.remove()` of what is returned ends it; `.report` is that of the latest step.
+
+        Several optimizers, given together or one after the other, share one norm: the first that
+        steps measures the gradients of all, and the others clip theirs with the same coefficient,
+        unless their gradients have changed since or one of them steps again, which begins anew. If
+        they are scaled, pass the scaler with each of them. What wraps optimizers is seen through;
+        where a wrapper does work of its own, as schedule-free's does, its own step clips.
 
         It does what `step` does, also under `GradScaler.step` with fused optimizers, whose
         gradients are then still scaled. Pass the scaler as well where an overflow on one rank may
@@ -276,11 +295,21 @@ class Clipper:
         halve the scale. With optimizers that are not fused a scaler decides before the step runs,
         and ranks of which only some skip would wait for each other: use `step`.
 
-        Collective: in each step, as `clip_`; all ranks must step.
+        Raises:
+            ValueError: the clipper is attached to the optimizer already; a wrapper that steps other
+                tensors than the clipper holds; in a step, see `clip_`.
+            TypeError: something that is no optimizer.
+
+        Collective: in each step, as `clip_`; all ranks must step. Of several optimizers those that
+            do not measure agree that theirs are unchanged: one more all-reduce of one number, which
+            an accelerator is waited for.
         """
         grad_scaler.check_scaler(scaler)
-        optimizers.check_one(optimizer)
-        return StepHook(optimizer, scaler, self._decide)
+        given = wrappers.list_optimizers(optimizer)
+        if self._gradient is None:
+            for each in given:
+                wrappers.check_wrapped(each, self.plan)
+        return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     @_kept_between_calls
     def state_dict(self) -> dict[str, Any]:
@@ -368,6 +397,7 @@ class Clipper:
         states = self._group_states(self._states)
         self._backward = None  # its hooks go before others come
         self._hold(read)
+        self._rounds.plan = self.plan
         self._states = state_dict.carried_over(states, self._group_states(self._states))
 
     def _raise_if_nonfinite(self, decision: Decision) -> None:
@@ -406,7 +436,7 @@ class Clipper:
         def decide_scaled(stepped: list[Optimizer], *_: Any) -> Decision:
             return self._decide(stepped, factor, at_step=at_step)
 
-        attached = StepHook(optimizer, None, decide_scaled)
+        attached = AttachedClipper([optimizer], None, decide_scaled, Rounds(self.plan))
         try:
             optimizer.step(closure)
         finally:
@@ -419,6 +449,19 @@ class Clipper:
             policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
             for group, policy in zip(self.plan.groups, self._policies, strict=True)
         ]
+
+    def _check_steps(self, stepped: Sequence[Optimizer]) -> None:
+        attached = [each.optimizer for each in self._rounds.members()]
+        for each in stepped:
+            if any(inner is other for inner in wrappers.unwrapped([each]) for other in attached):
+                raise ValueError(
+                    f"cannot clip and step this {type(each).__qualname__}: the Clipper is attached "
+                    f"to it, and would clip twice and count the step twice. Call "
+                    f"`optimizer.step()`, or end it with `attached.remove()` first."
+                )
+            wrappers.check_accumulated(each)
+            if self._gradient is None:
+                wrappers.check_wrapped(each, self.plan)
 
     def _group_states(self, states: Sequence[Any]) -> list[state_dict.GroupState]:
         return [

@@ -63,6 +63,13 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return _backend_of(tensors).power_sums(tensors, norm_type)
 
 
+def power_sums_where(
+    tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+) -> Tensor:
+    """See `Backend.power_sums_where`."""
+    return _backend_of(tensors).power_sums_where(tensors, norm_type, where, otherwise)
+
+
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """See `Backend.norms`."""
     return _backend_of(tensors).norms(tensors, norm_type)

@@ -52,6 +52,17 @@ class Backend(Protocol):
         """
         ...
 
+    def power_sums_where(
+        self, tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+    ) -> Tensor:
+        """`power_sums` where the bools of `where` are true, and `otherwise` elsewhere.
+
+        What is not needed need not be read. `tensors` may be empty.
+
+        Shapes: where, otherwise, the result: [len(tensors)].
+        """
+        ...
+
     def norms(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """The p-norm of each tensor, right for any p > 0. `tensors` may be empty.
 

@@ -36,6 +36,7 @@ __all__ = [
     "norms",
     "power_sum",
     "power_sums",
+    "power_sums_where",
     "prepare",
     "scale_",
     "scale_each_",
@@ -98,6 +99,16 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     if all(tensor.numel() <= _EXACT for tensor in tensors):
         return naive.power_sums(tensors, norm_type)
     return torch.stack([power_sum([tensor], norm_type) for tensor in tensors])
+
+
+def power_sums_where(
+    tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+) -> Tensor:
+    """Reads what `where` names."""
+    sums, named = otherwise.clone(), [i for i, is_named in enumerate(where) if is_named]
+    if named:
+        sums[named] = power_sums([tensors[i] for i in named], norm_type)
+    return sums
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "norms",
     "power_sum",
     "power_sums",
+    "power_sums_where",
     "prepare",
     "scale_",
     "scale_each_",
@@ -39,7 +40,9 @@ def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
     if not tensors:
         return
     one = torch.ones(1, device=tensors[0].device)
-    coefficient = power_sums([one], norm_type)[0]  # 1
+    sums = power_sums([one], norm_type)
+    power_sums_where([one], norm_type, sums.isnan(), sums)
+    coefficient = sums[0]  # 1
     if norm_type not in (1, 2, math.inf):
         norms([one], norm_type)
     scale_([one], coefficient)
@@ -55,6 +58,18 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """In two launches."""
+    return _power_sums(tensors, norm_type, None)
+
+
+def power_sums_where(
+    tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+) -> Tensor:
+    """In two launches, which read nothing of a tensor that `where` leaves out."""
+    return torch.where(where, _power_sums(tensors, norm_type, where), otherwise)
+
+
+def _power_sums(tensors: Sequence[Tensor], norm_type: float, where: Tensor | None) -> Tensor:
+    """Any number where `where` is false."""
     if not tensors:
         return naive.power_sums(tensors, norm_type)
     table = tensor_table.table(tensors)
@@ -64,7 +79,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     with torch.cuda.device_of(sums):
         if len(partials):
             _triton.partial_sums[(len(partials),)](
-                table.rows, table.owners, partials, float(norm_type), fast
+                table.rows, table.owners, partials, where, float(norm_type), fast
             )
         _triton.finish[(len(sums),)](
             table.rows, partials, sums, math.inf if math.isinf(norm_type) else 1.0

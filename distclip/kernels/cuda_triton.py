@@ -23,14 +23,19 @@ _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
 @triton.jit
-def partial_sums(rows, owners, partials, P: tl.constexpr, FAST: tl.constexpr):
+def partial_sums(rows, owners, partials, where, P: tl.constexpr, FAST: tl.constexpr):
     """partials[chunk] = sum(|x|**P), or max(|x|) for P = inf, in float64.
 
+    where: if not None, a bool for each tensor; the chunks of those that it leaves out are not read.
     FAST: float32 may do a part. It holds the squares of 16-bit numbers exactly, and adds _READS of
     them before float64 takes over. float32 elements are widened first, except for a maximum.
     """
     chunk = tl.program_id(0)
-    row = rows + tl.load(owners + chunk) * _ROW_SIZE
+    owner = tl.load(owners + chunk)
+    if where is not None:
+        if tl.load(where + owner) == 0:
+            return
+    row = rows + owner * _ROW_SIZE
     code = tl.load(row + 3)
     if code == _FLOAT32:
         total = _chunk_sum(row, chunk, None, tl.float32, FAST and P == INF, P)

@@ -29,6 +29,7 @@ __all__ = [
     "norms",
     "power_sum",
     "power_sums",
+    "power_sums_where",
     "prepare",
     "scale_",
     "scale_each_",
@@ -55,6 +56,13 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device=full[0].device)
     found = torch.stack([next(norms_of_full) if t.numel() else zero for t in tensors])
     return found if math.isinf(norm_type) else found**norm_type
+
+
+def power_sums_where(
+    tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+) -> Tensor:
+    """Reads all; a look at `where` would wait for the device."""
+    return torch.where(where, power_sums(tensors, norm_type), otherwise)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

@@ -38,6 +38,13 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return _stacked([_power_sum(tensor, norm_type) for tensor in tensors], tensors)
 
 
+def power_sums_where(
+    tensors: Sequence[Tensor], norm_type: float, where: Tensor, otherwise: Tensor
+) -> Tensor:
+    """Reads all; a look at `where` would wait for an accelerator."""
+    return torch.where(where, power_sums(tensors, norm_type), otherwise)
+
+
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """The powers are those of |x| / max(|x|), which are in range for any p."""
     maxima = power_sums(tensors, math.inf)

@@ -222,6 +222,19 @@ class NormBuffer:
             if grad is not None:
                 _add_units_(self.per_tensor, span.views(grad), power, units)
 
+    def refresh(self, grads: Sequence[Tensor | None], changed: Tensor) -> None:
+        """Measures again where `changed`, a bool for each member, is true; without a wait.
+
+        For groups without units.
+        """
+        p, otherwise = self._group.norm_type, self.per_tensor
+        nothing = otherwise[:0]
+        full = [nothing if grad is None else grad for grad in grads]
+        if self._group.power.needs_norms:
+            self.per_tensor = torch.where(changed, kernels.norms(full, p), otherwise)
+        else:
+            self.per_tensor = kernels.power_sums_where(full, p, changed, otherwise)
+
     def measurement(self) -> GroupMeasurement:
         group, per_tensor = self._group, self.per_tensor.clone()
         if group.units is not None:

@@ -190,6 +190,18 @@ def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
         dist.all_reduce(sums, group=group)
 
 
+def maximum_of_ranks(number: int, plan: Plan) -> int:
+    """The largest of the ranks' numbers. Waits for the device.
+
+    Collective: one all-reduce over the reduce mesh; none if the plan has no reduce mesh.
+    """
+    if plan.reduce_mesh is None:
+        return number
+    largest = torch.tensor(number, dtype=torch.int64, device=plan.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.reduce_mesh.group)
+    return int(largest)
+
+
 def rank_group(plan: Plan) -> RankGroup | None:
     """The ranks that a plan's sums are reduced over; None for this rank alone."""
     return None if plan.reduce_mesh is None else plan.reduce_mesh.group

@@ -20,15 +20,17 @@ from distclip.errors import LayoutError
 from distclip.norms.measure import GroupMeasurement, NormBuffer, measure
 from distclip.norms.plan import Plan
 from distclip.sharding.local_tensors import final_gradient, local_gradient
+from distclip.training.samples import Samples
 
 
 class BackwardNorms:
     """The norm of every gradient that backward has left, while the gradient does not change.
 
-    A norm is used only if `.grad` is still the very tensor and no operation has written to it
-    since; what has changed, or was never seen, is measured when the norms are asked for. A second
-    micro-batch, a gradient set to None or replaced, and a backward that raises need no rule of
-    their own. A write through `.data` leaves no trace on a tensor, and is not seen.
+    A norm is used only if `.grad` is still the very tensor, no operation has written to it since,
+    and a sample of its elements has the bits that it had. What has changed, or was never seen, is
+    measured when the norms are asked for. A second micro-batch, a gradient set to None or replaced,
+    and a backward that raises need no rule of their own. What is not seen is a write that torch
+    does not count and that leaves out the sample, such as one to a single element through `.data`.
     """
 
     def __init__(self, plan: Plan, modules: Sequence[nn.Module]) -> None:
@@ -41,7 +43,10 @@ class BackwardNorms:
             for group, buffer in zip(plan.groups, self._buffers, strict=True)
             for member in range(len(plan.params[group.members]))
         ]
+        self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
         self._measured: set[int] = set()  # the parameters whose number in a buffer is not zero
+        self._samples = Samples(len(self._params), plan.device)
+        self._latest: Tensor | None = None  # the values that were measured last
         self._forget_gradients()
         handles = register_grad_hooks(_WeakListener(self), self._params, modules)
         weakref.finalize(self, _remove, handles)
@@ -57,23 +62,44 @@ class BackwardNorms:
 
     def measurements(self, gradients: Sequence[Tensor | None]) -> list[GroupMeasurement]:
         """As `measure`, without reading again what was measured. Forgets the gradients after."""
-        versions = [-1 if grad is None else torch_private.version(grad) for grad in gradients]
-        is_fresh = gradients is self._seen and versions == self._versions
-        stale = [] if is_fresh else self._stale(gradients, versions)
-        if not self._measured or len(stale) > len(gradients) // 2:
+        stale, changed = self._surely_stale(gradients), None
+        sampled = [i for i, grad in enumerate(gradients) if grad is not None and i not in stale]
+        if self._waits:
+            stale |= self._samples.changed(sampled)
+        elif sampled:
+            changed = self._samples.changed_on_device(sampled)
+        if self._is_too_much(len(stale)):
             self._forget_gradients()
             return measure(gradients, self._plan)
         for i in stale:
             self._measure(i, gradients[i])
-        if -1 in versions:  # a gradient of an earlier step that this step does not have
-            for i in [i for i, g in enumerate(gradients) if g is None and i in self._measured]:
-                self._measure(i, None)
+        for i in [i for i in self._measured if gradients[i] is None]:
+            self._measure(i, None)  # a gradient of an earlier step that this step does not have
+        if changed is not None:
+            for group, buffer in zip(self._plan.groups, self._buffers, strict=True):
+                buffer.refresh(gradients[group.members], changed[group.members])
         self._forget_gradients()
         return [buffer.measurement() for buffer in self._buffers]
 
-    def _stale(self, gradients: Sequence[Tensor | None], versions: Sequence[int]) -> list[int]:
-        now_and_then = zip(gradients, self._seen, versions, self._versions, strict=True)
-        return [i for i, (g, seen, v, w) in enumerate(now_and_then) if g is not seen or v != w]
+    def _is_too_much(self, num_stale: int) -> bool:
+        """Whether to measure everything at once takes no longer."""
+        # Kernels that measure units again only where a sample differs exist for no accelerator.
+        has_units = any(group.units is not None for group in self._plan.groups)
+        too_much = num_stale > len(self._params) // 2 or (has_units and not self._waits)
+        return too_much or not self._measured
+
+    def _surely_stale(self, gradients: Sequence[Tensor | None]) -> set[int]:
+        """What is another tensor or lies elsewhere, has a later version, or has no sample."""
+        versions = [-1 if grad is None else torch_private.version(grad) for grad in gradients]
+        addresses = [grad.data_ptr() if type(grad) is Tensor else 0 for grad in gradients]
+        has = self._samples.has
+        stale = {i for i, grad in enumerate(gradients) if grad is not None and not has(i)}
+        if gradients is self._seen and (versions, addresses) == (self._versions, self._addresses):
+            return stale
+        now = zip(gradients, versions, addresses, strict=True)
+        then = zip(self._seen, self._versions, self._addresses, strict=True)
+        pairs = enumerate(zip(now, then, strict=True))
+        return stale | {i for i, (a, b) in pairs if a[0] is not b[0] or a[1:] != b[1:]}
 
     def reduced(self, param: Tensor, values: Tensor | None) -> None:
         """A gradient has its final values; None where a collective has yet to make them."""
@@ -81,12 +107,19 @@ class BackwardNorms:
             self._grads[i] = self._seen[i] = None
             is_here = values is not None and values.device == self._plan.device
             self._measure(i, values if is_here else None)
+            self._latest = values if is_here else None
+            if self._latest is not None:
+                self._samples.take(i, self._latest)
 
     def written(self, param: Tensor) -> None:
         """`.grad` has the values that were measured."""
         if (i := self._index.get(id(param))) in self._measured:
             self._grads[i], self._seen[i] = param.grad, (values := final_gradient(param))
             self._versions[i] = -1 if values is None else torch_private.version(values)
+            self._addresses[i] = values.data_ptr() if type(values) is Tensor else 0
+            if values is not None and values is not self._latest:
+                self._samples.move(i, values)
+        self._latest = None
 
     @torch.no_grad()
     def _measure(self, i: int, values: Tensor | None) -> None:
@@ -97,7 +130,9 @@ class BackwardNorms:
         """Keeps no gradient alive after it was used."""
         self._grads: list[Tensor | None] = [None] * len(self._params)
         self._seen = list(self._grads)  # their dense values
+        self._samples.forget()
         self._versions = [-1] * len(self._params)
+        self._addresses = [0] * len(self._params)
 
 
 class _BufferSlot(NamedTuple):

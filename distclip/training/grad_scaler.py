@@ -8,7 +8,7 @@ always.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from distclip import torch_private
 from distclip.arguments import kind_of, shown
-from distclip.training import optimizers
+from distclip.training import optimizers, wrappers
 
 
 def check_scaler(scaler: Any) -> None:
@@ -36,6 +36,11 @@ def is_on(scaler: GradScaler | None) -> bool:
     return scaler is not None and scaler.is_enabled()
 
 
+def is_used(scaler: GradScaler | None) -> bool:
+    """Whether a loss has been scaled by it."""
+    return scaler is not None and is_on(scaler) and torch_private.loss_scale(scaler) is not None
+
+
 def inverse_scale(scaler: GradScaler | None, stepped: Sequence[Optimizer]) -> Tensor | None:
     """1 / scale, a float64 scalar; None where the gradients are not scaled, or no longer.
 
@@ -51,45 +56,109 @@ def inverse_scale(scaler: GradScaler | None, stepped: Sequence[Optimizer]) -> Te
             "each optimizer whether its gradients are still scaled. Pass the optimizer as well: "
             "`clipper.clip_(optimizer, scaler=scaler)`."
         )
+    for optimizer in stepped:
+        wrappers.check_accumulated(optimizer)
     scale = torch_private.loss_scale(scaler)
-    stages = [torch_private.scaler_state(scaler, optimizer)["stage"] for optimizer in stepped]
+    # For which of a wrapper and its optimizers `unscale_` was called is the trainer's affair.
+    each = [inner for optimizer in stepped for inner in _with_stage(scaler, optimizer)]
     # `unscale_` itself where it raises, and where only some gradients are unscaled already.
-    if scale is None or any(stage is not OptState.READY for stage in stages):
-        for optimizer, stage in zip(stepped, stages, strict=True):
+    if scale is None or any(stage is not OptState.READY for _, stage in each):
+        for optimizer, stage in each:
             if stage is not OptState.UNSCALED:
                 scaler.unscale_(optimizer)
         return None
     return scale.double().reciprocal()
 
 
+def unscale_unless_alike(
+    scaler: GradScaler, attached: Sequence[Optimizer], scale: Tensor | None
+) -> Tensor | None:
+    """`scale` if all gradients stay scaled until their optimizers step; else unscales all now.
+
+    Args:
+        scale: what the gradients of an optimizer that steps now still need.
+    """
+    stages = [stage_of(scaler, optimizer) for optimizer in attached]
+    all_ready = all(stage is OptState.READY for stage in stages)
+    if scale is not None and all_ready and all(map(torch_private.takes_scaled_gradients, attached)):
+        return scale
+    for optimizer, stage in zip(attached, stages, strict=True):
+        if stage is OptState.READY:
+            scaler.unscale_(optimizer)
+    return None
+
+
+class _WithStage(NamedTuple):
+    optimizer: Optimizer
+    stage: OptState
+
+
+def _with_stage(scaler: GradScaler, optimizer: Optimizer) -> list[_WithStage]:
+    """The optimizers behind `optimizer`, each with the later of its stage and its wrapper's."""
+    outer = stage_of(scaler, optimizer)
+    inner = [_WithStage(each, stage_of(scaler, each)) for each in wrappers.unwrapped([optimizer])]
+    return [each if outer is OptState.READY else each._replace(stage=outer) for each in inner]
+
+
+def stage_of(scaler: GradScaler, optimizer: Optimizer) -> OptState:
+    """What the scaler has done with the gradients of an optimizer since its `update`."""
+    return cast(OptState, torch_private.scaler_state(scaler, optimizer)["stage"])
+
+
 def record(scaler: GradScaler, stepped: Sequence[Optimizer], found_inf: Tensor) -> None:
-    """Writes what `unscale_` would: unscaled, and whether an overflow was found on any rank."""
-    scale = cast(Tensor, torch_private.loss_scale(scaler))
+    """Writes what `unscale_` would: unscaled, and whether an overflow was found on any rank.
+
+    For wrappers and for what they hold, because `scaler.step` may be given either.
+    """
     for optimizer in stepped:
-        optimizers.start_momentum_(optimizer)  # scaler.step() may skip through found_inf
-        state = torch_private.scaler_state(scaler, optimizer)
-        # `update` adds these up in place, and each optimizer needs a tensor of its own. Its shape
-        # is the one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step
-        # takes none.
-        is_sharded = hasattr(scaler, "process_group")
-        flat = is_sharded and not torch_private.takes_scaled_gradients(optimizer)
-        found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])
-        known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
-        state["found_inf_per_device"] = {
-            device: torch.maximum(before.reshape(found.shape), found.to(device))
-            for device, before in known.items()
-        } or {scale.device: found}
-        state["stage"] = OptState.UNSCALED
+        for each in wrappers.unwrapped([optimizer]):
+            optimizers.start_momentum_(each)  # scaler.step() may skip through found_inf
+        for each in wrappers.known_to_scaler(optimizer):
+            _record(scaler, each, found_inf)
 
 
-def step_optimizer(optimizer: Optimizer, scaler: GradScaler | None) -> None:
-    """`optimizer.step()`, or `scaler.step(optimizer)` after `record`."""
+def _record(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor) -> None:
+    scale = cast(Tensor, torch_private.loss_scale(scaler))
+    state = torch_private.scaler_state(scaler, optimizer)
+    # `update` adds these up in place, and each optimizer needs a tensor of its own. Its shape is
+    # the one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step takes none.
+    is_sharded = hasattr(scaler, "process_group")
+    flat = is_sharded and not torch_private.takes_scaled_gradients(optimizer)
+    found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])
+    known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
+    state["found_inf_per_device"] = {
+        device: torch.maximum(before.reshape(found.shape), found.to(device))
+        for device, before in known.items()
+    } or {scale.device: found}
+    state["stage"] = OptState.UNSCALED
+
+
+def step_optimizer(
+    optimizer: Optimizer, scaler: GradScaler | None, found_inf: Tensor | None = None
+) -> None:
+    """`optimizer.step()`, or `scaler.step(optimizer)` after `record(..., found_inf)`."""
     if scaler is None or not scaler.is_enabled():
         optimizer.step()
-    elif not optimizers.skips_wrongly(optimizer):
+        return
+    if found_inf is not None and _is_forgotten(scaler, optimizer):
+        record(scaler, [optimizer], found_inf)
+    if wrappers.steps_through(optimizer, scaler):
+        optimizer.step()
+    elif not wrappers.is_wrapper(optimizer) and not optimizers.skips_wrongly(optimizer):
         scaler.step(optimizer)
     else:
-        state = torch_private.scaler_state(scaler, optimizer)
-        if not any(bool(found) for found in state["found_inf_per_device"].values()):
-            optimizer.step()
-        state["stage"] = OptState.STEPPED
+        _step_unless_found(optimizer, scaler)
+
+
+def _is_forgotten(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether another wrapper has called `scaler.update` since `record`."""
+    return any(stage is OptState.READY for _, stage in _with_stage(scaler, optimizer))
+
+
+def _step_unless_found(optimizer: Optimizer, scaler: GradScaler) -> None:
+    # torch would set what a fused step reads on the wrapper, where the step does not see it.
+    state = torch_private.scaler_state(scaler, optimizer)
+    if not any(bool(found) for found in state["found_inf_per_device"].values()):
+        optimizer.step()
+    for each in wrappers.known_to_scaler(optimizer):
+        torch_private.scaler_state(scaler, each)["stage"] = OptState.STEPPED

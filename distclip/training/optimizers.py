@@ -6,48 +6,23 @@ A fused kernel divides the gradient by `grad_scale`, and leaves the step out whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
 from distclip.sharding.layout import LocalParam
 from distclip.torch_private import host_has_values
-
-Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
+from distclip.training.wrappers import params_of
 
 _FUSED = (Adam, AdamW, SGD, Adagrad)  # exactly these: a subclass may have a step of its own
 _ATTRIBUTES = ("grad_scale", "found_inf")
-
-
-def list_optimizers(given: Optimizers | None) -> list[Optimizer]:
-    if given is None:
-        return []
-    # Wrappers of optimizers need not be `Optimizer`s.
-    if hasattr(given, "param_groups"):
-        return [cast(Optimizer, given)]
-    is_several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
-    listed = list(cast("Iterable[Optimizer]", given)) if is_several else [cast(Optimizer, given)]
-    for each in listed:
-        check_one(each)
-    return listed
-
-
-def check_one(optimizer: Any) -> None:
-    """Raises TypeError unless `optimizer` has parameter groups."""
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"cannot clip for optimizer={shown(optimizer)}: it is {kind_of(optimizer)}, which has "
-            f"no parameter groups and steps nothing. Pass an optimizer, or several as a list where "
-            f"there are several."
-        )
 
 
 def check_steps(optimizers: Sequence[Optimizer], closure: object | None) -> None:
@@ -69,8 +44,14 @@ def check_steps(optimizers: Sequence[Optimizer], closure: object | None) -> None
 def fold(optimizers: Sequence[Optimizer], plan: Plan) -> bool:
     """Whether these multiply all gradients of the plan, and no other, by one factor."""
     planned = {id(p.param) for p in plan.params if p.param.grad is not None}
-    stepped = {id(p) for p in _params(optimizers) if p.grad is not None}
+    stepped = {id(p) for p in params_of(optimizers) if p.grad is not None}
     return planned == stepped and all(map(multiplies, optimizers))
+
+
+def folds_its_own(optimizer: Optimizer, plan: Plan) -> bool:
+    """Whether an optimizer multiplies gradients of the plan alone by one factor."""
+    planned = {id(p.param) for p in plan.params}
+    return planned.issuperset(map(id, params_of([optimizer]))) and multiplies(optimizer)
 
 
 def multiplies(optimizer: Optimizer) -> bool:
@@ -155,9 +136,9 @@ def _grad_scale(factor: Tensor | None) -> Tensor | None:
 
 
 class HiddenGradients:
-    """Gradients taken off their parameters: an optimizer steps no parameter without a gradient.
+    """Gradients taken off their parameters: torch's optimizers step none without a gradient.
 
-    Nothing inside `step()` can leave the step out in another way.
+    For where a step cannot be left out as a whole.
     """
 
     def __init__(self) -> None:
@@ -167,6 +148,10 @@ class HiddenGradients:
         self._hidden = [(p, p.grad) for p in params if p.grad is not None]
         for param, _ in self._hidden:
             param.grad = None
+
+    def forget(self) -> None:
+        """Leaves them off."""
+        self._hidden = []
 
     def restore(self) -> None:
         """Puts them back, except where a new gradient has been put meanwhile."""
@@ -206,7 +191,7 @@ class CheckedOptimizers:
             ValueError: gradients would be left scaled, or be unscaled although a scaler does not
                 know it.
         """
-        stepped = _params(optimizers)
+        stepped = params_of(optimizers)
         seen = next((each for each in self._seen if each.is_of(optimizers)), None)
         if seen is None or not seen.is_same(stepped):
             held = {id(param.param) for param in params}
@@ -257,7 +242,7 @@ class _Seen:
 
 def unheld_gradient(optimizers: Sequence[Optimizer]) -> ValueError | None:
     """The error where these step gradients, and none of what a Clipper holds has one."""
-    param = next((param for param in _params(optimizers) if param.grad is not None), None)
+    param = next((param for param in params_of(optimizers) if param.grad is not None), None)
     return None if param is None else _replaced(param)
 
 
@@ -305,9 +290,3 @@ def _check_same(
         f"that the Clipper holds, `[first, second]`; or call `scaler.unscale_(optimizer)` for each "
         f"before."
     )
-
-
-def _params(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    ]

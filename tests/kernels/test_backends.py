@@ -103,6 +103,11 @@ def test_sums_and_norms(
     torch.testing.assert_close(together, total, rtol=RTOL, atol=0)
     per_tensor = backend.power_sums(tensors, norm_type)
     torch.testing.assert_close(per_tensor, expected, rtol=RTOL, atol=0)
+    where = torch.arange(len(tensors), device=device) % 3 == 1
+    otherwise = -torch.ones(len(tensors), dtype=torch.float64, device=device)
+    some = backend.power_sums_where(tensors, norm_type, where, otherwise)
+    torch.testing.assert_close(some, torch.where(where, expected, -1.0), rtol=RTOL, atol=0)
+    assert some.dtype == torch.float64
     norms, expected = backend.norms(tensors, norm_type), naive.norms(tensors, norm_type)
     torch.testing.assert_close(norms, expected, rtol=RTOL, atol=0)
     assert {together.dtype, per_tensor.dtype, norms.dtype} == {torch.float64}

@@ -65,6 +65,28 @@ def test_sums_of_every_dtype_in_one_list(norm_type: float) -> None:
     check_sums(gradients([0, 1, 7, 1500]), norm_type)
 
 
+def test_what_is_left_out_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor in four is measured; the partial sums of the others stay as they were."""
+    tensors = gradients([0, 1, 1500])
+    where = torch.arange(len(tensors), device=DEVICE) % 4 == 0
+    otherwise = torch.full((len(tensors),), -1.0, dtype=torch.float64, device=DEVICE)
+    made: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def filled(tensor: Tensor, *shape: Any, **options: Any) -> Tensor:
+        made.append(new_empty(tensor, *shape, **options).fill_(-7.0))
+        return made[-1]
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
+    found = cuda.power_sums_where(tensors, 2.0, where, otherwise)
+    torch.testing.assert_close(
+        found, naive.power_sums_where(tensors, 2.0, where, otherwise), rtol=1e-6, atol=0
+    )
+    partials = made[0]
+    owners = tensor_table.table(tensors).owners
+    assert torch.equal(partials != -7, where[owners])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_sums_of_several_chunks(dtype: torch.dtype, norm_type: float) -> None:
@@ -359,12 +381,14 @@ from triton.compiler import ASTSource, compile
 from distclip.kernels import cuda_triton as device
 
 tables = {"rows": "*i64", "owners": "*i64"}
-sums = {**tables, "partials": "*fp64", "P": "constexpr", "FAST": "constexpr"}
+some = {**tables, "partials": "*fp64", "where": "*i1", "P": "constexpr", "FAST": "constexpr"}
+sums = {**some, "where": "constexpr"}
 norms = {"maxima": "*fp64", "sums": "*fp64"}
 power, kind = {"P": "constexpr"}, {"OPERATION": "constexpr"}
 for kernel, signature, constants in [
-    (device.partial_sums, sums, {"P": 2.0, "FAST": True}),
-    (device.partial_sums, sums, {"P": float("inf"), "FAST": True}),
+    (device.partial_sums, sums, {"where": None, "P": 2.0, "FAST": True}),
+    (device.partial_sums, some, {"P": 2.0, "FAST": True}),
+    (device.partial_sums, sums, {"where": None, "P": float("inf"), "FAST": True}),
     (device.partial_norms, {**tables, **norms, **power}, {"P": 8.0}),
     (device.finish, {"rows": "*i64", "partials": "*fp64", "sums": "*fp64", **power}, {"P": 1.0}),
     (device.finish_norms, {"rows": "*i64", **norms, "norms": "*fp64", **power}, {"P": 8.0}),
@@ -396,6 +420,8 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line.split()[-3:] for line in run.stdout.splitlines()]
     reads, writes = ([int(line[i]) for line in found] for i in (0, 1))
-    assert [r > 0 for r in reads] == [True, True, True, False, False, True, False], run.stdout
-    assert [w > 0 for w in writes] == [False, False, False, False, False, True, True], run.stdout
+    assert [r > 0 for r in reads] == [True, True, True, True, False, False, True, False], run.stdout
+    assert [w > 0 for w in writes] == [False, False, False, False, False, False, True, True], (
+        run.stdout
+    )
     assert {line[2] for line in found} == {"False"}
