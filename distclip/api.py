@@ -295,7 +295,7 @@ def _to_clip(given: Parameters) -> Parameters:
     """As `_rereadable`. Of an empty generator it warns at the line that calls torch's function."""
     listed = _rereadable(given)
     if isinstance(listed, list) and not listed:
-        warn_of_empty_generator(given, stacklevel=4)  # `no_grad` is a frame too
+        warn_of_empty_generator(given, stacklevel=6)  # the decorators are frames too
     return listed
 
 

@@ -35,6 +35,9 @@ ParamGroups: TypeAlias = Iterable[dict[str, Any]]
 GradientFunction: TypeAlias = Callable[[Tensor], "Tensor | None"]
 
 
+_TO_CALLER = 7  # frames from `list_sources` to who makes a Clipper, whose decorators are frames too
+
+
 @dataclass(frozen=True)
 class GroupSource:
     """A parameter group as the user gives it, to be read as often as needed.
@@ -81,9 +84,17 @@ def list_sources(given: Parameters | ParamGroups, policy: Policy[Any]) -> list[G
     if not isinstance(given, nn.Module | Tensor | types.GeneratorType):
         listed = list_items(given)
         if listed and all(isinstance(group, dict) for group in listed):
-            return [_group_source(i, group, policy) for i, group in enumerate(listed)]
+            sources: list[GroupSource] = []
+            for index, group in enumerate(listed):
+                sources.append(source := _group_source(index, group, policy))
+                if not source.params:
+                    warn_of_empty_generator(group["params"], _TO_CALLER)
+            return sources
         given = cast("Iterable[Tensor]", listed)
-    return [GroupSource("all", _source(cast(Parameters, given)), policy)]
+    source = GroupSource("all", _source(cast(Parameters, given)), policy)
+    if not source.params:
+        warn_of_empty_generator(cast(object, given), _TO_CALLER)
+    return [source]
 
 
 def _group_source(index: int, group: dict[str, Any], policy: Policy[Any]) -> GroupSource:
@@ -172,10 +183,8 @@ def named_tensors(given: Parameters) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for (name, _), tensor in each if can_have_gradient(tensor)]
 
 
-def _listed(given: Tensor | Iterable[Any], stacklevel: int = 6) -> list[tuple[str, Tensor]]:
+def _listed(given: Tensor | Iterable[Any]) -> list[tuple[str, Tensor]]:
     listed = list_items(given)
-    if not listed:
-        warn_of_empty_generator(given, stacklevel)
     named: dict[int, tuple[str, Tensor]] = {}
     for index, item in enumerate(listed):
         name, tensor = _name_and_tensor(index, item)

@@ -236,7 +236,7 @@ def test_as_without_the_wrapper(name: str, way: str, fused: bool, scaled: bool) 
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-@pytest.mark.parametrize("name", STEPPED_BY_SCALER)
+@pytest.mark.parametrize("name", sorted(STEPPED_BY_SCALER))
 def test_a_scaler_that_steps_the_wrapper(name: str, fused: bool) -> None:
     scaler, control = make_scaler(), make_scaler()
     expected, _, _ = train_as_torch(lambda m: adamw(m.parameters(), fused), control, overflows=(1,))
