@@ -306,6 +306,7 @@ class Clipper:
         """
         grad_scaler.check_scaler(scaler)
         given = wrappers.list_optimizers(optimizer)
+        optimizers.check_attached(given, optimizer)
         if self._gradient is None:
             for each in given:
                 wrappers.check_wrapped(each, self.plan)

@@ -87,12 +87,12 @@ def list_sources(given: Parameters | ParamGroups, policy: Policy[Any]) -> list[G
             sources: list[GroupSource] = []
             for index, group in enumerate(listed):
                 sources.append(source := _group_source(index, group, policy))
-                if not source.params:
+                if source.params == []:
                     warn_of_empty_generator(group["params"], _TO_CALLER)
             return sources
         given = cast("Iterable[Tensor]", listed)
     source = GroupSource("all", _source(cast(Parameters, given)), policy)
-    if not source.params:
+    if source.params == []:
         warn_of_empty_generator(cast(object, given), _TO_CALLER)
     return [source]
 

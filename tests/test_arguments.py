@@ -38,6 +38,10 @@ def make_param() -> nn.Parameter:
     return param
 
 
+def another(box: Box) -> torch.optim.Optimizer:
+    return torch.optim.SGD([box.param], lr=0.1)
+
+
 class Box:
     """What a test works on: a parameter with a gradient, and what holds it."""
 
@@ -482,7 +486,7 @@ WRONG: dict[str, tuple[Callable[[Box], object], str]] = {
         "closure=1.0",
     ),
     "step two with a closure": (
-        lambda b: b.clipper.step([b.optimizer, b.optimizer], closure=lambda: 1.0),
+        lambda b: b.clipper.step([b.optimizer, another(b)], closure=lambda: 1.0),
         "2 optimizers with one closure",
     ),
     "step none with a closure": (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distclip import kernels
 from distclip.norms import power_sums
@@ -136,9 +136,10 @@ def _of_units(
 
 
 def _weights(param: LocalParam) -> Tensor | None:
-    """None for what is frozen: it has no gradient to limit, and may be of a kind nobody reads."""
-    is_looked_at = param.param.requires_grad and not param.param.is_meta
-    return param.weights if is_looked_at or param.param.grad is not None else None
+    """None for what has no gradient to limit: its values may be yet to be made, or NaN."""
+    tensor = param.param
+    is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    return None if tensor.is_meta or (is_frozen and tensor.grad is None) else param.weights
 
 
 def _in_slots(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:

@@ -61,6 +61,11 @@ class ReduceMesh:
         return cls(ranks, ("world",), frozenset(), world_group(), device_type)
 
     @cached_property
+    def is_fake(self) -> bool:
+        """Whether the group's collectives do nothing."""
+        return dist.get_backend(self.group) == "fake"
+
+    @cached_property
     @with_real_values()
     def coordinate(self) -> dict[str, int]:
         """The index of this rank on each axis."""

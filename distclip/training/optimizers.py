@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
 from distclip.sharding.layout import LocalParam
 from distclip.torch_private import host_has_values
@@ -38,6 +39,15 @@ def check_steps(optimizers: Sequence[Optimizer], closure: object | None) -> None
             f"cannot step {len(optimizers)} optimizers with one closure: each evaluates it as "
             f"often as it likes, and clips what it leaves behind for the others too. Call "
             f"`step(optimizer, closure=closure)` for each of them, with a Clipper of its own."
+        )
+
+
+def check_attached(optimizers: Sequence[Optimizer], given: Any) -> None:
+    """Raises TypeError unless there is an optimizer to attach to."""
+    if not optimizers:
+        raise TypeError(
+            f"cannot attach to optimizer={shown(given)}: it is {kind_of(given)}, which has no "
+            f"steps to clip in. Pass an optimizer, or a list of several."
         )
 
 

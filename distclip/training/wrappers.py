@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
 
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer]
@@ -103,9 +104,9 @@ def _unwrap(optimizer: Any, outer: list[Any]) -> list[Optimizer]:
         return []
     if not _is_one(optimizer):
         raise TypeError(
-            f"cannot clip for {_described(optimizer)}: it is no optimizer, and holds none in "
-            f"`.optimizer` or `.optimizers`. Pass the optimizer that steps the parameters itself, "
-            f"or a list of several."
+            f"cannot clip for optimizer={shown(optimizer)}: it is {kind_of(optimizer)}, no "
+            f"optimizer, and holds none in `.optimizer` or `.optimizers`. Pass the optimizer that "
+            f"steps the parameters itself, or a list of several."
         )
     inner = _passes_on_to(optimizer)
     if inner:
@@ -168,7 +169,3 @@ def _has_groups(given: Any) -> bool:
 def _attributes(optimizer: Any) -> dict[str, Any]:
     """Its own ones; a proxy's `__getattr__` would answer for another object."""
     return getattr(optimizer, "__dict__", {})
-
-
-def _described(given: Any) -> str:
-    return "None" if given is None else f"{given!r:.40}, a {type(given).__qualname__}"

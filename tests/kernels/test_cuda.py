@@ -212,7 +212,7 @@ def test_sums_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     rows[0, 4] = -skipped
     monkeypatch.setattr(tensor_table, "table", lambda tensors: table._replace(rows=rows))
     partials = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    cuda._triton.partial_sums[(2,)](rows, table.owners, partials, 2.0, True)
+    cuda._triton.partial_sums[(2,)](rows, table.owners, partials, None, 2.0, True)
     torch.testing.assert_close(partials.sum(), tensor.double().square().sum())
     expected = tensor * 0.5
     cuda.scale_([tensor], number(0.5))
