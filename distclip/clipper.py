@@ -387,12 +387,11 @@ class Clipper:
 
     def _hold_again(self, read: NamedParameters) -> None:
         """`_hold`, where the model or the optimizer has got other parameters during training."""
-        before, now = self._read.named, read.named
-        same = len(before) == len(now) and all(
-            a[1] is b[1] for a, b in zip(before, now, strict=True)
-        )
+        before = self._read.named
+        # DDP over tensor parallelism hides parameters in its first forward, FSDP2 shows others.
+        same = {id(tensor) for _, tensor in before} == {id(tensor) for _, tensor in read.named}
         if same and not self._changes.needs_new_plan():
-            self._read, self._changes = read, ModelChanges(read)
+            self._changes = ModelChanges(read)
             return
         check_present(read, before)
         states = self._group_states(self._states)

@@ -95,6 +95,8 @@ class Samples:
 
     def changed(self, indices: Sequence[int]) -> set[int]:
         """Which of these may have changed; all must have a sample. Waits for the device."""
+        if not indices:  # fake tensors have no samples, and nothing else can be read there
+            return set()
         shows = cast("list[bool]", self._shows.tolist())
         found = {i for i in indices if not shows[i]}
         now, then = self._of(indices)
