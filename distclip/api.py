@@ -101,8 +101,7 @@ def clip_grad_norm_(
     `Report`). A NaN on any rank makes it NaN, and the gradients are scaled all the same, as torch
     does. `max_norm=math.inf` only measures. A parameter given twice counts once.
 
-    A gradient whose elements share memory, as those of an expanded tensor do, becomes a copy in
-    `.grad`; so does one that is the gradient of an earlier parameter.
+    A gradient that lies where that of an earlier parameter lies becomes a copy in `.grad`.
 
     `mesh`, `distinct` and `layouts` are those of `Clipper`. With `layouts` the plan is made anew in
     each call; a `Clipper` keeps it.
@@ -112,8 +111,8 @@ def clip_grad_norm_(
             changed.
         LayoutError: it is unknown which ranks hold which elements, or copies differ; also for a
             unit of FSDP1 inside another.
-        ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, or a tensor holds
-            integers.
+        ValueError: `max_norm` is negative or NaN, `norm_type` is not above 0, a tensor holds
+            integers, or elements of a gradient share memory, as those of an expanded tensor do.
         TypeError: an argument is of another type, such as the groups of an optimizer.
 
     Collective: one all-reduce of a few numbers over all ranks; none where nothing is sharded. The
@@ -345,4 +344,5 @@ def _gradients(parameters: Parameters) -> list[Tensor]:
     each = zip(params, gradients, strict=True)
     if any_unreduced(gradients) or any(g is None and may_lack_gradient(p) for p, g in each):
         gradients = reduce_gradients_(params, everywhere=False, alike=False)
+    step.check_writable(gradients, [])
     return [grad for grad in gradients if grad is not None]

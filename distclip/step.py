@@ -30,9 +30,9 @@ from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
 from distclip.parameters import as_scalar, gradients_from
-from distclip.policies import NormContext, Policy, Scope
+from distclip.policies import NormContext, Policy, Scope, StatelessPolicy
 from distclip.report import Report
-from distclip.sharding.local_tensors import reducible, unreduced_text
+from distclip.sharding.local_tensors import first_overlap, reducible, unreduced_text
 from distclip.sharding.shard import UnitView
 from distclip.torch_private import has_values, host_has_values, outside_of_graphs
 
@@ -241,7 +241,7 @@ def decide(
     Collective: one all-reduce; none where nothing is sharded. Where some rank has a gradient
         without values, the collectives of `reduce` and the all-reduce once more.
     """
-    fault = fault or _fault(gradients, plan)
+    fault = fault or _fault(gradients, plan, policies)
     lacks = any(gradients[i] is None for i in plan.copied_dtensors)
     header = Header(call, unreduced_text(gradients), lacks, fault is not None)
     if measured is None or header.unreduced:
@@ -257,7 +257,7 @@ def decide(
         measured = measure(gradients, plan)
         if invalid is not None:
             make_nan_(measured[0].payload, plan.groups[0].power, invalid)
-        fault = fault or _fault(gradients, plan)
+        fault = fault or _fault(gradients, plan, policies)
         totals = total_norms(measured, plan, Header(call, fault=fault is not None))
     if totals.fault:
         raise_fault(fault, plan)
@@ -290,15 +290,26 @@ def decide(
     )
 
 
-def _fault(gradients: Sequence[Tensor | None], plan: Plan) -> Exception | None:
+def _fault(
+    gradients: Sequence[Tensor | None], plan: Plan, policies: Sequence[Policy[Any]]
+) -> Exception | None:
     """What must be known before anything is written, and before a policy counts the step."""
-    clamped = [group for group in plan.groups if group.scope is Scope.ELEMENT]
     try:
-        for group in clamped:
-            check_real(gradients[group.members])
+        for group, policy in zip(plan.groups, policies, strict=True):
+            members = gradients[group.members]
+            if group.scope is Scope.ELEMENT:
+                check_real(members)
+            if not _only_measures(policy):
+                names = [param.name for param in plan.params[group.members]]
+                check_writable(members, names)
     except ValueError as error:
         return error
     return None
+
+
+def _only_measures(policy: Policy[Any]) -> bool:
+    """Whether it never limits, as far as its numbers show."""
+    return isinstance(policy, StatelessPolicy) and getattr(policy, "max_norm", 0.0) == math.inf
 
 
 def _ask_policy(
@@ -398,6 +409,18 @@ def check_real(gradients: Iterable[Tensor | None]) -> None:
         raise ValueError(
             "cannot clamp a complex gradient: complex numbers have no order, and no largest value. "
             "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
+        )
+
+
+def check_writable(gradients: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """Raises ValueError where elements of a gradient share memory: they would be scaled twice."""
+    if (i := first_overlap(gradients)) is not None:
+        name = repr(names[i]) if i < len(names) and names[i] else f"parameter {i}"
+        raise ValueError(
+            f"cannot clip {name}: more than one element of its gradient refers to a single memory "
+            f"location, as in an expanded tensor, and each would be scaled more than once. "
+            f"Nothing was written. Make it a tensor of its own first: "
+            f"`param.grad = param.grad.contiguous()`."
         )
 
 

@@ -77,17 +77,13 @@ def local_gradient(param: Tensor) -> Tensor | None:
     """The memory of a parameter's gradient on this rank, as `local_memory` has it.
 
     A `Partial` gradient, or one laid out unlike its parameter, is returned as the DTensor that it
-    is: `reduce_gradients_` gives it values. An uncoalesced sparse gradient is coalesced. Where
-    elements share memory, as those of an expanded tensor do, `.grad` becomes a copy whose elements
-    do not.
+    is: `reduce_gradients_` gives it values. An uncoalesced sparse gradient is coalesced.
     """
     if (grad := param.grad) is None or _is_moved(grad, like=param):
         return grad
     resolved = grad
     if grad.layout is torch.sparse_coo and not grad.is_coalesced():
         resolved = grad.coalesce()
-    if has_overlap(_dense(resolved)):
-        resolved = resolved.clone()
     if resolved is not grad:
         param.grad = resolved
     return local_memory(resolved)
@@ -199,6 +195,14 @@ def has_overlap(dense: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def first_overlap(gradients: Sequence[Tensor | None]) -> int | None:
+    """The index of the first gradient of which elements may share memory."""
+    for i, grad in enumerate(gradients):
+        if grad is not None and not grad.is_contiguous() and has_overlap(grad):
+            return i
+    return None
 
 
 def share_address(tensors: Sequence[Tensor]) -> bool:

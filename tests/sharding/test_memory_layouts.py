@@ -1,5 +1,5 @@
 """Gradients whose elements do not lie in memory one by one: negated or conjugated by a bit of the
-tensor, expanded, overlapping, or the gradient of several parameters. The user sees them clipped.
+tensor, expanded, overlapping, or the gradient of several parameters.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "negated, 16 bits": lambda: torch._neg_view(seeded(6, 4).bfloat16()),
     "negated, large": lambda: torch._neg_view(seeded(LARGE)),
     "negated and conjugated": lambda: torch._neg_view(complex_(6, 4).conj()),
+    "dims of size 1": lambda: seeded(6, 4).as_strided((6, 1, 4), (4, 0, 1)),
+}
+
+
+SHARED: dict[str, Callable[[], Tensor]] = {
     "expanded": lambda: torch.full((1,), 3.0).expand(10, 10),
     "expanded in one dim": lambda: seeded(1, 7).expand(5, 7),
     "expanded in the last dim": lambda: seeded(5, 1).expand(5, 7),
@@ -49,7 +54,6 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "expanded, 16 bits": lambda: seeded(5, 1).bfloat16().expand(5, 7),
     "expanded and conjugated": lambda: complex_(1, 4).conj().expand(6, 4),
     "overlapping windows": lambda: seeded(9).as_strided((6, 4), (1, 1)),
-    "dims of size 1": lambda: seeded(6, 4).as_strided((6, 1, 4), (4, 0, 1)),
 }
 
 
@@ -75,7 +79,9 @@ def check(params: list[nn.Parameter], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, 8.0, math.inf])
-def test_the_norm_counts_what_the_tensor_shows(grad: Tensor, norm_type: float) -> None:
+@pytest.mark.parametrize("name", [*LAYOUTS, *SHARED])
+def test_the_norm_counts_what_the_tensor_shows(name: str, norm_type: float) -> None:
+    grad = {**LAYOUTS, **SHARED}[name]()
     expected = reference.total_norm([grad], norm_type)
     found = distclip.get_total_norm([grad], norm_type)
     torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=0)
@@ -184,7 +190,7 @@ def test_whether_elements_share_memory() -> None:
 
 
 def test_what_lies_in_memory_is_scaled() -> None:
-    """A buffer whose conjugate is the gradient; an expanded gradient is replaced instead."""
+    """A buffer whose conjugate is the gradient."""
     buffer = complex_(6, 4)
     param = nn.Parameter(torch.zeros(6, 4, dtype=torch.complex64))
     param.grad = buffer.conj()
@@ -195,12 +201,62 @@ def test_what_lies_in_memory_is_scaled() -> None:
     wanted = reference.clip_norm([before], MAX_NORM, eps=1e-6)[0].to(torch.complex64)
     torch.testing.assert_close(buffer, wanted)
 
-    one = torch.full((1,), 3.0)
-    param = nn.Parameter(torch.zeros(10))
-    param.grad = one.expand(10)
-    distclip.clip_grad_norm_(param, MAX_NORM)
-    assert one.item() == 3.0
-    assert param.grad.is_contiguous()
+
+WRITING: dict[str, Callable[[list[nn.Parameter]], object]] = {
+    "clip_grad_norm_": lambda params: distclip.clip_grad_norm_(params, 1e9),
+    "clip_grad_value_": lambda params: distclip.clip_grad_value_(params, 1e-3),
+    "clip_grads_with_norm_": lambda params: distclip.clip_grads_with_norm_(
+        params, 1e-3, torch.tensor(1.0)
+    ),
+    "norm": lambda params: distclip.Clipper(params, distclip.ClipNorm(1e-3)).clip_(),
+    "tensors": lambda params: distclip.Clipper(params, distclip.ClipTensorNorm(1e-3)).clip_(),
+    "units": lambda params: distclip.Clipper(params, distclip.AGC()).clip_(),
+    "statistics": lambda params: distclip.Clipper(params, distclip.ZClip()).clip_(),
+    "zero": lambda params: distclip.Clipper(params, on_nonfinite="zero").clip_(),
+    "overlap": lambda params: distclip.Clipper(params, overlap=True).clip_(),
+    "step": lambda params: distclip.Clipper(params).step(torch.optim.SGD(params, lr=0.1)),
+    "groups": lambda params: distclip.Clipper([{"params": [p]} for p in params]).clip_(),
+}
+
+
+@pytest.mark.parametrize("call", WRITING)
+@pytest.mark.parametrize("name", SHARED)
+def test_elements_that_share_memory_are_an_error_before_anything_is_written(
+    name: str, call: str
+) -> None:
+    params, before = beside(SHARED[name]())
+    if call == "clip_grad_value_" and params[1].is_complex():
+        pytest.skip("complex numbers have no order")
+    weights = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match="refers to a single memory location"):
+        WRITING[call](params)
+    for param, was, weight in zip(params, before, weights, strict=True):
+        assert torch.equal(param.grad, was)
+        assert torch.equal(param.detach(), weight)
+    assert distclip.clip_grad_norm_(params, math.inf).isfinite()  # nothing is to be written
+    params[1].grad = params[1].grad.contiguous()
+    WRITING[call](params)
+
+
+def shared_on_one_rank() -> str:
+    """An error that one rank alone can see; the plain parameters are copies on a mesh."""
+    import torch.distributed as dist
+
+    one = mesh((4,), ("dp",))
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(8, 4), one, [Shard(0)]))
+    local = torch.full((2, 4), 2.0)
+    if dist.get_rank() == 2:
+        local = torch.full((2, 1), 2.0).expand(2, 4)
+    sharded.grad = DTensor.from_local(local, one, [Shard(0)], run_check=False)
+    for call in ("clip_grad_norm_", "norm", "units"):
+        with pytest.raises(ValueError, match="refers to a single memory location") as caught:
+            WRITING[call]([sharded])
+    assert bool((sharded.grad.to_local() == 2).all())
+    return str(caught.value)
+
+
+def test_elements_that_share_memory_on_one_rank(four_on_cpus: Ranks) -> None:
+    assert len(set(four_on_cpus.run(shared_on_one_rank))) == 1
 
 
 def test_a_gradient_from_a_function_that_shares_memory_is_an_error_before_anything_is_written() -> (
@@ -255,7 +311,7 @@ def test_memory_that_is_the_gradient_of_two_parameters(
 
 def test_sparse_values() -> None:
     index = torch.tensor([[0, 2]])
-    for values in (complex_(2).conj(), torch.ones(1).expand(2), torch._neg_view(seeded(2))):
+    for values in (complex_(2).conj(), torch._neg_view(seeded(2))):
         param = nn.Parameter(torch.zeros(3, dtype=values.dtype))
         param.grad = torch.sparse_coo_tensor(
             index, values, (3,), is_coalesced=True, check_invariants=False
@@ -270,7 +326,6 @@ def test_sparse_values() -> None:
 LOCAL: dict[str, Callable[[], Tensor]] = {
     "conjugated": lambda: complex_(8, 4).conj(),
     "negated": lambda: torch._neg_view(seeded(8, 4)),
-    "expanded": lambda: torch.full((8, 1), 3.0).expand(8, 4),
 }
 
 

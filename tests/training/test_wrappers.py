@@ -564,7 +564,9 @@ def test_what_is_no_optimizer(way: str) -> None:
     with pytest.raises(ValueError, match=r"for a Nothing: it is a proxy.*Pass the optimizer its"):
         call(Nothing(optimizer))
     for given in ("x", 3, [None], [optimizer, 3], {"a": optimizer}, optimizer.param_groups):
-        with pytest.raises(TypeError, match=r"no optimizer, and holds none.*Pass the optimizer that steps"):
+        with pytest.raises(
+            TypeError, match=r"no optimizer, and holds none.*Pass the optimizer that steps"
+        ):
             call(given)
     if way in ("step", "attach"):
         with pytest.raises(ValueError, match=r"step of a Copies: .* none of the parameters"):
