@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip import kernels, nonfinite, step
+from distclip import kernels, nonfinite, scaling, step
 from distclip.arguments import as_axes, as_flag, as_number, check_mesh_type
 from distclip.norms.agreement import policy_text
 from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
+from distclip.param_groups import read_parameters
 from distclip.parameters import (
     Parameters,
     list_items,
     named_tensors,
-    read_parameters,
     unique_tensors,
     warn_of_empty_generator,
 )
@@ -219,7 +219,7 @@ def clip_grads_with_norm_(
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
         lists = kernels.tensor_lists(_gradients(given))
-        step.scale_(lists, step.coefficient(norm, limit))
+        scaling.scale_(lists, scaling.coefficient(norm, limit))
 
 
 @outside_of_graphs
@@ -237,9 +237,9 @@ def clip_grad_value_(
     _check_arguments(False, foreach)
     clip_value = check_not_negative("clip_value", clip_value)
     gradients = _gradients(_to_clip(parameters))
-    step.check_real(gradients)
+    scaling.check_real(gradients)
     bound = torch.full((), clip_value, dtype=torch.float64, device="cpu")
-    step.clamp_(kernels.tensor_lists(gradients), bound)
+    scaling.clamp_(kernels.tensor_lists(gradients), bound)
 
 
 def _check_arguments(
@@ -344,5 +344,5 @@ def _gradients(parameters: Parameters) -> list[Tensor]:
     each = zip(params, gradients, strict=True)
     if any_unreduced(gradients) or any(g is None and may_lack_gradient(p) for p, g in each):
         gradients = reduce_gradients_(params, everywhere=False, alike=False)
-    step.check_writable(gradients, [])
+    scaling.check_writable(gradients, [])
     return [grad for grad in gradients if grad is not None]

@@ -12,13 +12,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distclip import nonfinite, parameters, step
+from distclip import nonfinite, param_groups, parameters, step
 from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
 from distclip.norms.plan import Plan, make_plan
-from distclip.parameters import GradientFunction, NamedParameters, Parameters, ParamGroups
+from distclip.param_groups import NamedParameters, ParamGroups
+from distclip.parameters import GradientFunction, Parameters
 from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
 from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
@@ -116,7 +117,7 @@ class Clipper:
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._skips = nonfinite.SkipCounter(max_skips)
-        self._sources = parameters.list_sources(model_or_parameters, policy)
+        self._sources = param_groups.list_sources(model_or_parameters, policy)
         check_policy(policy)
         for group in self._sources:
             check_policy(group.policy, group.name)
@@ -130,7 +131,7 @@ class Clipper:
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = optimizers.CheckedOptimizers()
-        self._hold(parameters.read_sources(self._sources))
+        self._hold(param_groups.read_sources(self._sources))
         self._rounds = Rounds(self.plan)
 
     def _hold(self, read: NamedParameters) -> None:
@@ -375,12 +376,12 @@ class Clipper:
         """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
         try:
             if self._changes.any():
-                self._hold_again(parameters.read_sources(self._sources))
+                self._hold_again(param_groups.read_sources(self._sources))
             if stepped:
                 added = self._checked.new_params(stepped, self.plan.params, scaled)
                 if added:
-                    self._sources = parameters.with_params(self._sources, added)
-                    self._hold_again(parameters.read_sources(self._sources))
+                    self._sources = param_groups.with_params(self._sources, added)
+                    self._hold_again(param_groups.read_sources(self._sources))
         except ValueError as error:
             return error
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip import api, kernels, step
+from distclip import api, kernels, scaling
 from distclip.arguments import as_number, items, kind_of, shown
 from distclip.norms import reduce
 from distclip.norms.power_sums import norm_dtype
@@ -181,12 +181,12 @@ def _as_norm(given: Any, beside: Sequence[Tensor]) -> Tensor:
 
 
 def _coefficient(norms: Tensor, clip_norm: float) -> Tensor:
-    return step.coefficient(norms, torch.full_like(norms, clip_norm))
+    return scaling.coefficient(norms, torch.full_like(norms, clip_norm))
 
 
 def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     copies = [t.clone() for t in tensors]
-    step.scale_(kernels.tensor_lists([gradients.local_values(copy) for copy in copies]), factor)
+    scaling.scale_(kernels.tensor_lists([gradients.local_values(copy) for copy in copies]), factor)
     return copies
 
 

@@ -7,7 +7,7 @@ methods of `Clipper` and the adapters are clients of these two: the order of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -32,9 +32,17 @@ from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_nor
 from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import NormContext, Policy, Scope, StatelessPolicy
 from distclip.report import Report
-from distclip.sharding.local_tensors import first_overlap, reducible, unreduced_text
-from distclip.sharding.shard import UnitView
-from distclip.torch_private import has_values, host_has_values, outside_of_graphs
+from distclip.scaling import (
+    check_real,
+    check_writable,
+    clamp_,
+    coefficient,
+    scale_,
+    scale_units_,
+    zero_,
+)
+from distclip.sharding.local_tensors import reducible, unreduced_text
+from distclip.torch_private import has_values, outside_of_graphs
 
 
 class ReduceGradients(Protocol):
@@ -373,67 +381,3 @@ def _where(finite: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return torch.where(finite.to(new.device), new, old)
     return type(new)(*(_where(finite, a, b) for a, b in zip(new, old, strict=True)))
-
-
-def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
-    """min(1, limit / norm), elementwise.
-
-    1 up to the limit, also where both are zero or infinite; NaN where either is NaN.
-    """
-    return (limit / norm).masked_fill_(norm <= limit, 1.0)
-
-
-def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
-    """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
-    if host_has_values(factor) and factor.item() == 1:
-        return
-    for tensors in tensor_lists:
-        kernels.scale_(tensors, factor.to(tensors[0].device))
-
-
-def zero_(tensor_lists: TensorLists, where: Tensor) -> None:
-    """Sets everything to zero if the bool scalar `where` is true, NaN and infinities too."""
-    for tensors in tensor_lists:
-        kernels.zero_(tensors, where.to(tensors[0].device))
-
-
-def clamp_(tensor_lists: TensorLists, bound: Tensor) -> None:
-    """Clamps real numbers to [-bound, bound]; NaN stays NaN."""
-    for tensors in tensor_lists:
-        kernels.clamp_(tensors, bound.to(tensors[0].device))
-
-
-def check_real(gradients: Iterable[Tensor | None]) -> None:
-    """Raises ValueError where a gradient is complex: it has no order, and cannot be clamped."""
-    if any(grad is not None and grad.is_complex() for grad in gradients):
-        raise ValueError(
-            "cannot clamp a complex gradient: complex numbers have no order, and no largest value. "
-            "Clip its norm instead, or clip `torch.view_as_real(parameter)`."
-        )
-
-
-def check_writable(gradients: Sequence[Tensor | None], names: Sequence[str]) -> None:
-    """Raises ValueError where elements of a gradient share memory: they would be scaled twice."""
-    if (i := first_overlap(gradients)) is not None:
-        name = repr(names[i]) if i < len(names) and names[i] else f"parameter {i}"
-        raise ValueError(
-            f"cannot clip {name}: more than one element of its gradient refers to a single memory "
-            f"location, as in an expanded tensor, and each would be scaled more than once. "
-            f"Nothing was written. Make it a tensor of its own first: "
-            f"`param.grad = param.grad.contiguous()`."
-        )
-
-
-def scale_units_(views: Iterable[UnitView], factors: Tensor) -> None:
-    """Multiplies each unit by the factor of its row. Shapes: factors: [num_units]."""
-    whole: list[UnitView] = []
-    for view in views:
-        if view.dim is None:
-            whole.append(view)
-        else:
-            of_view = factors[view.first : view.first + view.values.shape[view.dim]]
-            kernels.scale_units_(view.values, view.dim, of_view.to(view.values.device))
-    for device in {view.values.device for view in whole}:
-        here = [view for view in whole if view.values.device == device]
-        of_tensors = torch.stack([factors[view.first] for view in here]).to(device)
-        kernels.scale_each_([view.values for view in here], of_tensors)

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from distclip.parameters import NamedParameters, can_have_gradient
+from distclip.param_groups import NamedParameters
+from distclip.parameters import can_have_gradient
 from distclip.sharding.fsdp1 import any_flattened
 from distclip.torch_private import children_of, parameters_of
 

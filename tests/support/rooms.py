@@ -18,8 +18,9 @@ BOTTOM = {"errors", "torch_private", "arguments"}
 NORMS = BOTTOM | {"sharding", "kernels", "policies"}
 NONFINITE = NORMS | {"norms", "report"}
 LIMITS = NONFINITE | {"nonfinite"}
-STEP = LIMITS | {"limits", "parameters"}
-TRAINING = STEP | {"step"}
+STEP = LIMITS | {"limits", "parameters", "scaling"}
+GROUPS = BOTTOM | {"sharding", "policies", "parameters"}
+TRAINING = STEP | {"step", "param_groups"}
 CLIPPER = TRAINING | {"training"}
 API = CLIPPER | {"clipper"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -31,9 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": BOTTOM,
     "sharding": BOTTOM,
     "parameters": BOTTOM | {"sharding", "policies"},
+    "param_groups": GROUPS,
     "norms": NORMS,
     "nonfinite": NONFINITE,
     "limits": LIMITS,
+    "scaling": BOTTOM | {"sharding", "kernels", "norms"},
     "step": STEP,
     "training": TRAINING,
     "clipper": CLIPPER,
@@ -59,6 +62,7 @@ LOCAL = {
     "norms.power_sums",
     "norms.measure",
     "step",
+    "scaling",
 }
 # A part of torch.distributed -> where it may be named.
 TORCH: dict[str, set[str]] = {
