@@ -75,7 +75,8 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
     if during_a_call:
         if some_are_distinct or not (assumed := [p for p in assumed if _is_new(p, mesh)]):
             return
-    elif not assumed and not (mesh.shares_copies and (mesh.from_user or some_are_distinct)):
+    # Ranks that were given different meshes by mistake must not wait for each other here.
+    elif not (assumed or mesh.from_user or (mesh.shares_copies and some_are_distinct)):
         return
     gathered = all_gather_objects(_digests(assumed, during_a_call), mesh.group)
     if (found := _first_difference(gathered)) is not None:
