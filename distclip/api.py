@@ -344,5 +344,5 @@ def _gradients(parameters: Parameters) -> list[Tensor]:
     each = zip(params, gradients, strict=True)
     if any_unreduced(gradients) or any(g is None and may_lack_gradient(p) for p, g in each):
         gradients = reduce_gradients_(params, everywhere=False, alike=False)
-    scaling.check_writable(gradients, [])
+    scaling.check_writable(gradients)
     return [grad for grad in gradients if grad is not None]

@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     Attributes:
         limits: float64. Where one is none: zero if this rank alone may know it, else NaN.
         valid: whether all are 0 or above, or the norm is not finite; a bool scalar. None where
-            that is known and a look would cost an accelerator's time.
+            that is known.
     """
 
     limits: Tensor
@@ -54,7 +54,8 @@ def read_limits(
             f"`torch.full_like(norms, 1.0)`, or None to measure only."
         )
     limits = returned.double()
-    if never_negative(policy) and not limits.is_cpu:
+    on_host = host_has_values(limits)
+    if bool((limits >= 0).all()) if on_host else never_negative(policy):
         return Limits(limits, None)
     is_limit = limits >= 0
     valid = is_limit.all() | ~finite

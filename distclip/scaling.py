@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distclip import kernels
 from distclip.norms.measure import TensorLists
+from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import first_overlap
 from distclip.sharding.shard import UnitView
 from distclip.torch_private import host_has_values
@@ -51,10 +52,11 @@ def check_real(gradients: Iterable[Tensor | None]) -> None:
         )
 
 
-def check_writable(gradients: Sequence[Tensor | None], names: Sequence[str]) -> None:
+def check_writable(gradients: Sequence[Tensor | None], params: Sequence[LocalParam] = ()) -> None:
     """Raises ValueError where elements of a gradient share memory: they would be scaled twice."""
     if (i := first_overlap(gradients)) is not None:
-        name = repr(names[i]) if i < len(names) and names[i] else f"parameter {i}"
+        known = params[i].name if params else ""  # plans of functions keep no names
+        name = repr(known) if known else f"parameter {i}"
         raise ValueError(
             f"cannot clip {name}: more than one element of its gradient refers to a single memory "
             f"location, as in an expanded tensor, and each would be scaled more than once. "

@@ -253,7 +253,8 @@ def decide(
     lacks = any(gradients[i] is None for i in plan.copied_dtensors)
     header = Header(call, unreduced_text(gradients), lacks, fault is not None)
     if measured is None or header.unreduced:
-        measured = measure(reducible(gradients), plan)
+        known = reducible(gradients) if header.unreduced else gradients
+        measured = measure(known, plan)
     if invalid is not None:
         make_nan_(measured[0].payload, plan.groups[0].power, invalid)
     totals = total_norms(measured, plan, header)
@@ -308,8 +309,7 @@ def _fault(
             if group.scope is Scope.ELEMENT:
                 check_real(members)
             if not _only_measures(policy):
-                names = [param.name for param in plan.params[group.members]]
-                check_writable(members, names)
+                check_writable(members, plan.params[group.members])
     except ValueError as error:
         return error
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ def reshard(module: nn.Module) -> None:
 
 def sharded_params(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """`tensors`, with sharded parameters in the place of unsharded ones of any FSDP2 module."""
-    if not is_used() or all(tensor.grad is not None for tensor in tensors if tensor.requires_grad):
+    if not is_used() or type(None) not in set(map(type, map(attrgetter("grad"), tensors))):
+        return tensors
+    if all(tensor.grad is not None for tensor in tensors if tensor.requires_grad):
         return tensors
     modules = list(_fsdp2(composable_modules()))
     before = [list(module.parameters()) for module in modules]

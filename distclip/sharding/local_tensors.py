@@ -113,11 +113,10 @@ def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     Memory that is the gradient of several parameters would be multiplied once for each: all but
     the first get a copy. Only gradients that begin at one address are found, not those that overlap
     otherwise.
-
     """
     found = _quick_gradients(params)
-    present = [grad for grad in found if grad is not None]
-    if not share_address(present) and _shows_memory(present):
+    here = present(found)
+    if not share_address(here) and _shows_memory(here):
         return found
     _separate_(params)
     return [local_gradient(param) for param in params]
@@ -125,7 +124,10 @@ def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 def _quick_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     """`local_gradient` of each, but for the bits of contiguous ones."""
-    # A call for each plain gradient would take most of the time.
+    # Thousands of plain gradients: anything in a loop of Python would take most of the time.
+    grads = list(map(attrgetter("grad"), params))
+    if set(map(type, grads)) == {Tensor} and all(map(Tensor.is_contiguous, grads)):
+        return grads
     plain, dtensor = Tensor, DTensor
     resolved_specs: set[int] = set()
     return [
@@ -197,8 +199,15 @@ def has_overlap(dense: Tensor) -> bool:
     return False
 
 
+def present(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are not None."""
+    return [grad for grad in gradients if grad is not None]
+
+
 def first_overlap(gradients: Sequence[Tensor | None]) -> int | None:
     """The index of the first gradient of which elements may share memory."""
+    if all(map(Tensor.is_contiguous, present(gradients))):
+        return None
     for i, grad in enumerate(gradients):
         if grad is not None and not grad.is_contiguous() and has_overlap(grad):
             return i
@@ -246,7 +255,10 @@ def _separate_(params: Sequence[Tensor]) -> None:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Those of tensors with elements. Fake tensors and others of a class of their own have none."""
-    return [address for t in tensors if type(t) is Tensor and (address := t.data_ptr())]
+    if set(map(type, tensors)) != {Tensor}:
+        tensors = [tensor for tensor in tensors if type(tensor) is Tensor]
+    addresses = list(map(Tensor.data_ptr, tensors))
+    return list(filter(None, addresses)) if 0 in addresses else addresses
 
 
 def _is_moved(tensor: Tensor, like: Tensor) -> bool:
