@@ -69,11 +69,11 @@ def main() -> None:
     except ranks.UserError as error:
         ranks.leave(error)
     # Modules and hooks form cycles that hold meshes, and a mesh holds its process groups. One that
-    # Python frees at its very end may abort ("terminate called without an active exception").
+    # Python frees at its very end may abort ("terminate called without an active exception"), and
+    # torch's own caches of DTensor layouts keep some until then.
     gc.collect()
     dist.destroy_process_group()
-    if not finished:
-        signals.leave(signals.STOPPED)
+    signals.leave(0 if finished else signals.STOPPED)
 
 
 def train(options: Options[Any], device: torch.device) -> bool:
