@@ -30,6 +30,7 @@ from distclip.step import Decision
 from distclip.torch_private import outside_of_graphs
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
+from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
 from distclip.training.model_changes import ModelChanges, check_present
 from distclip.training.rounds import Rounds
 from distclip.training.step_hook import AttachedClipper
@@ -130,7 +131,7 @@ class Clipper:
 
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
-        self._checked = optimizers.CheckedOptimizers()
+        self._checked = CheckedOptimizers()
         self._hold(param_groups.read_sources(self._sources))
         self._rounds = Rounds(self.plan)
 
@@ -348,7 +349,7 @@ class Clipper:
         except (TypeError, ValueError) as error:  # which other ranks may not have
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
-            fault = optimizers.unheld_gradient(stepped)
+            fault = unheld_gradient(stepped)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)

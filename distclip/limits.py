@@ -2,8 +2,8 @@
 
 Scaled by such a limit, gradients would be turned around or become NaN while their norm is finite.
 A limit for the whole model is the same on every rank, and all raise together. One for a tensor or
-a unit may be known to one rank only: its gradient becomes zero, and in the next step, in the
-all-reduce of the norms, this rank makes every rank's norm NaN, so that all know.
+a unit may be known to one rank only: its gradient becomes zero. In the next step this rank adds a
+NaN to the all-reduce of the norms, and all ranks raise.
 """
 
 from __future__ import annotations

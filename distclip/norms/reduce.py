@@ -142,7 +142,7 @@ def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
     Args:
         fault: what this rank has found.
 
-    Collective: on CPUs an all-gather of objects, so that every rank has the same text.
+    Collective: on CPUs an all-gather of the texts, of which every rank raises the first.
     """
     found = None if fault is None else (_kind_of(fault), str(fault))
     if plan.device.type == "cpu":

@@ -43,8 +43,8 @@ class ZClip(PolicyBase):
 
     The limit is never above `max_norm`, which does not enter the statistics. The first
     `warmup_steps` norms are clipped to `max_norm` alone; their mean and variance are the first μ
-    and σ². Where σ is 0, any norm above μ is pulled back to μ. The authors' code adds 1e-6 to σ in
-    z; nothing is added here, because the limit would then depend on the scale of the loss.
+    and σ². Where σ is 0, any norm above μ is pulled back to μ. The authors' code adds 1e-6 to σ
+    in z; nothing is added here, because the limit would then depend on the scale of the loss.
 
     A norm of 0 changes no statistic and is no step of the warm-up, because it says nothing about a
     scale: parameters that were frozen during the warm-up would be clipped to 0 for ever.

@@ -218,8 +218,6 @@ def test_parameters_that_an_optimizer_gets(how: str, kind: str, fused: bool, sca
 
     Under a scaler their gradients are unscaled too.
     """
-    if how == "attach" and scaled and not fused:
-        pytest.skip("a scaler unscales before such a step")
     body, tail = make_model(), nn.Linear(3, 3)
     body[0].requires_grad_(False)
     model = nn.Sequential(body, nn.Tanh(), tail)
