@@ -61,6 +61,14 @@ class Answer(NamedTuple):
     alike: Tensor
     flags: Tensor
 
+    @property
+    def is_wrong(self) -> Tensor:
+        """Whether sums do not belong together, lack a gradient's values, or a rank has an error.
+
+        That a rank has no gradient is no error by itself.
+        """
+        return ~self.agrees | self.flags[0] | self.flags[2]
+
 
 def decode(reduced: Tensor, mine: Header, is_max: bool, num_ranks: int) -> Answer:
     """Shapes: reduced: [HEADER_SIZE], combined over the ranks."""

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
 from distclip import AGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, LayoutError, ZClip
+from distclip.norms import reduce
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, message_size, policy_text
 from tests.support.ranks import Ranks, device_of, mesh
 
@@ -234,3 +235,37 @@ def test_the_text_of_a_policy_has_its_numbers_and_no_address() -> None:
     assert policy_text(ClipNorm(1.0) & ZClip()) != policy_text(ClipNorm(1.0) & ZClip(alpha=0.5))
     assert policy_text(Halving()) == policy_text(Halving()) == "Halving()"
     assert "Linear" not in policy_text(AGC(exclude=(nn.Linear(1, 1),)))
+
+
+def read_without_a_look(monkeypatch: pytest.MonkeyPatch, *headers: Header) -> tuple[Any, bool]:
+    """What the first of two ranks learns on a device whose numbers come late: here at once."""
+    cpu = torch.device("cpu")
+    plan = Clipper([nn.Parameter(torch.zeros(1))]).plan
+    plan.calls.is_settled = True
+    monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
+    combined = torch.stack([header.encode(False, cpu) for header in headers]).sum(0)
+    answer = decode(combined, headers[0], False, len(headers))
+    return reduce._read(answer, plan, headers[0]), bool(answer.is_wrong)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_wrong"),
+    [
+        (Header("call"), False),
+        (Header("call", missing=True), False),  # an expert without tokens
+        (Header("call", fault=True), True),
+        (Header("call", unreduced="0: Partial"), True),
+    ],
+)
+def test_what_is_an_error_where_nobody_looks(
+    monkeypatch: pytest.MonkeyPatch, other: Header, is_wrong: bool
+) -> None:
+    flags, wrong = read_without_a_look(monkeypatch, Header("call"), other)
+    assert flags.fault == wrong == is_wrong
+    assert not flags.reduce_gradients
+
+
+def test_another_call_is_an_error_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduce, "_disagreement", lambda plan, call: LayoutError("another call"))
+    with pytest.raises(LayoutError, match="another call"):
+        read_without_a_look(monkeypatch, Header("call"), Header("other"))
