@@ -219,7 +219,7 @@ def clip_grads_with_norm_(
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
         lists = kernels.tensor_lists(_gradients(given))
-        scaling.scale_(lists, scaling.coefficient(norm, limit))
+        scaling.scale_(lists, kernels.coefficients(norm, limit))
 
 
 @outside_of_graphs

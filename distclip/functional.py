@@ -181,7 +181,7 @@ def _as_norm(given: Any, beside: Sequence[Tensor]) -> Tensor:
 
 
 def _coefficient(norms: Tensor, clip_norm: float) -> Tensor:
-    return scaling.coefficient(norms, torch.full_like(norms, clip_norm))
+    return kernels.coefficients(norms, torch.full_like(norms, clip_norm))
 
 
 def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

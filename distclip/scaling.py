@@ -15,14 +15,6 @@ from distclip.sharding.shard import UnitView
 from distclip.torch_private import host_has_values
 
 
-def coefficient(norm: Tensor, limit: Tensor) -> Tensor:
-    """min(1, limit / norm), elementwise.
-
-    1 up to the limit, also where both are zero or infinite; NaN where either is NaN.
-    """
-    return (limit / norm).masked_fill_(norm <= limit, 1.0)
-
-
 def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
     """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
     if host_has_values(factor) and factor.item() == 1:

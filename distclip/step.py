@@ -36,7 +36,6 @@ from distclip.scaling import (
     check_real,
     check_writable,
     clamp_,
-    coefficient,
     scale_,
     scale_units_,
     zero_,
@@ -338,7 +337,7 @@ def _ask_policy(
     limits, valid = read_limits(returned, each, group, plan, policy, finite)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
-    return GroupClip(norms.total, limits, coefficient(each, limits), next_state, valid)
+    return GroupClip(norms.total, limits, kernels.coefficients(each, limits), next_state, valid)
 
 
 def _report(

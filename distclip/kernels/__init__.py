@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distclip.kernels import cpu, foreach, naive
 from distclip.kernels.backend import Backend as Backend
+from distclip.kernels.backend import Total as Total
 from distclip.kernels.contiguous import grouped
 from distclip.torch_private import has_values, is_transformed
 
@@ -73,6 +74,16 @@ def power_sums_where(
 def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """See `Backend.norms`."""
     return _backend_of(tensors).norms(tensors, norm_type)
+
+
+def total(power_sums: Tensor, norm_type: float) -> Total:
+    """See `Backend.total`."""
+    return _backend_of([power_sums]).total(power_sums, norm_type)
+
+
+def coefficients(norms: Tensor, limits: Tensor) -> Tensor:
+    """See `Backend.coefficients`."""
+    return _backend_of([norms]).coefficients(norms, limits)
 
 
 def unit_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:

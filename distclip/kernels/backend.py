@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Total(NamedTuple):
+    """The sum of powers of several tensors together, and its root; float64 scalars."""
+
+    power_sum: Tensor
+    norm: Tensor
 
 
 class Backend(Protocol):
@@ -67,6 +74,22 @@ class Backend(Protocol):
         """The p-norm of each tensor, right for any p > 0. `tensors` may be empty.
 
         Shapes: the result: [len(tensors)].
+        """
+        ...
+
+    def total(self, power_sums: Tensor, norm_type: float) -> Total:
+        """The sum of sums of powers, or the maximum of maxima, and its p-th root.
+
+        Shapes: power_sums: [n], n > 0.
+        """
+        ...
+
+    def coefficients(self, norms: Tensor, limits: Tensor) -> Tensor:
+        """min(1, limit / norm), elementwise; NaN where either is NaN.
+
+        1 up to the limit, also where both are zero or infinite.
+
+        Shapes: norms, the result: [...]; limits: as norms, on their device, or a scalar on the CPU.
         """
         ...
 

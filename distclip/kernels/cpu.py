@@ -23,8 +23,10 @@ from distclip.kernels import naive
 from distclip.kernels.contiguous import contiguous_spans, flat, grouped
 from distclip.kernels.naive import (
     clamp_,
+    coefficients,
     scale_each_,
     scale_units_,
+    total,
     unit_norms,
     unit_power_sums,
     zero_,
@@ -33,6 +35,7 @@ from distclip.torch_private import foreach_mul_
 
 __all__ = [
     "clamp_",
+    "coefficients",
     "norms",
     "power_sum",
     "power_sums",
@@ -42,6 +45,7 @@ __all__ = [
     "scale_each_",
     "scale_units_",
     "tensor_lists",
+    "total",
     "unit_norms",
     "unit_power_sums",
     "zero_",

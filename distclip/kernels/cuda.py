@@ -14,10 +14,18 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import cuda_triton, foreach, naive, tensor_table
-from distclip.kernels.naive import scale_units_, tensor_lists, unit_norms, unit_power_sums
+from distclip.kernels.naive import (
+    coefficients,
+    scale_units_,
+    tensor_lists,
+    total,
+    unit_norms,
+    unit_power_sums,
+)
 
 __all__ = [
     "clamp_",
+    "coefficients",
     "norms",
     "power_sum",
     "power_sums",
@@ -27,6 +35,7 @@ __all__ = [
     "scale_each_",
     "scale_units_",
     "tensor_lists",
+    "total",
     "unit_norms",
     "unit_power_sums",
     "zero_",

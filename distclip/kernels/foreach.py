@@ -13,11 +13,13 @@ from distclip.kernels import naive
 from distclip.kernels.contiguous import grouped
 from distclip.kernels.naive import (
     clamp_,
+    coefficients,
     norms,
     prepare,
     scale_each_,
     scale_units_,
     tensor_lists,
+    total,
     unit_norms,
     unit_power_sums,
     zero_,
@@ -26,6 +28,7 @@ from distclip.torch_private import foreach_mul_, foreach_norm, host_has_values
 
 __all__ = [
     "clamp_",
+    "coefficients",
     "norms",
     "power_sum",
     "power_sums",
@@ -35,6 +38,7 @@ __all__ = [
     "scale_each_",
     "scale_units_",
     "tensor_lists",
+    "total",
     "unit_norms",
     "unit_power_sums",
     "zero_",

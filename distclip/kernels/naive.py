@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distclip.kernels.backend import Total
 from distclip.kernels.contiguous import flat
 from distclip.torch_private import host_has_values
 
@@ -52,6 +53,17 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         return maxima
     sums = [_power_sum(t, norm_type, m) for t, m in zip(tensors, maxima.unbind(), strict=True)]
     return _norms_from_scaled(maxima, _stacked(sums, tensors), norm_type)
+
+
+def total(power_sums: Tensor, norm_type: float) -> Total:
+    """Three operations, or two."""
+    power_sum = combine(power_sums, norm_type)
+    return Total(power_sum, power_sum if math.isinf(norm_type) else power_sum ** (1 / norm_type))
+
+
+def coefficients(norms: Tensor, limits: Tensor) -> Tensor:
+    """Three operations."""
+    return (limits / norms).masked_fill_(norms <= limits, 1.0)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

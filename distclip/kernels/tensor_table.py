@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distclip.kernels.upload import upload
+
 CHUNK = 1 << 15  # elements for each program: by arithmetic, not yet by measurement
 # int64 in each row. One is unused: after rows of 48 bytes the next array is aligned to 16 bytes.
 # Otherwise Triton would compile a second variant.
@@ -18,10 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _SIZES = torch.tensor([dtype.itemsize for dtype in DTYPES], device="cpu")  # not the default device
 _ALIGNED = 16  # bytes: the widest load
-
-# A CUDA graph reads its tables, and uploads them from the host, at each replay. Nothing signals the
-# end of a graph.
-_captured: list[Tensor] = []
 
 
 class _Entry(NamedTuple):
@@ -66,7 +64,7 @@ def table(tensors: Sequence[Tensor]) -> Table:
     if device.type != "cuda":
         return _kept(device, 0, entries)
     if torch.cuda.is_current_stream_capturing():
-        return _new(device, entries, capturing=True)
+        return _new(device, entries)
     # Only the stream that uploaded a table may read it without a wait.
     return _kept(device, torch.cuda.current_stream(device).cuda_stream, entries)
 
@@ -80,10 +78,10 @@ def _entry(tensor: Tensor) -> _Entry:
 
 @lru_cache(maxsize=32)
 def _kept(device: torch.device, stream: int, entries: tuple[_Entry, ...]) -> Table:
-    return _new(device, entries, capturing=False)
+    return _new(device, entries)
 
 
-def _new(device: torch.device, entries: tuple[_Entry, ...], capturing: bool) -> Table:
+def _new(device: torch.device, entries: tuple[_Entry, ...]) -> Table:
     address, numel, code = torch.tensor(entries, dtype=torch.int64, device="cpu").unbind(1)
     size = _SIZES[code]
     head = address % _ALIGNED // size
@@ -92,20 +90,9 @@ def _new(device: torch.device, entries: tuple[_Entry, ...], capturing: bool) -> 
     rows[:-1, :4] = torch.stack([address - head * size, head, head + numel, code], dim=1)
     rows[1:, 4] = num_chunks.cumsum(0)
     owners = torch.arange(len(entries), device="cpu").repeat_interleave(num_chunks)
-    uploaded = _uploaded(torch.cat([rows.flatten(), owners]), device, capturing)
+    uploaded = upload(torch.cat([rows.flatten(), owners]), device)
     others = [i for i, entry in enumerate(entries) if entry == _NO_ENTRY]
     return Table(uploaded[: rows.numel()].view_as(rows), uploaded[rows.numel() :], others)
-
-
-def _uploaded(host: Tensor, device: torch.device, capturing: bool) -> Tensor:
-    if device.type == "cpu":
-        return host
-    if capturing:
-        # Not pinned: the allocator of pinned memory queries events, which capture forbids.
-        uploaded = host.to(device, non_blocking=True)
-        _captured.extend([host, uploaded])
-        return uploaded
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _is_dense(tensor: Tensor) -> bool:

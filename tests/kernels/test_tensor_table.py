@@ -62,7 +62,7 @@ def test_chunks_cover_every_element_once(drawn: list[tuple[int, int, int]]) -> N
         tensor_table._Entry(at * DTYPES[code].itemsize, numel % 10**8 if i else numel, code)
         for i, (at, numel, code) in enumerate(drawn)
     ]
-    rows, owners, _ = tensor_table._new(torch.device("cpu"), tuple(entries), capturing=False)
+    rows, owners, _ = tensor_table._new(torch.device("cpu"), tuple(entries))
     for i, (address, numel, code) in enumerate(entries):
         base, head, end, coded, first, _ = rows[i].tolist()
         assert base % 16 == 0
