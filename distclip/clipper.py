@@ -27,7 +27,7 @@ from distclip.sharding.local_tensors import any_unreduced, local_gradients
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
-from distclip.torch_private import outside_of_graphs
+from distclip.torch_private import on_device, outside_of_graphs
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
@@ -358,7 +358,7 @@ class Clipper:
             self.plan,
             self._policies,
             self._states,
-            scale=None if scale is None else scale.to(self.plan.device),
+            scale=None if scale is None else on_device(scale, self.plan.device),
             mode=self._on_nonfinite,
             call=self._call if at_step is None else f"{self._call}; step={at_step}",
             reduce=partial(reduce_gradients_, self._params),
@@ -368,7 +368,8 @@ class Clipper:
             on_apply=on_apply,
             invalid=self._limit_checks.invalid,
         )
-        self._limit_checks.check([clip.valid for clip in decision.clips], decision.finite)
+        valid = [clip.valid for clip in decision.clips]
+        self._limit_checks.check(valid, lambda: decision.finite)
         self._raise_if_nonfinite(decision)
         self._states = decision.next_policy_states(self._states)
         return decision

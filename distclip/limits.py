@@ -9,7 +9,7 @@ NaN to the all-reduce of the norms, and all ranks raise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,12 @@ class Limits(NamedTuple):
 
 
 def read_limits(
-    returned: Any, norms: Tensor, group: ParamGroup, plan: Plan, policy: Policy[Any], finite: Tensor
+    returned: Any,
+    norms: Tensor,
+    group: ParamGroup,
+    plan: Plan,
+    policy: Policy[Any],
+    is_finite: Callable[[], Tensor],
 ) -> Limits:
     """Checks what `policy.limit` returned for `norms`; no wait for the device.
 
@@ -57,7 +62,7 @@ def read_limits(
     on_host = host_has_values(limits)
     if bool((limits >= 0).all()) if on_host else never_negative(policy):
         return Limits(limits, None)
-    is_limit = limits >= 0
+    is_limit, finite = limits >= 0, is_finite()
     valid = is_limit.all() | ~finite
     if not is_shared(group, plan):
         return Limits(torch.where(is_limit | ~finite, limits, 0.0), valid)
@@ -87,11 +92,12 @@ class LimitChecks:
         self._found: str | None = None  # in the last step, on this rank
         self.invalid: Tensor | None = None  # whether that was so; on the device
 
-    def check(self, valid: Sequence[Tensor | None], finite: Tensor) -> None:
+    def check(self, valid: Sequence[Tensor | None], is_finite: Callable[[], Tensor]) -> None:
         """Raises ValueError: now on a CPU, some steps later on an accelerator.
 
         Args:
             valid: of each group, as in `Limits`.
+            is_finite: whether the norm is; not asked for where it does not matter.
 
         Collective: where the norm is not finite and some rank alone may know why, an all-gather of
             a short text; none on accelerators.
@@ -99,6 +105,9 @@ class LimitChecks:
         found, self._found, self.invalid = self._found, None, None
         groups = zip(self._plan.groups, valid, strict=True)
         here = [(group, each) for group, each in groups if each is not None]
+        if not here and not self._asks_ranks:
+            return
+        finite = is_finite()
         if not has_values(finite):
             return
         if host_has_values(finite):

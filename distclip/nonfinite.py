@@ -51,9 +51,9 @@ def coefficient_under(mode: OnNonFinite, coefficient: Tensor, finite: Tensor) ->
     return torch.where(finite, coefficient, 0.0 if mode == "zero" else 1.0)
 
 
-def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor) -> Tensor:
-    """What the gradients are clamped to, given the mode."""
-    return limit if mode == "propagate" else torch.where(finite, limit, math.inf)
+def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor | None) -> Tensor:
+    """What the gradients are clamped to, given the mode; `finite` is None with "propagate"."""
+    return limit if finite is None else torch.where(finite, limit, math.inf)
 
 
 class SkipCounter:

@@ -27,6 +27,7 @@ from distclip.sharding.local_tensors import (
     share_address,
 )
 from distclip.sharding.read import named_parameters, parameters_of
+from distclip.torch_private import on_device
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 GradientFunction: TypeAlias = Callable[[Tensor], "Tensor | None"]
@@ -176,7 +177,7 @@ def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
                 f"cannot scale by a tensor of shape {list(scale.shape)} and {scale.dtype}: all "
                 f"gradients are multiplied by one number. Pass a real tensor with one element."
             )
-        return local_values(scale.detach()).to(device, torch.float64).reshape(())
+        return on_device(local_values(scale.detach()).double().reshape(()), device)
     try:
         number = as_number("scale", scale)
     except TypeError:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.torch_private import outside_of_graphs
+from distclip.torch_private import on_device, outside_of_graphs
 
 
-@dataclass(frozen=True)
+class GroupFigures(NamedTuple):
+    """The figures of one parameter group; a limit may be a scalar on the CPU."""
+
+    norm: Tensor
+    limit: Tensor
+    coefficient: Tensor
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """The figures of one step: 0-d tensors on the device. Reading one waits for the device.
 
@@ -26,6 +35,10 @@ class Report:
     Numbers are float32, and float64 where every parameter is float64 on every rank: but float32
     along the `distinct` axes, where other ranks may hold any.
 
+    On an accelerator each reading of a figure converts it, so that a step launches nothing for
+    figures that nobody reads. In a CUDA graph they are converted in the graph, and each replay
+    writes them anew.
+
     Attributes:
         total_norm: before clipping.
         limit: the largest norm that is not clipped, inf where the policy only measures.
@@ -36,11 +49,26 @@ class Report:
         norms, limits, coefficients: the same for each parameter group, by its name.
     """
 
-    norms: dict[str, Tensor]
-    limits: dict[str, Tensor]
-    coefficients: dict[str, Tensor]
-    total_norm: Tensor
-    search: Callable[[], dict[str, list[int]]] = field(repr=False, compare=False)
+    figures: dict[str, GroupFigures]
+    total: Tensor
+    dtype: torch.dtype
+    search: Callable[[], dict[str, list[int]]] = field(compare=False)
+
+    @property
+    def total_norm(self) -> Tensor:
+        return self._shown(self.total)
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        return {name: self._shown(group.norm) for name, group in self.figures.items()}
+
+    @property
+    def limits(self) -> dict[str, Tensor]:
+        return {name: self._shown(group.limit) for name, group in self.figures.items()}
+
+    @property
+    def coefficients(self) -> dict[str, Tensor]:
+        return {name: self._shown(group.coefficient) for name, group in self.figures.items()}
 
     @property
     def limit(self) -> Tensor:
@@ -84,6 +112,26 @@ class Report:
             "clipped": bool(self.clipped),
         }
 
+    def converted(self) -> Report:
+        """With all figures as they are shown, each a tensor that stays the same."""
+        groups = {
+            name: GroupFigures(*(self._shown(figure) for figure in group))
+            for name, group in self.figures.items()
+        }
+        return replace(self, figures=groups, total=self.total_norm)
+
+    @outside_of_graphs
+    def _shown(self, figure: Tensor) -> Tensor:
+        return on_device(figure, self.total.device).to(self.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"Report(total_norm={self.total_norm}, limits={self.limits}, "
+            f"coefficients={self.coefficients})"
+        )
+
 
 def _smallest(scalars: dict[str, Tensor]) -> Tensor:
+    if len(scalars) == 1:
+        return next(iter(scalars.values()))
     return torch.stack(list(scalars.values())).amin()

@@ -12,7 +12,7 @@ from distclip.norms.measure import TensorLists
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import first_overlap
 from distclip.sharding.shard import UnitView
-from distclip.torch_private import host_has_values
+from distclip.torch_private import host_has_values, on_device
 
 
 def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
@@ -20,7 +20,7 @@ def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
     if host_has_values(factor) and factor.item() == 1:
         return
     for tensors in tensor_lists:
-        kernels.scale_(tensors, factor.to(tensors[0].device))
+        kernels.scale_(tensors, on_device(factor, tensors[0].device))
 
 
 def zero_(tensor_lists: TensorLists, where: Tensor) -> None:
@@ -32,7 +32,7 @@ def zero_(tensor_lists: TensorLists, where: Tensor) -> None:
 def clamp_(tensor_lists: TensorLists, bound: Tensor) -> None:
     """Clamps real numbers to [-bound, bound]; NaN stays NaN."""
     for tensors in tensor_lists:
-        kernels.clamp_(tensors, bound.to(tensors[0].device))
+        kernels.clamp_(tensors, on_device(bound, tensors[0].device))
 
 
 def check_real(gradients: Iterable[Tensor | None]) -> None:

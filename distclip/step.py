@@ -31,7 +31,7 @@ from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
 from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import NormContext, Policy, Scope, StatelessPolicy
-from distclip.report import Report
+from distclip.report import GroupFigures, Report
 from distclip.scaling import (
     check_real,
     check_writable,
@@ -74,7 +74,6 @@ class Decision:
 
     Attributes:
         report: the figures of the step; see `Report`.
-        finite: whether the total norm is neither NaN nor infinite; a bool scalar on the device.
         total_norm: over all groups, before clipping; float64 scalar.
     """
 
@@ -83,12 +82,12 @@ class Decision:
     tensor_lists: Sequence[TensorLists | None] = field(repr=False)
     clips: Sequence[GroupClip] = field(repr=False)
     total_norm: Tensor
-    finite: Tensor
     scale: Tensor | None
     mode: OnNonFinite
     report: Report
     in_grad: bool = True  # the gradients are those in `.grad`
     on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
+    known_finite: Tensor | None = field(default=None, repr=False)
     _applied: bool = field(default=False, repr=False)
 
     @outside_of_graphs
@@ -139,6 +138,12 @@ class Decision:
             self.on_apply(self.found_inf)
 
     @property
+    def finite(self) -> Tensor:
+        """Whether the total norm is neither NaN nor infinite; a bool scalar on the device."""
+        known = self.known_finite
+        return _is_finite(self.total_norm, self.plan) if known is None else known
+
+    @property
     def found_inf(self) -> Tensor:
         """1 where the total norm is not finite, as GradScaler has it; float32."""
         return (~self.finite).float()
@@ -170,13 +175,20 @@ class Decision:
 
     def next_policy_states(self, states: Sequence[Any]) -> list[Any]:
         """The policies' states after the step: the old ones where the norm is not finite."""
-        pairs = zip(self.clips, states, strict=True)
-        return [_where(self.finite, clip.next_state, state) for clip, state in pairs]
+        if not any(states):  # none has a field
+            return list(states)
+        finite, pairs = self.finite, zip(self.clips, states, strict=True)
+        return [_where(finite, clip.next_state, state) for clip, state in pairs]
 
     def _factor(self, clip: GroupClip, scale: Tensor | None) -> Tensor | None:
         if clip.limits is None and scale is None:
             return None
         factor = clip.coefficients if scale is None else clip.coefficients * scale
+        return self._under_mode(factor)
+
+    def _under_mode(self, factor: Tensor) -> Tensor:
+        if self.mode == "propagate":
+            return factor
         return coefficient_under(self.mode, factor, self.finite)
 
     def _write_(
@@ -205,9 +217,10 @@ class Decision:
                 scale_(lists, factor)
             return
         if scale is not None:
-            scale_(lists, coefficient_under(self.mode, scale, self.finite))
+            scale_(lists, self._under_mode(scale))
         if clip.limits is not None:
-            clamp_(lists, limit_under(self.mode, clip.limits, self.finite))
+            is_finite = None if self.mode == "propagate" else self.finite
+            clamp_(lists, limit_under(self.mode, clip.limits, is_finite))
 
 
 def decide(
@@ -277,11 +290,21 @@ def decide(
     if len(norms) > 1:
         totals = torch.stack([each.total for each in norms])
         total = norm_of_norms(totals, plan.groups[0].norm_type)
-    finite = total.to(plan.norm_dtype) < math.inf  # one operation; `isfinite` is four
     each = zip(norms, plan.groups, policies, states, strict=True)
-    clips = [_ask_policy(*one, plan, finite) for one in each]
+    clips = [_ask_policy(*one, plan, lambda: _is_finite(total, plan)) for one in each]
+    # Where nothing asks for it, an accelerator need not compute it. A graph must contain it.
+    captures = kernels.is_capturing(plan.device)
+    finite = None
+    if (
+        mode != "propagate"
+        or any(states)
+        or any(clip.valid is not None for clip in clips)
+        or captures
+    ):
+        finite = _is_finite(total, plan)
     for group, clip in zip(plan.groups, clips, strict=True):
         if clip.valid is not None and is_shared(group, plan):
+            assert finite is not None
             finite = finite & clip.valid
     return Decision(
         plan,
@@ -289,13 +312,17 @@ def decide(
         [group.tensor_lists for group in measured],
         clips,
         total,
-        finite,
         scale,
         mode,
-        _report(plan, measured, clips, total, finite, mode),
+        _report(plan, measured, clips, total, finite, mode, captures),
         in_grad,
         on_apply,
+        finite,
     )
+
+
+def _is_finite(total: Tensor, plan: Plan) -> Tensor:
+    return total.to(plan.norm_dtype) < math.inf  # two operations; `isfinite` is four
 
 
 def _fault(
@@ -325,16 +352,16 @@ def _ask_policy(
     policy: Policy[Any],
     state: Any,
     plan: Plan,
-    finite: Tensor,
+    is_finite: Callable[[], Tensor],
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
-    sizes = torch.ones_like(each) if units is None else units.sizes
+    sizes = plan.one if units is None else units.sizes
     context = NormContext(sizes, norms.weights, norms.total)
     returned, next_state = policy.limit(each, state, context)
     if returned is None:
         return GroupClip(norms.total, None, torch.ones_like(each), next_state)
-    limits, valid = read_limits(returned, each, group, plan, policy, finite)
+    limits, valid = read_limits(returned, each, group, plan, policy, is_finite)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
     return GroupClip(norms.total, limits, kernels.coefficients(each, limits), next_state, valid)
@@ -345,34 +372,35 @@ def _report(
     measured: Sequence[GroupMeasurement],
     clips: Sequence[GroupClip],
     total: Tensor,
-    finite: Tensor,
+    finite: Tensor | None,
     mode: OnNonFinite,
+    captures: bool,
 ) -> Report:
-    dtype = plan.norm_dtype
-    limits: dict[str, Tensor] = {}
-    coefficients: dict[str, Tensor] = {}
+    figures: dict[str, GroupFigures] = {}
     for group, clip in zip(plan.groups, clips, strict=True):
-        limits[group.name] = _smallest(clip.limits, math.inf, total).to(dtype)
-        applied = coefficient_under(mode, clip.coefficients, finite)
-        coefficients[group.name] = _smallest(applied, 1.0, total).to(dtype)
+        limit = _smallest(clip.limits, math.inf)
+        if not limit.is_cpu and limit.ndim == 0:
+            limit = limit.to(plan.norm_dtype, copy=True)  # a policy may write to its own later
+        applied = (
+            clip.coefficients
+            if finite is None
+            else coefficient_under(mode, clip.coefficients, finite)
+        )
+        figures[group.name] = GroupFigures(clip.norm, limit, _smallest(applied, 1.0))
     names, per_tensor = [m.names for m in measured], [m.per_tensor for m in measured]
-    norms = zip(plan.groups, clips, strict=True)
-    return Report(
-        {group.name: clip.norm.to(dtype) for group, clip in norms},
-        limits,
-        coefficients,
-        total_norm=total.to(dtype),
-        search=NonFiniteSearch(names, per_tensor, rank_group(plan)),
+    report = Report(
+        figures, total, plan.norm_dtype, NonFiniteSearch(names, per_tensor, rank_group(plan))
     )
+    return report.converted() if captures else report
 
 
 def _tensor_lists(gradients: Sequence[Tensor | None]) -> TensorLists:
     return kernels.tensor_lists([grad for grad in gradients if grad is not None])
 
 
-def _smallest(numbers: Tensor | None, default: float, like: Tensor) -> Tensor:
+def _smallest(numbers: Tensor | None, default: float) -> Tensor:
     if numbers is None or numbers.numel() == 0:
-        return torch.full_like(like, default)
+        return torch.full((), default, dtype=torch.float64, device="cpu")
     return numbers if numbers.ndim == 0 else numbers.amin()
 
 

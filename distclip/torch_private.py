@@ -83,6 +83,16 @@ def host_has_values(tensor: Tensor) -> bool:
     return tensor.is_cpu and not isinstance(tensor, FakeTensor) and not is_transformed(tensor)
 
 
+def on_device(scalar: Tensor, device: torch.device) -> Tensor:
+    """`scalar` on `device`, without a wait for an accelerator if it lies on the CPU.
+
+    A copy from memory that is not pinned waits; a fill with its value does not.
+    """
+    if device.type in ("cpu", "meta") or not host_has_values(scalar):
+        return scalar.to(device)
+    return torch.full((), scalar.item(), dtype=scalar.dtype, device=device)
+
+
 # No public name tells whether an operator has written to a tensor.
 version: Callable[[Tensor], int] = attrgetter("_version")
 # The memory of a tensor that torch negates lazily; `resolve_neg` makes a copy.

@@ -230,8 +230,8 @@ def test_limits_are_read_without_a_wait_for_the_device() -> None:
     clipper = Clipper([param], Returns(-1.0))
     (group,) = clipper.plan.groups
     norms = torch.ones((), dtype=torch.float64, device="meta")
-    found = read_limits(norms, norms, group, clipper.plan, Returns(-1.0), norms > 0)
+    found = read_limits(norms, norms, group, clipper.plan, Returns(-1.0), lambda: norms > 0)
     assert found.limits.is_meta
     assert found.valid is not None
-    ours = read_limits(norms, norms, group, clipper.plan, ClipNorm(1.0), norms > 0)
+    ours = read_limits(norms, norms, group, clipper.plan, ClipNorm(1.0), lambda: norms > 0)
     assert ours.valid is None  # known, and costs nothing

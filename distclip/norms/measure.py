@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class GroupMeasurement(NamedTuple):
         units, weights: the partials of every unit on this rank, [num_units, num_partials]; None
             where the group has no units, or its policy does not ask for weights.
         tensor_lists: the memory of the gradients; None where it was not looked at.
+        norm: of the group, where no other rank adds to it and the kernels have computed it.
     """
 
     payload: Tensor
@@ -41,6 +43,7 @@ class GroupMeasurement(NamedTuple):
     units: Tensor | None = None
     weights: Tensor | None = None
     tensor_lists: TensorLists | None = None
+    norm: Tensor | None = None
 
 
 def measure(
@@ -68,7 +71,7 @@ def _measure_group(
         added = together.payload.sum()
         if not host_has_values(added) or math.isfinite(added.item()):
             return together
-    return _measure_each(params, grads, group, plan.device)
+    return _measure_each(params, grads, group, plan)
 
 
 def _measure_together(
@@ -91,17 +94,36 @@ def _measure_each(
     params: Sequence[LocalParam],
     grads: Sequence[Tensor | None],
     group: ParamGroup,
-    device: torch.device,
+    plan: Plan,
 ) -> GroupMeasurement:
     counted, copies = _by_counted(params, grads, group)
     here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
     names = [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
-    per_tensor = _per_tensor([*counted, *copies], group.power, device)
-    of_copies = _only_nonfinite(per_tensor[len(counted) :])
-    added = torch.cat([per_tensor[: len(counted)], of_copies])
-    payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
-    lists = [*kernels.tensor_lists(counted), *kernels.tensor_lists(copies)]
+    lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
+    # A list of a backend may know where its tensors lie, which is then looked up once.
+    listed = lists[0] if len(lists) == 1 and _are_same(lists[0], counted) else counted
+    added = per_tensor = _per_tensor(listed, group.power, plan.device)
+    if copies:
+        of_copies = _per_tensor(copies, group.power, plan.device)
+        per_tensor = torch.cat([added, of_copies])
+        added = torch.cat([added, _only_nonfinite(of_copies)])
+    lists += lists_of_copies
+    if plan.reduce_mesh is None and len(added) and not group.power.needs_norms:
+        power_sum, norm = kernels.total(added, group.norm_type)
+        return GroupMeasurement(power_sum.unsqueeze(0), names, per_tensor, None, None, lists, norm)
+    payload = _payload(added, group)
     return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists)
+
+
+def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _payload(per_tensor: Tensor, group: ParamGroup) -> Tensor:
+    """What is reduced of one number per tensor."""
+    if len(per_tensor) and not (group.power.needs_norms or math.isinf(group.norm_type)):
+        return kernels.total(per_tensor, group.norm_type).power_sum.unsqueeze(0)
+    return power_sums.combine(power_sums.partials(per_tensor, group.power), group.norm_type)
 
 
 def _by_counted(

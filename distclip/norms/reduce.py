@@ -219,6 +219,8 @@ def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
 
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:
+    if measured.norm is not None:
+        return GroupNorms(measured.norm, None, None)
     if measured.units is None:
         return GroupNorms(power_sums.norm_from_partials(reduced, group.power), None, None)
     rows = reduced.view(-1, group.power.num_partials)

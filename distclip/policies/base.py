@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -81,7 +82,8 @@ class Policy(Protocol[State]):
         norm is an error, and nothing is scaled by it. The caller keeps the new state where
         the total norm is finite, and the old state where it is not.
 
-        Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64.
+        Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64,
+            on the device of the norms. A scalar limit may lie on the CPU.
         """
         ...
 
@@ -143,6 +145,13 @@ def never_negative(policy: Any) -> bool:
     if isinstance(policy, Minimum):
         return never_negative(policy.first) and never_negative(policy.second)
     return type(policy).__module__.startswith("distclip.") and not policy.needs_weights
+
+
+def constant_limit(limit: float, norms: Tensor) -> Tensor | None:
+    """`limit` for one norm, on the CPU, which costs an accelerator nothing; None for infinity."""
+    if math.isinf(limit):
+        return None
+    return torch.full(norms.shape, limit, dtype=torch.float64, device="cpu")
 
 
 class EmptyState(NamedTuple):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
+from distclip.policies.base import (
+    EmptyState,
+    NormContext,
+    Scope,
+    StatelessPolicy,
+    constant_limit,
+)
 from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
 
 
@@ -44,5 +48,4 @@ class ClipNorm(StatelessPolicy):
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext
     ) -> tuple[Tensor | None, EmptyState]:
-        limit = None if math.isinf(self.max_norm) else torch.full_like(norms, self.max_norm)
-        return limit, state
+        return constant_limit(self.max_norm, norms), state

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from distclip.policies.base import EmptyState, NormContext, Scope, StatelessPolicy
+from distclip.policies.base import (
+    EmptyState,
+    NormContext,
+    Scope,
+    StatelessPolicy,
+    constant_limit,
+)
 from distclip.policies.checks import check_not_negative, store_checked
 
 
@@ -35,5 +40,4 @@ class ClipValue(StatelessPolicy):
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext
     ) -> tuple[Tensor | None, EmptyState]:
-        limit = None if math.isinf(self.clip_value) else torch.full_like(norms, self.clip_value)
-        return limit, state
+        return constant_limit(self.clip_value, norms), state

@@ -73,7 +73,8 @@ def test_a_policy_never_waits_for_the_device(name: str) -> None:
         for _ in range(2):
             limit, state = policy.limit(norms, state, context(norms))
             assert limit is not None
-            assert {leaf.device.type for leaf in [limit, *leaves(state)]} == {"cuda"}
+            assert limit.ndim == 0 or limit.is_cuda  # a scalar on the CPU is a constant
+            assert all(leaf.is_cuda for leaf in leaves(state))
 
 
 FINITE = st.floats(0, 1e38) | st.sampled_from([0.0, 1e-45, 1e-30, 1.0, 1e30])
