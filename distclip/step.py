@@ -379,8 +379,6 @@ def _report(
     figures: dict[str, GroupFigures] = {}
     for group, clip in zip(plan.groups, clips, strict=True):
         limit = _smallest(clip.limits, math.inf)
-        if not limit.is_cpu and limit.ndim == 0:
-            limit = limit.to(plan.norm_dtype, copy=True)  # a policy may write to its own later
         applied = (
             clip.coefficients
             if finite is None

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +17,17 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import distclip
-from distclip import AGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, Decision, Policy
+from distclip import (
+    AGC,
+    AutoClip,
+    ClipNorm,
+    Clipper,
+    ClipTensorNorm,
+    ClipValue,
+    Decision,
+    Policy,
+    kernels,
+)
 from tests.support import reference
 from tests.support.ranks import Ranks, mesh
 
@@ -35,6 +47,28 @@ SCALES: dict[str, Callable[[], float | Tensor]] = {
     "count": lambda: torch.tensor(2),
     "negative": lambda: -0.5,
 }
+
+
+class HalvingState(NamedTuple):
+    limit: Tensor
+
+
+@dataclass(frozen=True)
+class Halving(distclip.PolicyBase):
+    """Writes the next limit to the tensor that it has returned."""
+
+    max_norm: float
+    scope = distclip.Scope.MODEL
+    norm_type = 2.0
+
+    def init(self, num_groups: int, device: torch.device) -> HalvingState:
+        return HalvingState(torch.tensor(2 * self.max_norm, dtype=torch.float64, device=device))
+
+    def limit(
+        self, norms: Tensor, state: HalvingState, context: distclip.NormContext
+    ) -> tuple[Tensor, HalvingState]:
+        state.limit.mul_(0.5)
+        return state.limit, state
 
 
 def make_model(seed: int = 0) -> nn.Sequential:
@@ -304,6 +338,36 @@ def test_nothing_is_written_before_a_complex_gradient_is_refused() -> None:
         Clipper(groups, ClipValue(0.5)).clip_(scale=0.5)
     assert first.grad.tolist() == [1.0, 1.0]
     assert second.grad.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_figures_in_a_graph_stay_the_same_tensors(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each replay writes the tensors that were there when the graph was captured."""
+    monkeypatch.setattr(kernels, "is_capturing", lambda device: True)
+    param = nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.full_like(param, 3.0)
+    clipper = Clipper([param], policy)
+    decision = clipper.decide()
+    report = decision.report
+    for name in ("total_norm", "limit", "coefficient"):
+        assert getattr(report, name) is getattr(report, name)
+        assert getattr(report, name).dtype is torch.float32
+    assert decision.finite is decision.finite
+
+
+def test_figures_of_a_step_outlive_the_next() -> None:
+    """Figures are converted when they are read, perhaps after other steps."""
+    param = nn.Parameter(torch.zeros(2))
+    clipper = Clipper([param], Halving(8.0))
+    reports = []
+    for norm in (5.0, 10.0, 20.0):
+        param.grad = torch.tensor([norm * 0.6, norm * 0.8])
+        reports.append(clipper.clip_())
+    assert [round(r.total_norm.item(), 5) for r in reports] == [5.0, 10.0, 20.0]
+    assert [r.limit.item() for r in reports] == [8.0, 4.0, 2.0]
+    assert [round(r.coefficient.item(), 5) for r in reports] == [1.0, 0.4, 0.1]
 
 
 def sharded_decisions() -> None:

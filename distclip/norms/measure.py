@@ -38,7 +38,7 @@ class GroupMeasurement(NamedTuple):
     """
 
     payload: Tensor
-    names: list[str]
+    names: Sequence[str]
     per_tensor: Tensor
     units: Tensor | None = None
     weights: Tensor | None = None
@@ -97,8 +97,6 @@ def _measure_each(
     plan: Plan,
 ) -> GroupMeasurement:
     counted, copies = _by_counted(params, grads, group)
-    here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-    names = [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
     lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
     # A list of a backend may know where its tensors lie, which is then looked up once.
     listed = lists[0] if len(lists) == 1 and _are_same(lists[0], counted) else counted
@@ -108,11 +106,19 @@ def _measure_each(
         per_tensor = torch.cat([added, of_copies])
         added = torch.cat([added, _only_nonfinite(of_copies)])
     lists += lists_of_copies
+    all_counted = len(counted) == len(grads)
+    names = plan.names[group.members] if all_counted else _names(params, grads)
     if plan.reduce_mesh is None and len(added) and not group.power.needs_norms:
         power_sum, norm = kernels.total(added, group.norm_type)
         return GroupMeasurement(power_sum.unsqueeze(0), names, per_tensor, None, None, lists, norm)
     payload = _payload(added, group)
     return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists)
+
+
+def _names(params: Sequence[LocalParam], grads: Sequence[Tensor | None]) -> list[str]:
+    """The names of those that have a gradient, first of those that this rank counts."""
+    here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+    return [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -108,13 +108,18 @@ class Plan:
         """How many numbers each rank sends in the all-reduce."""
         return message_size([group.payload_size for group in self.groups])
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all parameters."""
+        return [param.name for param in self.params]
+
     @property
     def parameters_text(self) -> str:
         """The names of all parameters, in short; "" where ranks hold different ones."""
         mesh = self.reduce_mesh
         if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
             return ""
-        names = ",".join(param.name for param in self.params)
+        names = ",".join(self.names)
         return f"{len(self.params)} parameters, names {zlib.crc32(names.encode()):x}"
 
     def verify(self) -> None:
