@@ -1,0 +1,39 @@
+"""One number for each tensor, as accelerators measure, gives the same norms as all at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import distclip
+from distclip.norms.agreement import Header
+from distclip.norms.measure import measure
+from distclip.norms.reduce import total_norms
+from distclip.sharding.local_tensors import local_gradients
+from tests.support import reference
+from tests.support.layouts import LAYOUTS, UNSHARDED, lay_out, random_wholes
+from tests.support.ranks import Ranks, same_bits_everywhere
+from tests.support.tolerances import NORM
+
+
+def one_number_for_each_tensor(device: str) -> None:
+    for name, placed in LAYOUTS.items():
+        wholes = random_wholes(placed, seed=3)
+        params = lay_out(wholes, placed, device)
+        for norm_type in (1.0, 2.0, 3.0, 8.0, math.inf):
+            plan = distclip.Clipper(params, distclip.ClipNorm(1.0, norm_type)).plan
+            (measured,) = measure(local_gradients(params), plan, per_tensor=True)
+            assert len(measured.per_tensor) == len(measured.names) == len(params)
+            assert name in UNSHARDED or measured.norm is None, "others add to it"
+            norm = total_norms([measured], plan, Header("a call")).norms[0].total
+            expected = reference.total_norm(wholes, norm_type)
+            torch.testing.assert_close(norm.cpu(), expected, **NORM)
+            assert same_bits_everywhere(norm)
+        params[0].grad = None
+        (measured,) = measure(local_gradients(params), plan, per_tensor=True)
+        assert set(measured.names) == set(plan.names[1:])
+
+
+def test_one_number_for_each_tensor(four_ranks: Ranks) -> None:
+    four_ranks.run(one_number_for_each_tensor, four_ranks.device)
