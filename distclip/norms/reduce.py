@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypeVar, cast
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,10 @@ from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Answer, Header, decode
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
-from distclip.sharding.mesh import all_gather_objects
+from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values
 
 T = TypeVar("T")
-RankGroup: TypeAlias = dist.ProcessGroup
 
 
 class GroupNorms(NamedTuple):
@@ -81,7 +80,7 @@ def _all_reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[
     On an accelerator, where nobody looks now, they become NaN if the answer is wrong.
     """
     assert plan.reduce_mesh is not None
-    process_group = plan.reduce_mesh.group
+    ranks = plan.reduce_mesh.rank_group
     is_max = [math.isinf(group.norm_type) for group in plan.groups]
     num_filled = HEADER_SIZE + sum(map(len, payload))
     filling = payload[0].new_zeros(plan.message_size - num_filled)
@@ -89,27 +88,24 @@ def _all_reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[
     message = torch.cat([first, *payload, filling])
     if all(is_max) or not any(is_max):
         op = dist.ReduceOp.MAX if all(is_max) else dist.ReduceOp.SUM
-        dist.all_reduce(message, op, group=process_group)
+        ranks.all_reduce_(message, op)
     else:
-        message = _gather(message, [HEADER_SIZE, *map(len, payload), len(filling)], is_max, plan)
-    # A fake process group, as simulations use it, leaves each message as it is.
-    num_ranks = 1 if plan.reduce_mesh.is_fake else dist.get_world_size(process_group)
-    answer = decode(message[:HEADER_SIZE], header, all(is_max), num_ranks)
+        sizes = [HEADER_SIZE, *map(len, payload), len(filling)]
+        message = _combined(ranks.all_gather(message), sizes, [False, *is_max, False])
+    answer = decode(message[:HEADER_SIZE], header, all(is_max), ranks.num_combined)
     reduced = message[HEADER_SIZE:num_filled]
     if not host_has_values(message):
         reduced = reduced.masked_fill(answer.is_wrong, math.nan)
     return reduced, answer
 
 
-def _gather(message: Tensor, sizes: Sequence[int], is_max: Sequence[bool], plan: Plan) -> Tensor:
-    """As an all-reduce that takes maxima for some groups and sums for everything else."""
-    assert plan.reduce_mesh is not None
-    process_group = plan.reduce_mesh.group
-    everyone = message.new_empty(dist.get_world_size(process_group), len(message))
-    dist.all_gather(list(everyone.unbind()), message, group=process_group)
-    parts = torch.split(everyone, list(sizes), dim=1)
-    each = zip(parts, [False, *is_max, False], strict=True)
-    return torch.cat([part.amax(0) if is_ else part.sum(0) for part, is_ in each])
+def _combined(messages: Tensor, sizes: Sequence[int], is_max: Sequence[bool]) -> Tensor:
+    """The messages of all ranks as one: of some parts the maxima, of others the sums.
+
+    Shapes: messages: [num_ranks, sum of sizes]; the result: [sum of sizes].
+    """
+    parts = torch.split(messages, list(sizes), dim=1)
+    return torch.cat([combine(part, is_) for part, is_ in zip(parts, is_max, strict=True)])
 
 
 class _Flags(NamedTuple):
@@ -167,7 +163,7 @@ def _disagreement(plan: Plan, call: str) -> LayoutError:
     found = ""
     if plan.device.type == "cpu":
         try:
-            by_rank = all_gather_objects(call, plan.reduce_mesh.group)
+            by_rank = plan.reduce_mesh.rank_group.all_gather_objects(call)
         except RuntimeError:  # messages of other sizes have left the process group unusable
             by_rank = {}
         ranks: dict[str, list[int]] = {}
@@ -199,13 +195,13 @@ def maximum_of_ranks(number: int, plan: Plan) -> int:
     if plan.reduce_mesh is None:
         return number
     largest = torch.tensor(number, dtype=torch.int64, device=plan.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.reduce_mesh.group)
+    plan.reduce_mesh.rank_group.all_reduce_(largest.view(1), dist.ReduceOp.MAX)
     return int(largest)
 
 
 def rank_group(plan: Plan) -> RankGroup | None:
     """The ranks that a plan's sums are reduced over; None for this rank alone."""
-    return None if plan.reduce_mesh is None else plan.reduce_mesh.group
+    return None if plan.reduce_mesh is None else plan.reduce_mesh.rank_group
 
 
 def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
@@ -215,7 +211,7 @@ def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
     """
     if group is None:
         return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return all_gather_objects(mine, group)
+    return group.all_gather_objects(mine)
 
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:
