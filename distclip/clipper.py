@@ -82,11 +82,11 @@ class Clipper:
         LayoutError: it is unknown which ranks hold which elements.
         ValueError, TypeError: something that cannot be clipped.
 
-    Collective: at construction, the making of a process group where a mesh of several axes leaves
-        out ranks of the world, an all-gather of a few numbers where pipeline stages have norms per
+    Collective: at construction, an all-gather of a few numbers where pipeline stages have norms per
         tensor or unit, and one where tensors count as copies along an axis that nothing speaks of
         (see docs/sharding.md), or may do so on other ranks: with `mesh` or pipeline stages. All
-        ranks of the mesh must make the clipper, and call it every step.
+        ranks of the mesh must make the clipper, and call it every step. Where its axes are a part
+        of the world, a collective is one along each axis; no process group is made.
     """
 
     @outside_of_graphs

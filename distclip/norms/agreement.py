@@ -5,6 +5,9 @@ a *header* in front of its partials: the *tag* t of its call and that of its gra
 to be reduced, each as t and t**2 where sums are taken, and as t and -t where maxima are; then two
 flags. Sums of n t and n t**2 fit only where all tags are equal: the mean of the squares is the
 square of the mean. For maxima, the largest and the smallest tag are equal.
+
+On an accelerator nobody looks at the header in the same step. It is compared there with what it
+should be, and comes to the host some steps later.
 """
 
 from __future__ import annotations
@@ -13,13 +16,19 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distclip.kernels.upload import upload
+from distclip.norms.late_reads import is_capturing
+from distclip.torch_private import has_values
+
 HEADER_SIZE = 6
+_NUM_JUDGED = 5  # without the last one: that a rank has no gradient is no error by itself
 # Messages are filled up to a multiple of this. gloo waits for ever where the ranks send different
 # sizes; with one size for the usual calls, it is the tags that differ.
 _MULTIPLE = 8
@@ -41,42 +50,109 @@ class Header(NamedTuple):
     missing: bool = False
     fault: bool = False
 
-    def encode(self, is_max: bool, device: torch.device) -> Tensor:
-        """Shapes: the result: [HEADER_SIZE]; float64."""
-        numbers = [*_pair(self.text, is_max), *_pair(self.unreduced, is_max)]
-        numbers += [self.missing, self.fault]
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
+    def numbers(self, is_max: bool) -> list[float]:
+        """The header as it is sent; HEADER_SIZE numbers."""
+        tags = *_pair(self.text, is_max), *_pair(self.unreduced, is_max)
+        return [*map(float, tags), float(self.fault), float(self.missing)]
+
+
+class Encoded(NamedTuple):
+    """What a rank sends around its payload, and what the header must become; on the device.
+
+    Shapes: header: [HEADER_SIZE]; filling: [num_filling]; expected: [_NUM_JUDGED]; float64.
+    """
+
+    header: Tensor
+    filling: Tensor
+    expected: Tensor
+
+    def is_wrong(self, reduced: Tensor) -> Tensor:
+        """As `Answer.is_wrong` of the combined header, which lies on an accelerator."""
+        return (reduced[:_NUM_JUDGED] != self.expected).any()
+
+
+def encode(header: Header, is_max: bool, num_ranks: int, num_filling: int, like: Tensor) -> Encoded:
+    """A header on the device of `like`, without a wait for it.
+
+    The latest ones are kept there. They belong to a stream: on another one, they might be used
+    before they have arrived. A CUDA graph gets its own, which it reads at each replay.
+    """
+    call = header, is_max, num_ranks, num_filling
+    if not has_values(like):
+        numbers = torch.tensor(_numbers(*call), dtype=torch.float64, device=like.device)
+        return _split(numbers, num_filling)
+    if is_capturing(like.device):
+        return _upload(*call, like.device)
+    return _kept(*call, like.device, _stream(like.device))
+
+
+def _upload(
+    header: Header, is_max: bool, num_ranks: int, num_filling: int, device: torch.device
+) -> Encoded:
+    numbers = _numbers(header, is_max, num_ranks, num_filling)
+    with torch.inference_mode(False):  # used outside of inference mode too
+        host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return _split(upload(host, device), num_filling)
+
+
+@lru_cache(maxsize=32)  # with the user's `step=` every step has another header
+def _kept(
+    header: Header, is_max: bool, num_ranks: int, num_filling: int, device: torch.device, _: Any
+) -> Encoded:
+    return _upload(header, is_max, num_ranks, num_filling, device)
+
+
+def _numbers(header: Header, is_max: bool, num_ranks: int, num_filling: int) -> list[float]:
+    n = 1 if is_max else num_ranks
+    expected = [float(n * number) for number in _pair(header.text, is_max)]
+    nothing = [0.0] * (_NUM_JUDGED - len(expected))
+    return [*header.numbers(is_max), *[0.0] * num_filling, *expected, *nothing]
+
+
+def _split(numbers: Tensor, num_filling: int) -> Encoded:
+    return Encoded(*torch.split(numbers, [HEADER_SIZE, num_filling, _NUM_JUDGED]))
+
+
+def _stream(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return None
+    device_module: Any = torch.get_device_module(device.type)
+    has_streams = hasattr(device_module, "current_stream")
+    return device_module.current_stream(device) if has_streams else None
 
 
 class Answer(NamedTuple):
-    """What all ranks said, the same on each; on the device.
+    """What all ranks said, the same on each.
 
     Attributes:
-        agrees: all mean the same call; a bool scalar.
-        alike: all have the same gradients to reduce, or none; a bool scalar.
-        flags: whether some rank has such gradients, lacks one, has found an error; bool [3].
+        agrees: all mean the same call.
+        alike: all have the same gradients to reduce, or none.
+        unreduced: some rank has such gradients.
+        missing: some rank lacks one.
+        fault: some rank has found an error.
     """
 
-    agrees: Tensor
-    alike: Tensor
-    flags: Tensor
+    agrees: bool
+    alike: bool
+    unreduced: bool
+    missing: bool
+    fault: bool
 
     @property
-    def is_wrong(self) -> Tensor:
-        """Whether sums do not belong together, lack a gradient's values, or a rank has an error.
-
-        That a rank has no gradient is no error by itself.
-        """
-        return ~self.agrees | self.flags[0] | self.flags[2]
+    def is_wrong(self) -> bool:
+        """Whether sums do not belong together, lack a gradient's values, or a rank has an error."""
+        return not self.agrees or self.unreduced or self.fault
 
 
-def decode(reduced: Tensor, mine: Header, is_max: bool, num_ranks: int) -> Answer:
-    """Shapes: reduced: [HEADER_SIZE], combined over the ranks."""
+def decode(reduced: Sequence[float], mine: Header, is_max: bool, num_ranks: int) -> Answer:
+    """reduced: HEADER_SIZE numbers, combined over the ranks."""
     n = 1 if is_max else num_ranks
-    call, unreduced = _pair(mine.text, is_max), _pair(mine.unreduced, is_max)
-    agrees = (reduced[0] == n * call[0]) & (reduced[1] == n * call[1])
-    alike = (reduced[2] == n * unreduced[0]) & (reduced[3] == n * unreduced[1])
-    return Answer(agrees, alike, torch.cat([reduced[2:3], reduced[4:6]]) > 0)
+    call = [n * number for number in _pair(mine.text, is_max)]
+    unreduced = [n * number for number in _pair(mine.unreduced, is_max)]
+    tags, reduced_tags, (fault, missing) = [*reduced[:2]], [*reduced[2:4]], reduced[4:]
+    return Answer(
+        tags == call, reduced_tags == unreduced, reduced_tags[0] > 0, missing > 0, fault > 0
+    )
 
 
 def _pair(text: str, is_max: bool) -> tuple[int, int]:

@@ -3,45 +3,78 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from distclip.sharding.rank_group import on_device
 from distclip.torch_private import has_values
 
 _LAG = 4  # steps
 
 
-class LateReads:
-    """Copies a number to the host in each step, and returns that of `_LAG` steps before.
+class Late(NamedTuple):
+    """Numbers of an earlier step, and what was said of them then."""
 
-    All ranks read the same step's number in the same step, and can act on it together.
+    numbers: list[float]
+    about: Any
+
+
+class _Copy(NamedTuple):
+    event: Any
+    numbers: Tensor
+    about: Any
+
+
+class LateReads:
+    """Copies numbers to the host in each step, and returns those of `_LAG` steps before.
+
+    All ranks read the same step's numbers in the same step, and can act on them together.
     """
 
     def __init__(self) -> None:
-        self._in_flight: deque[tuple[Any, Tensor]] = deque()  # event, copy
+        self._in_flight: deque[_Copy] = deque()
 
     def read(self, number: Tensor) -> int:
-        """That of some steps before; of this step on a CPU; 0 where none has arrived.
+        """One number, as `read_all`; 0 where none has arrived."""
+        late = self.read_all(number.reshape(1))
+        return 0 if late is None else int(late.numbers[0])
+
+    def read_all(self, numbers: Tensor, about: Any = None) -> Late | None:
+        """Those of some steps before; of this step on a CPU; None where none have arrived.
 
         A step inside a CUDA graph is not read: it could neither copy nor raise.
+
+        Shapes: numbers: [n].
         """
-        if not has_values(number):
-            return 0
-        if number.device.type == "cpu":
-            return int(number)
-        device_module: Any = torch.get_device_module(number.device.type)
-        is_capturing = getattr(device_module, "is_current_stream_capturing", None)
-        if is_capturing is not None and is_capturing():
-            return 0
+        if not has_values(numbers) or is_capturing(numbers.device):
+            return None
+        if numbers.is_cpu:
+            return Late(_listed(numbers), about)
+        device_module: Any = torch.get_device_module(numbers.device.type)
         event = device_module.Event() if hasattr(device_module, "Event") else None
-        self._in_flight.append((event, number.to("cpu", non_blocking=event is not None)))
+        copy = numbers.to("cpu", non_blocking=event is not None)
         if event is not None:
-            event.record()
+            with on_device(numbers.device):  # an event is recorded on the current device
+                event.record()
+        self._in_flight.append(_Copy(event, copy, about))
         if len(self._in_flight) <= _LAG:
-            return 0
-        event, earlier = self._in_flight.popleft()
-        if event is not None:
-            event.synchronize()
-        return int(earlier)
+            return None
+        earlier = self._in_flight.popleft()
+        if earlier.event is not None:
+            earlier.event.synchronize()
+        return Late(_listed(earlier.numbers), earlier.about)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph, or that of another accelerator, records what is called now."""
+    if device.type in ("cpu", "meta"):
+        return False
+    device_module: Any = torch.get_device_module(device.type)
+    asks = getattr(device_module, "is_current_stream_capturing", None)
+    return asks is not None and bool(asks())
+
+
+def _listed(numbers: Tensor) -> list[float]:
+    return cast("list[float]", numbers.tolist())

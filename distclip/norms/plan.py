@@ -19,8 +19,9 @@ from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.mesh import ReduceMesh, all_gather_objects
+from distclip.sharding.mesh import ReduceMesh
 from distclip.sharding.partial_gradients import may_lack_gradient
+from distclip.sharding.rank_group import with_index
 from distclip.sharding.read import ShardedParams
 
 
@@ -238,7 +239,7 @@ def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -
     """Ranks along the distinct axes hold different units: each coordinate gets slots of its own."""
     here = tuple(mesh.coordinate[axis] for axis in sorted(mesh.distinct))
     mine = (here, [group.num_slots for group in groups])
-    slots_at = dict(all_gather_objects(mine, mesh.group).values())
+    slots_at = dict(mesh.rank_group.all_gather_objects(mine).values())
     before = [slots for coordinate, slots in slots_at.items() if coordinate < here]
     return [
         replace(
@@ -252,14 +253,11 @@ def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -
 
 def _reduce_device(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.device:
     if mesh is not None:
-        types = [mesh.device_type]
-    else:
-        types = [param.param.device.type for param in params if not param.param.is_meta]
-        types = types or [param.param.device.type for param in params]
-    device_type = next((t for t in types if t != "cpu"), "cpu")
-    if device_type in ("cpu", "meta") or not torch.get_device_module(device_type).is_available():
-        return torch.device(device_type)
-    return torch.device(device_type, torch.get_device_module(device_type).current_device())
+        return mesh.rank_group.device
+    devices = [param.param.device for param in params if not param.param.is_meta]
+    devices = devices or [param.param.device for param in params]
+    chosen = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    return with_index(chosen, [])
 
 
 def _sizes(params: Sequence[LocalParam]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypeVar, cast
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from distclip.errors import LayoutError
 from distclip.norms import power_sums
-from distclip.norms.agreement import HEADER_SIZE, Answer, Header, decode
+from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
+from distclip.norms.late_reads import is_capturing
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
-from distclip.sharding.mesh import all_gather_objects
+from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values
 
 T = TypeVar("T")
-RankGroup: TypeAlias = dist.ProcessGroup
 
 
 class GroupNorms(NamedTuple):
@@ -68,48 +68,10 @@ def total_norms(measured: Sequence[GroupMeasurement], plan: Plan, header: Header
     if plan.reduce_mesh is None:
         norms = [_norms(*each) for each in zip(plan.groups, payload, measured, strict=True)]
         return Totals(norms, bool(header.unreduced) or header.missing, False, header.fault)
-    reduced, answer = _all_reduce(payload, plan, header)
-    flags = _read(answer, plan, header)
+    reduced, flags = _reduce(payload, plan, header)
     parts = torch.split(reduced, [group.payload_size for group in plan.groups])
     norms = [_norms(*each) for each in zip(plan.groups, parts, measured, strict=True)]
     return Totals(norms, *flags)
-
-
-def _all_reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tensor, Answer]:
-    """The payloads of all groups, combined over the ranks, and what the ranks said beside them.
-
-    On an accelerator, where nobody looks now, they become NaN if the answer is wrong.
-    """
-    assert plan.reduce_mesh is not None
-    process_group = plan.reduce_mesh.group
-    is_max = [math.isinf(group.norm_type) for group in plan.groups]
-    num_filled = HEADER_SIZE + sum(map(len, payload))
-    filling = payload[0].new_zeros(plan.message_size - num_filled)
-    first = header.encode(all(is_max), plan.device)
-    message = torch.cat([first, *payload, filling])
-    if all(is_max) or not any(is_max):
-        op = dist.ReduceOp.MAX if all(is_max) else dist.ReduceOp.SUM
-        dist.all_reduce(message, op, group=process_group)
-    else:
-        message = _gather(message, [HEADER_SIZE, *map(len, payload), len(filling)], is_max, plan)
-    # A fake process group, as simulations use it, leaves each message as it is.
-    num_ranks = 1 if plan.reduce_mesh.is_fake else dist.get_world_size(process_group)
-    answer = decode(message[:HEADER_SIZE], header, all(is_max), num_ranks)
-    reduced = message[HEADER_SIZE:num_filled]
-    if not host_has_values(message):
-        reduced = reduced.masked_fill(answer.is_wrong, math.nan)
-    return reduced, answer
-
-
-def _gather(message: Tensor, sizes: Sequence[int], is_max: Sequence[bool], plan: Plan) -> Tensor:
-    """As an all-reduce that takes maxima for some groups and sums for everything else."""
-    assert plan.reduce_mesh is not None
-    process_group = plan.reduce_mesh.group
-    everyone = message.new_empty(dist.get_world_size(process_group), len(message))
-    dist.all_gather(list(everyone.unbind()), message, group=process_group)
-    parts = torch.split(everyone, list(sizes), dim=1)
-    each = zip(parts, [False, *is_max, False], strict=True)
-    return torch.cat([part.amax(0) if is_ else part.sum(0) for part, is_ in each])
 
 
 class _Flags(NamedTuple):
@@ -118,22 +80,61 @@ class _Flags(NamedTuple):
     fault: bool
 
 
-def _read(answer: Answer, plan: Plan, header: Header) -> _Flags:
-    """Raises LayoutError where the ranks do not mean the same call."""
-    calls, alike, missing = plan.calls, True, False
-    looks = plan.copied_dtensors and not calls.is_settled and has_values(answer.agrees)
-    if looks or host_has_values(answer.agrees):
-        agrees, alike = bool(answer.agrees), bool(answer.alike)
-        unreduced, missing, fault = cast("list[bool]", answer.flags.tolist())
+def _reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tensor, _Flags]:
+    """The payloads of all groups, combined over the ranks, and what the ranks said beside them.
+
+    On an accelerator, where nobody looks now, they become NaN where the ranks do not agree.
+    """
+    assert plan.reduce_mesh is not None
+    ranks = plan.reduce_mesh.rank_group
+    is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    num_filled = HEADER_SIZE + sum(map(len, payload))
+    call = header, all(is_max), ranks.num_combined
+    encoded = encode(*call, plan.message_size - num_filled, payload[0])
+    message = torch.cat([encoded.header, *payload, encoded.filling])
+    if all(is_max) or not any(is_max):
+        ranks.all_reduce_(message, dist.ReduceOp.MAX if all(is_max) else dist.ReduceOp.SUM)
+    else:
+        sizes = [HEADER_SIZE, *map(len, payload), len(encoded.filling)]
+        message = _combined(ranks.all_gather(message), sizes, [False, *is_max, False])
+    first, reduced = message[:HEADER_SIZE], message[HEADER_SIZE:num_filled]
+    if not host_has_values(message):
+        reduced = reduced.masked_fill(encoded.is_wrong(first), math.nan)
+    return reduced, _read(first, plan, *call)
+
+
+def _combined(messages: Tensor, sizes: Sequence[int], is_max: Sequence[bool]) -> Tensor:
+    """The messages of all ranks as one: of some parts the maxima, of others the sums.
+
+    Shapes: messages: [num_ranks, sum of sizes]; the result: [sum of sizes].
+    """
+    parts = torch.split(messages, list(sizes), dim=1)
+    return torch.cat([combine(part, is_) for part, is_ in zip(parts, is_max, strict=True)])
+
+
+def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: int) -> _Flags:
+    """What the ranks said: now if the host has it or must look, else some steps ago.
+
+    Raises:
+        LayoutError: the ranks do not mean the same call.
+
+    Shapes: first: [HEADER_SIZE], combined over the ranks.
+    """
+    calls = plan.calls
+    looks = bool(plan.copied_dtensors) and not calls.is_settled and has_values(first)
+    if host_has_values(first) or (looks and not is_capturing(first.device)):
+        answer = decode(cast("list[float]", first.tolist()), header, is_max, num_ranks)
         # Whether a gradient has to be reduced depends on how the model is written, and not on its
         # input: where all were here and none had to, the host need not look again.
-        calls.is_settled = not (unreduced or missing)
+        calls.is_settled = not (answer.unreduced or answer.missing)
+        flags = _Flags(answer.unreduced, answer.alike and not answer.missing, answer.fault)
     else:
-        late = calls.late.read((~answer.agrees).long() + 2 * answer.is_wrong)
-        agrees, unreduced, fault = late % 2 == 0, False, late >= 2 or header.fault
-    if not agrees:
+        late = calls.late.read_all(first, header)
+        answer = None if late is None else decode(late.numbers, late.about, is_max, num_ranks)
+        flags = _Flags(False, True, header.fault or (answer is not None and answer.is_wrong))
+    if answer is not None and not answer.agrees:
         raise _disagreement(plan, header.text)
-    return _Flags(unreduced, alike and not missing, fault)
+    return flags
 
 
 def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
@@ -167,7 +168,7 @@ def _disagreement(plan: Plan, call: str) -> LayoutError:
     found = ""
     if plan.device.type == "cpu":
         try:
-            by_rank = all_gather_objects(call, plan.reduce_mesh.group)
+            by_rank = plan.reduce_mesh.rank_group.all_gather_objects(call)
         except RuntimeError:  # messages of other sizes have left the process group unusable
             by_rank = {}
         ranks: dict[str, list[int]] = {}
@@ -199,13 +200,13 @@ def maximum_of_ranks(number: int, plan: Plan) -> int:
     if plan.reduce_mesh is None:
         return number
     largest = torch.tensor(number, dtype=torch.int64, device=plan.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=plan.reduce_mesh.group)
+    plan.reduce_mesh.rank_group.all_reduce_(largest.view(1), dist.ReduceOp.MAX)
     return int(largest)
 
 
 def rank_group(plan: Plan) -> RankGroup | None:
     """The ranks that a plan's sums are reduced over; None for this rank alone."""
-    return None if plan.reduce_mesh is None else plan.reduce_mesh.group
+    return None if plan.reduce_mesh is None else plan.reduce_mesh.rank_group
 
 
 def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
@@ -215,7 +216,7 @@ def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
     """
     if group is None:
         return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return all_gather_objects(mine, group)
+    return group.all_gather_objects(mine)
 
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:

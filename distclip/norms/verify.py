@@ -8,6 +8,7 @@ every rank finds the same first difference.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -21,7 +22,8 @@ from torch import Tensor
 from distclip import torch_private
 from distclip.errors import LayoutError
 from distclip.sharding.layout import LocalParam
-from distclip.sharding.mesh import ReduceMesh, all_gather_objects, world_group
+from distclip.sharding.mesh import ReduceMesh
+from distclip.sharding.rank_group import Line, RankGroup
 
 
 class Subject(IntEnum):
@@ -52,17 +54,17 @@ def verify(
 
     Args:
         policies: each parameter group's name and policy.
-        device: where the collectives run.
+        device: where the collectives run, without a mesh.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    group = reduce_mesh.group if reduce_mesh is not None else world_group()
-    _wait_for_all_ranks(group, torch_private.timeout(group, device))
+    ranks = RankGroup.world(device) if reduce_mesh is None else reduce_mesh.rank_group
+    _wait_for_all_ranks(ranks)
     mine = _fingerprints(params, reduce_mesh, policies)
     digests = {replicas: _digest(sorted(found.items())) for replicas, found in mine.items()}
-    first = _first_difference(all_gather_objects(digests, group).values())
+    first = _first_difference(ranks.all_gather_objects(digests).values())
     if first is not None:
-        raise _error(first.subject, all_gather_objects(mine.get(first), group))
+        raise _error(first.subject, ranks.all_gather_objects(mine.get(first)))
 
 
 def _fingerprints(
@@ -139,27 +141,50 @@ def _texts(name: str, reports: dict[int, Fingerprints]) -> list[str]:
     return [", ".join(report.get(name, ["it is missing"])) for report in reports.values()]
 
 
-def _wait_for_all_ranks(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Raises LayoutError, naming the missing ranks, unless all ranks arrive within `timeout`.
+def _wait_for_all_ranks(ranks: RankGroup) -> None:
+    """Raises LayoutError, naming the missing ranks, unless all ranks arrive within the timeout.
 
     A collective of NCCL that lacks a rank ends the process, and `monitored_barrier` needs gloo and
     names the missing ranks on one rank only.
     """
-    store, ranks = group.get_group_store(), dist.get_process_group_ranks(group)
-    num_arrived = store.add("distclip/verify", 1)
-    key = f"distclip/verify/{(num_arrived - 1) // len(ranks)}"  # equal on the ranks of one call
-    store.set(f"{key}/{dist.get_rank()}", "arrived")
-    if num_arrived % len(ranks) == 0:
-        store.set(f"{key}/all", "arrived")
+    missing: set[int] = set()
+    timeout = timedelta(0)
+    for line in ranks.lines:
+        # The others may have waited as long for ranks of an earlier line.
+        timeout += torch_private.timeout(line.group, ranks.device)
+        missing |= _missing_ranks(line, sorted(missing), timeout)
+    if missing:
+        raise LayoutError(
+            f"cannot verify the plan: the ranks {sorted(missing)} have not called `verify()` "
+            f"within {timeout}, the timeout of the process group, and the check needs every rank. "
+            f"Call it on all ranks, after the same steps."
+        )
+
+
+def _missing_ranks(line: Line, known: list[int], timeout: timedelta) -> set[int]:
+    """The ranks of the line that have not arrived in time, and those that its ranks know of.
+
+    One that arrives later learns so from the others, and may take part in their next call.
+    """
+    store, rank = line.group.get_group_store(), dist.get_rank()
+    key = f"distclip/verify/{store.add(f'distclip/verify/{rank}', 1)}"  # the number of this call
+    store.set(f"{key}/{rank}", json.dumps(known))
+    if known:
+        store.set(f"{key}/some are missing", "")
+    if store.add(f"{key}/number", 1) == len(line.ranks):
+        store.set(f"{key}/all", "")
     try:
         store.wait([f"{key}/all"], timeout)
+        if not store.check([f"{key}/some are missing"]):
+            return set()
     except RuntimeError:
-        missing = [rank for rank in ranks if not store.check([f"{key}/{rank}"])]
-        raise LayoutError(
-            f"cannot verify the plan: the ranks {missing} have not called `verify()` within "
-            f"{timeout}, the timeout of the process group, and the check needs every rank. Call it "
-            f"on all ranks, after the same steps."
-        ) from None
+        store.set(f"{key}/some are missing", "")
+    missing: set[int] = set()
+    for other in line.ranks:
+        arrived = store.check([f"{key}/{other}"])
+        missing |= set(json.loads(store.get(f"{key}/{other}"))) if arrived else {other}
+    store.set(f"{key}/{rank}", json.dumps(sorted(missing)))
+    return missing
 
 
 def _digest(content: object) -> str:

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from distclip.errors import LayoutError
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import final_gradient, layout_identity
-from distclip.sharding.mesh import ReduceMesh, all_gather_objects
+from distclip.sharding.mesh import ReduceMesh
 from distclip.torch_private import has_values, local_tensor
 
 _SAMPLE = 1 << 16  # elements of a tensor that are looked at
@@ -78,7 +78,7 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
     # Ranks that were given different meshes by mistake must not wait for each other here.
     elif not (assumed or mesh.from_user or (mesh.shares_copies and some_are_distinct)):
         return
-    gathered = all_gather_objects(_digests(assumed, during_a_call), mesh.group)
+    gathered = mesh.rank_group.all_gather_objects(_digests(assumed, during_a_call))
     if (found := _first_difference(gathered)) is not None:
         raise LayoutError(found)
     for param in assumed if during_a_call else ():
@@ -114,7 +114,7 @@ def _compared_of(identity: object) -> set[object]:
 
 
 def _what(param: LocalParam, mesh: ReduceMesh) -> tuple[object, ...]:
-    return param.mesh, param.assumed, id(mesh.group)
+    return param.mesh, param.assumed, mesh.rank_group.identity
 
 
 def _digests(params: Sequence[LocalParam], gradients: bool) -> Digests:

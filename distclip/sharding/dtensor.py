@@ -71,4 +71,4 @@ def layout_on(
     sizes, offsets = local_shape_and_offset(shape, mesh, placements)
     block = BlockShard(tuple(shape), tuple(offsets), tuple(sizes), cut)
     shard = ParamShard(name, shape.numel(), block)
-    return TensorLayout((shard,), along, frozenset(dims), mesh.device_type, mesh)
+    return TensorLayout((shard,), along, frozenset(dims), torch.device(mesh.device_type), mesh)

@@ -146,20 +146,20 @@ def _layouts_of_tensors(unit: Any, names: Sequence[str]) -> Iterator[TensorLayou
     handle, flat = unit._handle, unit._handle.flat_param
     along_unit = _ranks_along_unit(unit)
     sharded = frozenset({"fsdp"} if handle.uses_sharded_strategy else ())
-    device_type: str = unit.compute_device.type
+    device: torch.device = unit.compute_device
     found = _flat_shards(handle) if flat._params is None else _original_shards(handle)
     # DTensors lie in the flat parameter as their local values, and their specs beside it.
     for name, shard, spec in zip(names, found, flat._param_extensions, strict=True):
         if spec is None:
             of_tensor = ParamShard(name, prod(shard.global_shape), shard)
-            yield TensorLayout((of_tensor,), along_unit, sharded, device_type)
+            yield TensorLayout((of_tensor,), along_unit, sharded, device)
             continue
         inner = layout_on(name, spec.shape, spec.mesh, spec.placements, ranks_by_axis(spec.mesh))
         (block,) = inner.shards
         if isinstance(shard, FlatShard):
             block = replace(block, shard=FlatBlockShard(cast(BlockShard, block.shard), shard))
         along = {**along_unit, **inner.ranks_by_axis}
-        yield TensorLayout((block,), along, sharded | inner.sharded, device_type, spec.mesh)
+        yield TensorLayout((block,), along, sharded | inner.sharded, device, spec.mesh)
 
 
 def _ranks_along_unit(unit: Any) -> dict[str, list[int]]:

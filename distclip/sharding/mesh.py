@@ -6,32 +6,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import LayoutError
+from distclip.sharding.rank_group import RankGroup
 from distclip.torch_private import root_mesh, with_real_values
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class ReduceMesh:
     """All ranks that share one total norm, as this rank sees them.
 
-    It keeps no DeviceMesh alive: only the ranks of one, and a process group.
+    It keeps no DeviceMesh alive: only the ranks of one, and process groups.
 
     Attributes:
         ranks: global ranks, in the shape of the mesh.
         axes: the names of the mesh axes.
         distinct: the axes whose ranks hold different parameters.
-        group: the process group over all of `ranks`.
-        device_type: where the group's collectives run.
+        rank_group: how these ranks communicate.
         from_user: the user passed the mesh, which must then be the same on all ranks. A mesh found
             from parameters may differ between pipeline stages.
     """
@@ -39,31 +36,27 @@ class ReduceMesh:
     ranks: Tensor
     axes: tuple[str, ...]
     distinct: frozenset[str]
-    group: dist.ProcessGroup
-    device_type: str
+    rank_group: RankGroup
     from_user: bool = False
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, distinct: Iterable[str], from_user: bool) -> ReduceMesh:
-        """The ranks of `mesh`, which contains this rank.
-
-        Collective: if `mesh` has several axes and leaves out ranks of the world, its ranks make a
-            process group, once for each mesh.
-        """
+    def of(
+        cls,
+        mesh: DeviceMesh,
+        distinct: Iterable[str],
+        from_user: bool,
+        tensors: Iterable[Tensor] = (),
+    ) -> ReduceMesh:
+        """The ranks of `mesh`, which contains this rank and holds `tensors`."""
         axes = axis_names(mesh)
         distinct = frozenset(distinct) & set(axes)
-        return cls(mesh.mesh, axes, distinct, group_of(mesh), mesh.device_type, from_user)
+        return cls(mesh.mesh, axes, distinct, RankGroup.of(mesh, tensors), from_user)
 
     @classmethod
-    def world(cls, device_type: str) -> ReduceMesh:
+    def world(cls, device: torch.device, tensors: Iterable[Tensor] = ()) -> ReduceMesh:
         """All ranks of the default process group, on one axis."""
         ranks = torch.arange(dist.get_world_size(), device="cpu")
-        return cls(ranks, ("world",), frozenset(), world_group(), device_type)
-
-    @cached_property
-    def is_fake(self) -> bool:
-        """Whether the group's collectives do nothing."""
-        return dist.get_backend(self.group) == "fake"
+        return cls(ranks, ("world",), frozenset(), RankGroup.world(device, tensors))
 
     @cached_property
     @with_real_values()
@@ -183,47 +176,10 @@ def rank_list(ranks: Tensor) -> list[int]:
     return cast("list[int]", ranks.flatten().tolist())
 
 
-def world_group() -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.group.WORLD)
-
-
 def world_id() -> int | None:
     """Distinguishes the default process group from one made after it was destroyed."""
     initialized = dist.is_available() and dist.is_initialized()
     return id(dist.group.WORLD) if initialized else None
-
-
-@with_real_values()
-def all_gather_objects(mine: T, group: dist.ProcessGroup) -> dict[int, T]:
-    """A small object of every rank, by global rank.
-
-    Collective: an all-gather of objects over `group`. For setup, and for what happens rarely.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    gathered: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(gathered, mine, group=group)
-    return dict(zip(ranks, gathered, strict=True))
-
-
-# The groups that were made for meshes without one, by the identity of a living mesh: which ranks
-# must take part in making a group may not depend on meshes that compare equal. An attribute of the
-# mesh would be pickled with it, and no DTensor on the mesh could be saved or copied.
-_groups = WeakIdKeyDictionary()
-
-
-def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The process group over all ranks of a mesh that contains this one.
-
-    Collective: see `ReduceMesh.of`.
-    """
-    if mesh.size() == dist.get_world_size():
-        return world_group()
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh not in _groups:
-        ranks = sorted(rank_list(mesh.mesh))
-        _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
-    return cast(dist.ProcessGroup, _groups[mesh])
 
 
 def _listed(ranks: Tensor) -> str:

@@ -23,7 +23,7 @@ from distclip.sharding.local_tensors import (
     local_values,
     placements_without_partial,
 )
-from distclip.sharding.mesh import all_gather_objects, group_of
+from distclip.sharding.rank_group import RankGroup
 from distclip.torch_private import local_shape_and_offset
 
 
@@ -95,7 +95,8 @@ def reduce_together(
             continue
         have = {k: mine.get(i) for k, i in enumerate(members)}
         in_place = [k for k, i in enumerate(members) if tensors[i] is not None and i not in mine]
-        by_rank = all_gather_objects((have, in_place), group_of(mesh))
+        ranks = RankGroup.of(mesh, [params[i] for i in members])
+        by_rank = ranks.all_gather_objects((have, in_place))
         for k, i in enumerate(members):
             found = {rank: have.get(k) for rank, (have, _) in by_rank.items()}
             kinds = set(found.values()) - {None}

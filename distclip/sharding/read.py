@@ -63,7 +63,7 @@ def read_layouts(
         LayoutError: the tensors and the declarations do not say how a parameter is sharded, they
             contradict the mesh, or what would count as copies differs.
 
-    Collective: see `ReduceMesh.of` and `check_copies`.
+    Collective: see `check_copies`.
     """
     read = [make_reader(modules) for make_reader in READERS]
     found = [_tensor_layout(name, param, read) for name, param in named]
@@ -110,13 +110,14 @@ def _reduce_mesh(
     distinct: tuple[str, ...],
 ) -> ReduceMesh | None:
     """The user's mesh; else the widest of a DTensor; else the world, where there is FSDP1."""
+    tensors = [tensor for _, tensor in named]
     by_id = {id(layout.mesh): layout.mesh for layout in found if layout.mesh is not None}
     widest = widest_mesh([m for m in by_id.values() if m.get_coordinate() is not None])
     check_mesh(mesh, widest, distinct)
     if mesh is not None:
-        return ReduceMesh.of(mesh, distinct, from_user=True)
+        return ReduceMesh.of(mesh, distinct, from_user=True, tensors=tensors)
     if widest is not None:
-        return ReduceMesh.of(widest, distinct, from_user=False)
+        return ReduceMesh.of(widest, distinct, from_user=False, tensors=tensors)
     if _one_process():
         return None
     if not named:
@@ -125,10 +126,11 @@ def _reduce_mesh(
             "is found through parameters. The other ranks would wait for this one. "
             "Pass `mesh=` with a DeviceMesh over all ranks that train together."
         )
-    device_types = {layout.device_type for layout in found if layout.device_type is not None}
-    if not device_types:
+    devices = [layout.device for layout in found if layout.device is not None]
+    if not devices:
         return None
-    return ReduceMesh.world(max(device_types - {"cpu"}, default="cpu"))
+    on_accelerator = (device for device in devices if device.type != "cpu")
+    return ReduceMesh.world(next(on_accelerator, devices[0]), tensors)
 
 
 def _one_process() -> bool:
@@ -157,7 +159,7 @@ def _local_param(
     counted = None if declared is None else declared.counted
     layout = Layout(full.sharded & axes, frozenset(axes - full.sharded), counted=counted)
     coordinate = {a: ranks.index(dist.get_rank()) for a, ranks in full.ranks_by_axis.items()}
-    mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)})
+    mesh = _mesh_text({axis: full.ranks_by_axis[axis] for axis in sorted(axes)}, reduce_mesh)
     counts = layout.counted_at(coordinate)
     assumed = added & layout.replicated if declared is None else frozenset[str]()
     return LocalParam(name, param, layout, coordinate, mesh, counts, full.shards, assumed)
@@ -225,10 +227,21 @@ def _declared(name: str, param: Tensor, layouts: LayoutFunction | None) -> Layou
     )
 
 
-def _mesh_text(ranks_by_axis: Mapping[str, Sequence[int]]) -> str:
-    """The size of each axis, and the distance between its ranks."""
-    sizes = (f"{a}={len(ranks)}/{ranks[1] - ranks[0]}" for a, ranks in ranks_by_axis.items())
-    return ", ".join(sizes)
+def _mesh_text(ranks_by_axis: Mapping[str, Sequence[int]], reduce_mesh: ReduceMesh | None) -> str:
+    """The size of each axis, and the distance between its ranks if it is none of the reduce mesh.
+
+    Along an axis of a mesh whose ranks are in no order, ranks lie at various distances.
+    """
+    texts: list[str] = []
+    for axis, ranks in ranks_by_axis.items():
+        of_mesh = None
+        if reduce_mesh is not None and axis in reduce_mesh.axes:
+            of_mesh = reduce_mesh.ranks_along(axis)
+        same = [*ranks] == of_mesh
+        texts.append(
+            f"{axis}={len(ranks)}" if same else f"{axis}={len(ranks)}/{ranks[1] - ranks[0]}"
+        )
+    return ", ".join(texts)
 
 
 def _any_rank_shards(params: Sequence[LocalParam], reduce_mesh: ReduceMesh) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -22,15 +23,15 @@ class TensorLayout:
         ranks_by_axis: for each axis of the tensor's own mesh, the ranks along it through this one.
             Empty for a plain tensor, and on a rank that is not on the mesh.
         sharded: the axes whose ranks hold different elements.
-        device_type: where the collectives of these ranks run; offloaded parameters lie elsewhere.
-            None without axes.
+        device: where the collectives of these ranks run, with an index where it is known; offloaded
+            parameters lie elsewhere. None without axes.
         mesh: the DeviceMesh that it lies on, where one was recorded.
     """
 
     shards: tuple[ParamShard, ...]
     ranks_by_axis: Mapping[str, list[int]]
     sharded: frozenset[str]
-    device_type: str | None
+    device: torch.device | None
     mesh: DeviceMesh | None = None
 
     @classmethod

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import AGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, LayoutError, ZClip
-from distclip.norms import reduce
-from distclip.norms.agreement import HEADER_SIZE, Header, decode, message_size, policy_text
+from distclip.norms import agreement, late_reads, reduce
+from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode, message_size, policy_text
+from distclip.norms.late_reads import Late
+from distclip.norms.measure import measure
 from tests.support.ranks import Ranks, device_of, mesh
 
 
@@ -189,34 +194,38 @@ def test_what_may_differ_between_ranks_that_agree(four_ranks: Ranks) -> None:
     four_ranks.run(same_calls, four_ranks.device)
 
 
+def combined(headers: list[Header], is_max: bool = False) -> list[float]:
+    """What the ranks' headers become in the all-reduce."""
+    rows = torch.tensor([header.numbers(is_max) for header in headers], dtype=torch.float64)
+    return (rows.amax(0) if is_max else rows.sum(0)).tolist()
+
+
 @pytest.mark.parametrize("is_max", [False, True])
 @pytest.mark.parametrize("others", ["", "call"])
 def test_a_header_is_a_sum_or_a_maximum_of_all_ranks(is_max: bool, others: str) -> None:
-    cpu = torch.device("cpu")
     for num_ranks in (1, 2, 3, 1 << 14):
         mine = Header("call", "0: Partial")
-        rows = [mine.encode(is_max, cpu)] * (num_ranks - 1) + [
-            Header(others or "other", "0: Partial").encode(is_max, cpu)
-        ]
-        combined = torch.stack(rows).amax(0) if is_max else torch.stack(rows).sum(0)
+        headers = [mine] * (num_ranks - 1) + [Header(others or "other", "0: Partial")]
         if num_ranks == 1:
             mine = Header(others or "other", "0: Partial")
-        answer = decode(combined, mine, is_max, num_ranks)
-        assert bool(answer.agrees) == (others == "call" or num_ranks == 1)
-        assert bool(answer.alike)
-        assert answer.flags.tolist() == [True, False, False]
+        answer = decode(combined(headers, is_max), mine, is_max, num_ranks)
+        assert answer.agrees == (others == "call" or num_ranks == 1)
+        assert answer.alike
+        assert answer.unreduced
+        assert not answer.missing
+        assert not answer.fault
 
 
 @pytest.mark.parametrize("text", ["a", "b", "c"])
 def test_tags_whose_mean_is_another_tag_are_found(text: str) -> None:
     mine = Header(text)
-    header = mine.encode(False, torch.device("cpu"))
+    header = torch.tensor(mine.numbers(False), dtype=torch.float64)
     tag = header[0].item()
     others = [header.clone(), header.clone()]
     for other, wrong in zip(others, (tag - 1, tag + 1), strict=True):
         other[:2] = torch.tensor([wrong, wrong**2])
-    assert not decode(header + sum(others), mine, False, 3).agrees
-    assert decode(3 * header, mine, False, 3).agrees
+    assert not decode((header + sum(others)).tolist(), mine, False, 3).agrees
+    assert decode((3 * header).tolist(), mine, False, 3).agrees
 
 
 def test_usual_calls_have_messages_of_one_size() -> None:
@@ -239,13 +248,12 @@ def test_the_text_of_a_policy_has_its_numbers_and_no_address() -> None:
 
 def read_without_a_look(monkeypatch: pytest.MonkeyPatch, *headers: Header) -> tuple[Any, bool]:
     """What the first of two ranks learns on a device whose numbers come late: here at once."""
-    cpu = torch.device("cpu")
     plan = Clipper([nn.Parameter(torch.zeros(1))]).plan
     plan.calls.is_settled = True
     monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
-    combined = torch.stack([header.encode(False, cpu) for header in headers]).sum(0)
-    answer = decode(combined, headers[0], False, len(headers))
-    return reduce._read(answer, plan, headers[0]), bool(answer.is_wrong)
+    first = torch.tensor(combined([*headers]), dtype=torch.float64)
+    is_wrong = encode(headers[0], False, len(headers), 2, first).is_wrong(first)
+    return reduce._read(first, plan, headers[0], False, len(headers)), bool(is_wrong)
 
 
 @pytest.mark.parametrize(
@@ -269,3 +277,113 @@ def test_another_call_is_an_error_where_nobody_looks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reduce, "_disagreement", lambda plan, call: LayoutError("another call"))
     with pytest.raises(LayoutError, match="another call"):
         read_without_a_look(monkeypatch, Header("call"), Header("other"))
+
+
+def launches_of_a_step(clipper: Clipper, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `total_norms` runs where nobody looks, as on an accelerator."""
+    plan = clipper.plan
+    gradients = [param.param.grad for param in plan.params]
+    measured = measure([g.to_local() for g in gradients], plan)
+    monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
+    monkeypatch.setattr(reduce, "_norms", lambda *args: None)
+    with Operations() as operations:
+        reduce.total_norms(measured, plan, Header("call"))
+    return operations.names
+
+
+class Operations(TorchDispatchMode):
+    """The operations that take a kernel, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def few_launches(device: str) -> None:
+    for policy in (ClipNorm(1.0), ClipNorm(1.0, math.inf)):
+        with pytest.MonkeyPatch.context() as patch:
+            clipper = Clipper([sharded(device)], policy)
+            launches_of_a_step(clipper, patch)
+            names = launches_of_a_step(clipper, patch)
+        assert names == ["cat", "allreduce_", "ne", "any", "masked_fill"], names
+
+
+def test_few_operations_surround_the_all_reduce(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(few_launches, "cpu")
+
+
+def test_a_header_is_uploaded_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[torch.Tensor] = []
+    upload = agreement.upload
+    monkeypatch.setattr(agreement, "upload", lambda *args: uploads.append(args[0]) or upload(*args))
+    agreement._kept.cache_clear()
+    like = torch.zeros(3)
+    first = encode(Header("call"), False, 4, 2, like)
+    with torch.inference_mode():
+        assert encode(Header("call"), False, 4, 2, like) is first
+    assert len(uploads) == 1
+    assert first.header.tolist() == Header("call").numbers(False)
+    assert first.filling.tolist() == [0, 0]
+    others = [
+        encode(Header("call", fault=True), False, 4, 2, like),
+        encode(Header("call"), True, 4, 2, like),
+        encode(Header("call"), False, 8, 2, like),
+        encode(Header("call"), False, 4, 3, like),
+    ]
+    assert all(other is not first for other in others)
+    for step in range(100):
+        encode(Header(f"call, step {step}"), False, 4, 2, like)
+    assert agreement._kept.cache_info().currsize <= 32
+    monkeypatch.setattr(agreement, "_stream", lambda device: "another stream")
+    assert encode(Header("call"), False, 4, 2, like) is not first
+    monkeypatch.setattr(agreement, "is_capturing", lambda device: True)
+    captured = [encode(Header("call"), False, 4, 2, like) for _ in range(2)]
+    assert captured[0] is not captured[1]  # the graph keeps its own
+
+
+def test_a_header_without_values_is_not_kept() -> None:
+    agreement._kept.cache_clear()
+    for like in (torch.zeros(2, device="meta"), FakeTensorMode().from_tensor(torch.zeros(2))):
+        assert encode(Header("call"), False, 4, 2, like).header.device == like.device
+    assert agreement._kept.cache_info().currsize == 0
+
+
+def test_a_late_header_is_compared_with_that_of_its_own_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `step=` the header of each step is another."""
+    plan = Clipper([nn.Parameter(torch.zeros(1))]).plan
+    monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
+    monkeypatch.setattr(reduce, "_disagreement", lambda plan, call: LayoutError(call))
+    queue: list[Late] = []
+
+    def read_all(numbers: torch.Tensor, about: Header) -> Late | None:
+        queue.append(Late(numbers.tolist(), about))
+        return queue.pop(0) if len(queue) > 4 else None
+
+    monkeypatch.setattr(plan.calls.late, "read_all", read_all)
+    for step in range(8):
+        mine = Header(f"step {step}")
+        other = Header("step 0" if step == 3 else mine.text)
+        first = torch.tensor(combined([mine, other]), dtype=torch.float64)
+        if step == 3 + 4:
+            with pytest.raises(LayoutError):
+                reduce._read(first, plan, mine, False, 2)
+        else:
+            assert not reduce._read(first, plan, mine, False, 2).fault
+
+
+def test_nobody_looks_inside_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(Clipper([nn.Parameter(torch.zeros(1))]).plan, copied_dtensors=[0])
+    monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
+    for module in (reduce, late_reads):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    first = torch.tensor(combined([Header("call"), Header("other")]), dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    flags = reduce._read(first, plan, Header("call"), False, 2)
+    assert flags == (False, True, False)

@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.norms import verify
+from distclip.sharding.rank_group import Line, RankGroup
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.wrapped import WRAPPERS, with_gradients
@@ -205,7 +206,8 @@ def ranks_stay_away(missing: list[int], earlier_calls: int) -> float:
     group = dist.new_group(list(range(4)), timeout=timedelta(seconds=2))
     clipper = distclip.Clipper(Small(), mesh=mesh((4,), ("pp",)))
     # as the world, but with a short timeout
-    object.__setattr__(clipper.plan.reduce_mesh, "group", group)
+    short = RankGroup((Line(group, tuple(range(4))),), torch.device("cpu"))
+    object.__setattr__(clipper.plan.reduce_mesh, "rank_group", short)
     for _ in range(earlier_calls):
         clipper.plan.verify()
     started = time.monotonic()

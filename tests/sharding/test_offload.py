@@ -138,7 +138,7 @@ def sums_of_fsdp1_are_reduced_where_it_computes(original: bool) -> None:
         )  # as it is on a GPU, where NCCL takes no CPU tensor
     reduce_mesh = Clipper(model).plan.reduce_mesh
     assert reduce_mesh is not None
-    assert reduce_mesh.device_type == "cuda"
+    assert reduce_mesh.rank_group.device.type == "cuda"
 
 
 @pytest.mark.parametrize("original", [False, True])

@@ -70,13 +70,14 @@ TORCH: dict[str, set[str]] = {
     "torch.distributed.fsdp": {"sharding"},
 }
 
-# Calls that make ranks communicate -> where they may be made; during a step only in `norms.reduce`.
+# Calls that make ranks communicate -> where they may be made; during a step only in `norms.reduce`,
+# and in what it calls.
 EACH_STEP = """all_reduce all_reduce_coalesced all_gather_into_tensor all_gather_tensor all_to_all
     all_to_all_single reduce_scatter reduce_scatter_tensor full_tensor"""
 AT_SETUP = """all_gather all_gather_object gather_object broadcast_object_list
     scatter_object_list monitored_barrier"""
 CALLS: dict[str, set[str]] = {
-    **{name: {"norms.reduce"} for name in EACH_STEP.split()},
+    **{name: {"norms.reduce", "sharding.rank_group"} for name in EACH_STEP.split()},
     **{name: {"sharding", "norms.reduce", "norms.verify", "adapters"} for name in AT_SETUP.split()},
     "redistribute": {"sharding"},  # a Partial gradient, once, before it is measured
 }

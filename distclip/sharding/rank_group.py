@@ -1,0 +1,190 @@
+"""Ranks that communicate, over process groups that exist already.
+
+Making a process group may be a collective of the whole world, and ranks outside of a mesh would not
+come. Torch makes a group for each axis of a mesh, and none over several axes: where these are a
+part of the world, the ranks communicate along one axis after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from math import prod
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from distclip.torch_private import local_tensor, with_real_values
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """All ranks, or those along one axis of a mesh through this rank.
+
+    Attributes:
+        ranks: global ranks, in the order in which results are combined. The order of the axis, and
+            not that of the group: on other lines the group has other ranks, sorted by number.
+    """
+
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+
+    def all_gather(self, numbers: Tensor) -> Tensor:
+        """Shapes: numbers: [n]; the result: [ranks, n]."""
+        rows = numbers.new_empty(len(self.ranks), len(numbers))
+        by_rank = dict(zip(self.ranks, rows.unbind(), strict=True))
+        in_group = dist.get_process_group_ranks(self.group)
+        dist.all_gather([by_rank[rank] for rank in in_group], numbers, group=self.group)
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class RankGroup:
+    """All ranks of a mesh. It keeps no DeviceMesh alive.
+
+    Attributes:
+        lines: of one process group over all ranks; where there is none, of each axis of the mesh
+            that has several ranks, the longest first. Empty for a rank that is alone.
+        device: where the collectives run.
+    """
+
+    lines: tuple[Line, ...]
+    device: torch.device
+
+    @classmethod
+    @with_real_values()
+    def of(cls, mesh: DeviceMesh, tensors: Iterable[Tensor] = ()) -> RankGroup:
+        """The ranks of a mesh that contains this rank.
+
+        Args:
+            tensors: what lies on these ranks; the collectives run on the device of the first.
+        """
+        if mesh.size() == dist.get_world_size():
+            return cls.world(torch.device(mesh.device_type), tensors)
+        lines = [_line(mesh, axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+        lines.sort(key=lambda line: -len(line.ranks))
+        return cls(tuple(lines), with_index(torch.device(mesh.device_type), tensors, lines))
+
+    @classmethod
+    def world(cls, device: torch.device, tensors: Iterable[Tensor] = ()) -> RankGroup:
+        """All ranks of the default process group."""
+        group = cast(dist.ProcessGroup, dist.group.WORLD)
+        line = Line(group, tuple(dist.get_process_group_ranks(group)))
+        return cls((line,), with_index(device, tensors, [line]))
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """The same for equal ranks, as long as their process groups live."""
+        return tuple(id(line.group) for line in self.lines)
+
+    @cached_property
+    def is_fake(self) -> bool:
+        """Whether the collectives do nothing, as in simulations."""
+        return any(dist.get_backend(line.group) == "fake" for line in self.lines)
+
+    @cached_property
+    def num_combined(self) -> int:
+        """Of how many ranks results are: a fake process group leaves each message as it is."""
+        return 1 if self.is_fake else prod(len(line.ranks) for line in self.lines)
+
+    def all_reduce_(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        """The sum or the maximum over the ranks, in place; the same bits on each.
+
+        Collective: one all-reduce; one all-gather for each further line. Another all-reduce would
+            not do: along other lines it may add in another order.
+        """
+        if self.lines:
+            dist.all_reduce(numbers, op, group=self.lines[0].group)
+        for line in self.lines[1:]:
+            rows = line.all_gather(numbers)
+            if not self.is_fake:
+                numbers.copy_(combine(rows, op == dist.ReduceOp.MAX))
+
+    def all_gather(self, numbers: Tensor) -> Tensor:
+        """The numbers of all ranks, in an order that is the same on each.
+
+        Shapes: numbers: [n]; the result: [num_combined, n].
+
+        Collective: an all-gather for each line.
+        """
+        rows = numbers
+        for line in self.lines:
+            rows = line.all_gather(rows.flatten())
+        return numbers[None] if self.is_fake else rows.view(-1, len(numbers))
+
+    @with_real_values()
+    def all_gather_objects(self, mine: T) -> dict[int, T]:
+        """A small object of every rank, by global rank, in order.
+
+        Collective: an all-gather of objects for each line. For setup, and for what happens rarely.
+        """
+        found = {dist.get_rank(): mine}
+        with on_device(self.device):  # torch takes the current device, which NCCL may not know
+            for line in self.lines:
+                parts: list[Any] = [None] * len(line.ranks)
+                dist.all_gather_object(parts, found, group=line.group)
+                found = {rank: each for part in parts for rank, each in part.items()}
+        return dict(sorted(found.items()))
+
+
+def combine(rows: Tensor, is_max: bool) -> Tensor:
+    """The maximum or the sum of rows: the same bits on any device, which `sum` does not promise.
+
+    Shapes: rows: [m, n]; the result: [n].
+    """
+    if is_max:
+        return rows.amax(0)
+    while len(rows) > 1:
+        half = len(rows) // 2
+        pairs = rows[:half] + rows[half : 2 * half]
+        rows = torch.cat([pairs, rows[2 * half :]]) if len(rows) % 2 else pairs
+    return rows[0]
+
+
+def with_index(
+    device: torch.device, tensors: Iterable[Tensor] = (), lines: Iterable[Line] = ()
+) -> torch.device:
+    """A device of that type: of the first of `tensors` which lies on one; else the one to which a
+    process group is bound, the only one that NCCL takes then; else the current one.
+
+    An accelerator that is not there, as in simulations, has no index.
+    """
+    if has_index(device) or device.type in ("cpu", "meta"):
+        return device
+    locals_ = (local_tensor(each) if isinstance(each, DTensor) else each for each in tensors)
+    bound = (line.group.bound_device_id for line in lines)
+    for each in chain((local.device for local in locals_), bound):
+        if each is not None and each.type == device.type and has_index(each):
+            return each
+    device_module: Any = torch.get_device_module(device.type)
+    if not device_module.is_available():
+        return device
+    return torch.device(device.type, device_module.current_device())
+
+
+def has_index(device: torch.device) -> bool:
+    return cast("int | None", device.index) is not None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one, where it has an index."""
+    if not has_index(device) or device.type == "cpu":
+        return contextlib.nullcontext()
+    device_module: Any = torch.get_device_module(device.type)
+    return cast("AbstractContextManager[Any]", device_module.device(device.index))
+
+
+def _line(mesh: DeviceMesh, axis: int) -> Line:
+    coordinate = cast("list[int]", mesh.get_coordinate())
+    index = [slice(None) if i == axis else at for i, at in enumerate(coordinate)]
+    along = mesh.mesh[tuple(index)]
+    return Line(mesh.get_group(axis), tuple(cast("list[int]", along.tolist())))
