@@ -9,9 +9,9 @@ from torch import Tensor
 
 from distclip import kernels
 from distclip.norms.measure import TensorLists
+from distclip.norms.units import Units, rows_of
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.local_tensors import first_overlap
-from distclip.sharding.shard import UnitView
 from distclip.torch_private import host_has_values, on_device
 
 
@@ -57,16 +57,21 @@ def check_writable(gradients: Sequence[Tensor | None], params: Sequence[LocalPar
         )
 
 
-def scale_units_(views: Iterable[UnitView], factors: Tensor) -> None:
+def scale_units_(units: Units, gradients: Sequence[Tensor | None], factors: Tensor) -> None:
     """Multiplies each unit by the factor of its row. Shapes: factors: [num_units]."""
-    whole: list[UnitView] = []
-    for view in views:
-        if view.dim is None:
-            whole.append(view)
-        else:
-            of_view = factors[view.first : view.first + view.values.shape[view.dim]]
-            kernels.scale_units_(view.values, view.dim, of_view.to(view.values.device))
-    for device in {view.values.device for view in whole}:
-        here = [view for view in whole if view.values.device == device]
-        of_tensors = torch.stack([factors[view.first] for view in here]).to(device)
-        kernels.scale_each_([view.values for view in here], of_tensors)
+    views = list(units.views(gradients))
+    if not views:
+        return
+    rows = rows_of(views)
+    index = units.indexes.of_numbers(rows, units.num_units)
+    of_views = factors if index is None else factors[index]
+    values, dims = [view.values for view in views], [view.dim for view in views]
+    devices = dict.fromkeys(each.device for each in values)
+    if len(devices) == 1:
+        kernels.scale_units_(values, dims, of_views.to(values[0].device))
+        return
+    factors_of = torch.split(of_views, [each.count for each in rows])
+    for device in devices:
+        here = [i for i, each in enumerate(values) if each.device == device]
+        there = torch.cat([factors_of[i] for i in here]).to(device)
+        kernels.scale_units_([values[i] for i in here], [dims[i] for i in here], there)

@@ -205,7 +205,7 @@ class Decision:
                 lists = _tensor_lists(gradients[group.members]) if known is None else known
                 self._write_lists_(lists, group, clip, scale)
             elif (factors := self._factor(clip, scale)) is not None:
-                scale_units_(group.units.views(gradients[group.members]), factors)
+                scale_units_(group.units, gradients[group.members], factors)
         if self.mode == "zero":
             zero_(_tensor_lists(gradients), ~self.finite)
 

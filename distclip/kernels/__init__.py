@@ -87,14 +87,24 @@ def coefficients(norms: Tensor, limits: Tensor) -> Tensor:
     return _backend_of([norms]).coefficients(norms, limits)
 
 
-def unit_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+def prepare_units(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> None:
+    """`Backend.prepare_units` for tensors of any devices."""
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        on_device = [tensors[i] for i in here]
+        _backend_of(on_device).prepare_units(on_device, [dims[i] for i in here], norm_type)
+
+
+def unit_power_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+) -> Tensor:
     """See `Backend.unit_power_sums`."""
-    return _backend_of([tensor]).unit_power_sums(tensor, dim, norm_type)
+    return _backend_of(tensors).unit_power_sums(tensors, dims, norm_type)
 
 
-def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+def unit_norms(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> Tensor:
     """See `Backend.unit_norms`."""
-    return _backend_of([tensor]).unit_norms(tensor, dim, norm_type)
+    return _backend_of(tensors).unit_norms(tensors, dims, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -107,9 +117,11 @@ def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
     _backend_of(tensors).scale_each_(tensors, coefficients)
 
 
-def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+def scale_units_(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], coefficients: Tensor
+) -> None:
     """See `Backend.scale_units_`."""
-    _backend_of([tensor]).scale_units_(tensor, dim, coefficients)
+    _backend_of(tensors).scale_units_(tensors, dims, coefficients)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:

@@ -93,18 +93,28 @@ class Backend(Protocol):
         """
         ...
 
-    def unit_power_sums(self, tensor: Tensor, dim: int, norm_type: float) -> Tensor:
-        """`power_sums` of every index of `dim`.
+    def prepare_units(
+        self, tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+    ) -> None:
+        """Compiles what the three functions of units will call for tensors of such shapes."""
+        ...
 
-        Shapes: the result: [tensor.shape[dim]].
+    def unit_power_sums(
+        self, tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+    ) -> Tensor:
+        """`power_sums` of every unit of each tensor, in order.
+
+        The units of a tensor are the indices of its `dim`; where that is None, the tensor is one
+        unit. `tensors` may be empty.
+
+        Shapes: dims: [len(tensors)]; the result: [number of units].
         """
         ...
 
-    def unit_norms(self, tensor: Tensor, dim: int, norm_type: float) -> Tensor:
-        """`norms` of every index of `dim`.
-
-        Shapes: the result: [tensor.shape[dim]].
-        """
+    def unit_norms(
+        self, tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+    ) -> Tensor:
+        """`norms` of every unit; see `unit_power_sums`."""
         ...
 
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -125,10 +135,12 @@ class Backend(Protocol):
         """
         ...
 
-    def scale_units_(self, tensor: Tensor, dim: int, coefficients: Tensor) -> None:
-        """Multiplies every index of `dim` by its own coefficient. On a CPU ones write nothing.
+    def scale_units_(
+        self, tensors: Sequence[Tensor], dims: Sequence[int | None], coefficients: Tensor
+    ) -> None:
+        """`scale_` of every unit with its own coefficient; see `unit_power_sums`.
 
-        Shapes: coefficients: [tensor.shape[dim]].
+        Shapes: coefficients: [number of units].
         """
         ...
 

@@ -24,11 +24,10 @@ from distclip.kernels.contiguous import contiguous_spans, flat, grouped
 from distclip.kernels.naive import (
     clamp_,
     coefficients,
+    prepare_units,
     scale_each_,
     scale_units_,
     total,
-    unit_norms,
-    unit_power_sums,
     zero_,
 )
 from distclip.torch_private import foreach_mul_
@@ -41,6 +40,7 @@ __all__ = [
     "power_sums",
     "power_sums_where",
     "prepare",
+    "prepare_units",
     "scale_",
     "scale_each_",
     "scale_units_",
@@ -124,6 +124,18 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     if type(sums) is Tensor and bool(in_range.all()):  # a fake tensor has no values to look at
         return sums ** (1 / norm_type)
     return naive.norms(tensors, norm_type)
+
+
+def unit_power_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+) -> Tensor:
+    """Whole tensors as in `power_sums`, and other units as in `naive`."""
+    return naive.unit_numbers(tensors, dims, norm_type, power_sums, naive.dim_power_sums)
+
+
+def unit_norms(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> Tensor:
+    """Whole tensors as in `norms`, and other units as in `naive`."""
+    return naive.unit_numbers(tensors, dims, norm_type, norms, naive.dim_norms)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

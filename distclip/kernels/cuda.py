@@ -16,6 +16,7 @@ from torch import Tensor
 from distclip.kernels import cuda_triton, foreach, naive, tensor_table
 from distclip.kernels.naive import (
     coefficients,
+    prepare_units,
     scale_units_,
     tensor_lists,
     total,
@@ -31,6 +32,7 @@ __all__ = [
     "power_sums",
     "power_sums_where",
     "prepare",
+    "prepare_units",
     "scale_",
     "scale_each_",
     "scale_units_",

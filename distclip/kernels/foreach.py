@@ -16,12 +16,12 @@ from distclip.kernels.naive import (
     coefficients,
     norms,
     prepare,
+    prepare_units,
     scale_each_,
     scale_units_,
     tensor_lists,
     total,
     unit_norms,
-    unit_power_sums,
     zero_,
 )
 from distclip.torch_private import foreach_mul_, foreach_norm, host_has_values
@@ -34,6 +34,7 @@ __all__ = [
     "power_sums",
     "power_sums_where",
     "prepare",
+    "prepare_units",
     "scale_",
     "scale_each_",
     "scale_units_",
@@ -67,6 +68,13 @@ def power_sums_where(
 ) -> Tensor:
     """Reads all; a look at `where` would wait for the device."""
     return torch.where(where, power_sums(tensors, norm_type), otherwise)
+
+
+def unit_power_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+) -> Tensor:
+    """Whole tensors as in `power_sums`."""
+    return naive.unit_numbers(tensors, dims, norm_type, power_sums, naive.dim_power_sums)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

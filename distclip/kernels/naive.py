@@ -6,7 +6,7 @@ It runs on any device, without a wait on an accelerator. `Backend` documents the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from distclip.torch_private import host_has_values
 
 # Smaller coefficients are no normal float32 numbers: products with them are computed in float64.
 LEAST_FLOAT32 = 2.0**-126
-_CHUNK = 1 << 15  # elements widened at a time: 256 KiB of float64 stay in the cache of a core
+# Elements widened at a time: 256 KiB of float64 stay in the cache of a core of a CPU. Elsewhere
+# each operation costs a launch, and fewer are faster.
+_CHUNK, _CHUNK_OFF_CPU = 1 << 15, 1 << 24
 
 
 def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
@@ -105,33 +107,69 @@ def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:
         tensor.clamp_(-rounded, rounded)
 
 
-def unit_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+def prepare_units(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> None:
+    """Nothing is compiled."""
+
+
+def unit_power_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+) -> Tensor:
     """As `power_sums`."""
-    return _unit_power_sums(tensor, dim, norm_type, None)
+    return unit_numbers(tensors, dims, norm_type, power_sums, dim_power_sums)
 
 
-def unit_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+def unit_norms(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> Tensor:
     """As `norms`."""
-    maxima = unit_power_sums(tensor, dim, math.inf)
+    return unit_numbers(tensors, dims, norm_type, norms, dim_norms)
+
+
+def unit_numbers(
+    tensors: Sequence[Tensor],
+    dims: Sequence[int | None],
+    norm_type: float,
+    of_tensors: Callable[[Sequence[Tensor], float], Tensor],
+    of_dim: Callable[[Tensor, int, float], Tensor],
+) -> Tensor:
+    """The numbers of all units, in order: of whole tensors together, of each dim alone."""
+    whole = of_tensors([t for t, dim in zip(tensors, dims, strict=True) if dim is None], norm_type)
+    if len(whole) == len(tensors):
+        return whole
+    each = iter(torch.split(whole, 1) if len(whole) else ())
+    return torch.cat(
+        [
+            next(each) if dim is None else of_dim(tensor, dim, norm_type)
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+    )
+
+
+def dim_power_sums(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """`power_sums` of every index of `dim`."""
+    return _dim_power_sums(tensor, dim, norm_type, None)
+
+
+def dim_norms(tensor: Tensor, dim: int, norm_type: float) -> Tensor:
+    """`norms` of every index of `dim`."""
+    maxima = dim_power_sums(tensor, dim, math.inf)
     if math.isinf(norm_type):
         return maxima
-    sums = _unit_power_sums(tensor, dim, norm_type, maxima)
+    sums = _dim_power_sums(tensor, dim, norm_type, maxima)
     return _norms_from_scaled(maxima, sums, norm_type)
 
 
-def scale_units_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
-    """One product of the tensor and its coefficients, widened to float32 or float64."""
-    if host_has_values(coefficients) and bool((coefficients == 1).all()):
+def scale_units_(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], coefficients: Tensor
+) -> None:
+    """`scale_` for each whole tensor, and one product for each of the others."""
+    if all(dim is None for dim in dims):
+        scale_each_(tensors, coefficients)
         return
-    least = torch.float32
-    if host_has_values(coefficients):
-        magnitudes = coefficients.abs()
-        if bool(((magnitudes > 0) & (magnitudes < LEAST_FLOAT32)).any()):
-            least = torch.float64
-    wide = torch.promote_types(tensor.dtype, least)
-    shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
-    factors = coefficients.to(wide.to_real())
-    tensor.copy_(tensor.to(wide) * factors.view(shape))
+    counts = [1 if dim is None else t.shape[dim] for t, dim in zip(tensors, dims, strict=True)]
+    for tensor, dim, factors in zip(tensors, dims, torch.split(coefficients, counts), strict=True):
+        if dim is None:
+            scale_([tensor], factors.squeeze(0))
+        else:
+            _scale_dim_(tensor, dim, factors)
 
 
 def is_tiny(coefficient: float) -> bool:
@@ -146,7 +184,8 @@ def combine(power_sums: Tensor, norm_type: float) -> Tensor:
 def _power_sum(tensor: Tensor, norm_type: float, scale: Tensor | None = None) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    sums = [_chunk_sum(chunk, norm_type, scale) for chunk in torch.split(flat(tensor), _CHUNK)]
+    chunks = torch.split(flat(tensor), _chunk_size(tensor))
+    sums = [_chunk_sum(chunk, norm_type, scale) for chunk in chunks]
     return sums[0] if len(sums) == 1 else combine(torch.stack(sums), norm_type)
 
 
@@ -159,14 +198,34 @@ def _chunk_sum(chunk: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
     return wide.abs().amax() if math.isinf(norm_type) else wide.abs().pow(norm_type).sum()
 
 
-def _unit_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None) -> Tensor:
+def _dim_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None) -> Tensor:
     rows = tensor.movedim(dim, 0)
-    step = max(1, _CHUNK * len(rows) // max(1, tensor.numel()))
+    step = max(1, _chunk_size(tensor) * len(rows) // max(1, tensor.numel()))
     sums = [
         _row_sums(rows[i : i + step], norm_type, None if scales is None else scales[i : i + step])
         for i in range(0, len(rows), step)
     ]
     return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=tensor.device)
+
+
+def _scale_dim_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:
+    """One product of the tensor and its coefficients, widened to float32 or float64."""
+    wide, factors = torch.promote_types(tensor.dtype, torch.float32), coefficients
+    if host_has_values(coefficients):
+        if bool((coefficients == 1).all()):
+            return
+        magnitudes = coefficients.abs()
+        tiny = (magnitudes > 0) & (magnitudes < LEAST_FLOAT32)
+        if wide.to_real() is torch.float32 and bool(tiny.any()):
+            wide = torch.promote_types(wide, torch.float64)
+            # Rounded to float32 as elsewhere, the other factors give the same bits in float64.
+            factors = torch.where(tiny, factors, factors.float().double())
+    shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
+    tensor.copy_(tensor.to(wide) * factors.to(wide.to_real()).view(shape))
+
+
+def _chunk_size(tensor: Tensor) -> int:
+    return _CHUNK if tensor.is_cpu else _CHUNK_OFF_CPU
 
 
 def _row_sums(rows: Tensor, norm_type: float, scales: Tensor | None) -> Tensor:

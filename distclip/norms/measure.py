@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from distclip import kernels
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
-from distclip.norms.units import Units
+from distclip.norms.units import Units, rows_of
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
 from distclip.torch_private import host_has_values
@@ -177,47 +177,51 @@ def _in_slots(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
 
 
 def _unit_partials(values: Sequence[Tensor | None], power: Power, units: Units) -> Tensor:
-    shape = units.num_units, power.num_partials
-    partials = torch.zeros(shape, dtype=torch.float64, device=units.sizes.device)
-    _add_units_(partials, units.views(values), power, units)
-    return partials
+    return _partials_of_rows(list(units.views(values)), 0, units.num_units, power, units)
 
 
 def _add_units_(partials: Tensor, views: Iterable[UnitView], power: Power, units: Units) -> None:
-    whole: list[UnitView] = []
-    for view in views:
-        if view.dim is None:
-            whole.append(view)
-            continue
-        first, count = view.first, view.values.shape[view.dim]
-        rows = torch.arange(first, first + count, device=partials.device)
-        per_unit = _per_unit(view.values, view.dim, power).to(partials.device)
-        more = power_sums.partials(per_unit, power)
-        power_sums.combine_rows_(partials, rows, more, power.norm_type)
-    if whole:
-        per_tensor = _per_tensor([view.values for view in whole], power, partials.device)
-        rows = units.rows_on_device([view.first for view in whole])
-        more = power_sums.partials(per_tensor, power)
-        power_sums.combine_rows_(partials, rows, more, power.norm_type)
+    """Combines what views hold with the partials of their rows, in place and without a wait."""
+    if not (views := list(views)):
+        return
+    rows = rows_of(views)
+    first, end = min(r.first for r in rows), max(r.first + r.count for r in rows)
+    more = _partials_of_rows(views, first, end - first, power, units)
+    power_sums.combine_rows_(partials[first:end], more, power.norm_type)
 
 
-def _per_unit(values: Tensor, dim: int, power: Power) -> Tensor:
-    """As `_per_tensor`, for every index of `dim`."""
-    kernel = kernels.unit_norms if power.needs_norms else kernels.unit_power_sums
-    return kernel(values, dim, power.norm_type)
+def _partials_of_rows(
+    views: Sequence[UnitView], first: int, num_rows: int, power: Power, units: Units
+) -> Tensor:
+    """The partials of `num_rows` units from `first`; zeros where no view holds elements."""
+    device = units.sizes.device
+    if not views:
+        return torch.zeros(num_rows, power.num_partials, dtype=torch.float64, device=device)
+    per_unit = _per_unit([v.values for v in views], [v.dim for v in views], power, device)
+    index = units.indexes.of_rows(rows_of(views), first, num_rows)
+    return power_sums.gathered(power_sums.partials(per_unit, power), index, power.norm_type)
 
 
 def _per_tensor(values: Sequence[Tensor], power: Power, device: torch.device) -> Tensor:
     """Of each tensor, on any device, what `power_sums.partials` takes; together on `device`."""
-    kernel = kernels.norms if power.needs_norms else kernels.power_sums
-    devices = {v.device for v in values}
-    if len(devices) == 1:
-        return kernel(values, power.norm_type).to(device)
-    per_tensor = torch.zeros(len(values), dtype=torch.float64, device=device)
+    return _per_unit(values, [None] * len(values), power, device)
+
+
+def _per_unit(
+    values: Sequence[Tensor], dims: Sequence[int | None], power: Power, device: torch.device
+) -> Tensor:
+    """As `_per_tensor`, for every index of the dim of each tensor."""
+    kernel = kernels.unit_norms if power.needs_norms else kernels.unit_power_sums
+    devices = dict.fromkeys(v.device for v in values)
+    if len(devices) <= 1:
+        return kernel(values, dims, power.norm_type).to(device)
+    each: dict[torch.device, Iterator[Tensor]] = {}
     for there in devices:
-        index = [i for i, v in enumerate(values) if v.device == there]
-        per_tensor[index] = kernel([values[i] for i in index], power.norm_type).to(device)
-    return per_tensor
+        here = [(v, dim) for v, dim in zip(values, dims, strict=True) if v.device == there]
+        counts = [1 if dim is None else v.shape[dim] for v, dim in here]
+        found = kernel([v for v, _ in here], [dim for _, dim in here], power.norm_type)
+        each[there] = iter(torch.split(found.to(device), counts))
+    return torch.cat([next(each[v.device]) for v in values])
 
 
 class NormBuffer:

@@ -14,7 +14,7 @@ from distclip import kernels
 from distclip.norms.agreement import message_size
 from distclip.norms.late_reads import LateReads
 from distclip.norms.power_sums import Power, norm_dtype
-from distclip.norms.units import Units, make_units
+from distclip.norms.units import Units, make_units, prepare_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
 from distclip.sharding.copies import has_new_copies
@@ -200,6 +200,8 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     for group in groups:
         on_accelerator = [p for p in params[group.members] if not p.param.is_cpu]
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
+        if group.units is not None:
+            prepare_units(group.units, params[group.members], group.norm_type)
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]

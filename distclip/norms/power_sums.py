@@ -71,12 +71,29 @@ def combine(partials: Tensor, norm_type: float) -> Tensor:
     return partials.amax(0) if math.isinf(norm_type) else partials.sum(0)
 
 
-def combine_rows_(partials: Tensor, rows: Tensor, more: Tensor, norm_type: float) -> None:
-    """Combines row i of `more` with row `rows[i]` of `partials`, in place."""
+def combine_rows_(partials: Tensor, more: Tensor, norm_type: float) -> None:
+    """Combines each row of `more` with that of `partials`, in place. Shapes: [n, k]."""
     if math.isinf(norm_type):
-        partials.index_reduce_(0, rows, more, "amax")
+        torch.maximum(partials, more, out=partials)
     else:
-        partials.index_add_(0, rows, more)
+        partials.add_(more)
+
+
+def gathered(partials: Tensor, index: Tensor | None, norm_type: float) -> Tensor:
+    """The partials of n units, each combined from those of its parts, in one order.
+
+    Args:
+        index: the parts of each unit; the number of all parts where a unit has fewer than others.
+            None if the parts are the units.
+
+    Shapes: partials: [number of parts, k]; index: [parts of a unit, n]; the result: [n, k].
+    """
+    if index is None:
+        return partials
+    of_parts = torch.cat([partials, partials.new_zeros(1, partials.shape[1])])[index]
+    if len(index) == 1:
+        return of_parts[0]
+    return of_parts.amax(0) if math.isinf(norm_type) else of_parts.sum(0)
 
 
 def norm_from_partials(partials: Tensor, power: Power) -> Tensor:

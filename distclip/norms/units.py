@@ -6,7 +6,7 @@ a boundary between ranks cuts a unit, its partial sums are reduced too, in a *sl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distclip import kernels
 from distclip.errors import LayoutError
+from distclip.norms.unit_rows import RowIndexes, Rows
 from distclip.policies import Policy, Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import BlockShard, ParamShard, UnitView
+
+
+def rows_of(views: Iterable[UnitView]) -> tuple[Rows, ...]:
+    """The rows of each view of `Units.views`."""
+    return tuple([Rows(v.first, 1 if v.dim is None else v.values.shape[v.dim]) for v in views])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +81,10 @@ class Units:
             if (of_member := values[span.member]) is not None:
                 yield from span.views(of_member)
 
-    def rows_on_device(self, rows: list[int]) -> Tensor:
-        """`rows` on the device; kept for the next call, because the copy waits for the device."""
-        if self._latest_rows.get("rows") != rows:
-            index = torch.tensor(rows, device=self.sizes.device)
-            self._latest_rows.update(rows=rows, index=index)
-        return self._latest_rows["index"]
-
     @cached_property
-    def _latest_rows(self) -> dict[str, Any]:
-        return {}
+    def indexes(self) -> RowIndexes:
+        """Which rows the numbers of views belong to."""
+        return RowIndexes(self.sizes.device)
 
     @cached_property
     def spans_of(self) -> dict[int, list[UnitSpan]]:
@@ -131,6 +132,14 @@ def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.
         sharded=torch.tensor(rows, dtype=torch.int64, device=device),
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
     )
+
+
+@torch.no_grad()
+def prepare_units(units: Units, params: Sequence[LocalParam], norm_type: float) -> None:
+    """Compiles what steps will call for the units of accelerators."""
+    on_accelerator = [None if p.param.is_cpu or p.param.is_meta else p.weights for p in params]
+    views = list(units.views(on_accelerator))
+    kernels.prepare_units([v.values for v in views], [v.dim for v in views], norm_type)
 
 
 def _slots(spans: Sequence[UnitSpan]) -> tuple[list[int], list[int], int]:

@@ -119,13 +119,16 @@ def test_units(backend: Backend, device: str, dim: int, norm_type: float) -> Non
     tensor = torch.randn(5, 7, 3, device=device).bfloat16()
     per_unit = [unit.contiguous() for unit in tensor.unbind(dim)]
     for found, expected in (
-        (backend.unit_power_sums(tensor, dim, norm_type), naive.power_sums(per_unit, norm_type)),
-        (backend.unit_norms(tensor, dim, norm_type), naive.norms(per_unit, norm_type)),
+        (
+            backend.unit_power_sums([tensor], [dim], norm_type),
+            naive.power_sums(per_unit, norm_type),
+        ),
+        (backend.unit_norms([tensor], [dim], norm_type), naive.norms(per_unit, norm_type)),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     coefficients = torch.rand(len(per_unit), dtype=torch.float64, device=device)
     naive.scale_each_(per_unit, coefficients)
-    backend.scale_units_(tensor, dim, coefficients)
+    backend.scale_units_([tensor], [dim], coefficients)
     assert torch.equal(tensor, torch.stack(per_unit, dim))
 
 
@@ -185,7 +188,7 @@ def test_coefficients_that_are_no_normal_float32(
             ones = number(1.0, device).expand(len(tensor)).clone()
             kept = tensor[1:].clone()
             ones[0] = value
-            backend.scale_units_(tensor, 0, ones)
+            backend.scale_units_([tensor], [0], ones)
             assert torch.equal(tensor[1:], kept)
         tensors, expected = [t[0] for t in tensors], [t[0] for t in expected]
     torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
