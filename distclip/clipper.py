@@ -245,9 +245,14 @@ class Clipper:
         (`grad_scale`), and their kernels write the gradients; others step after `clip_`. The
         result is the same up to rounding, except that a coefficient below 1e-38 becomes zero. Not
         folded: subclasses, groups that are not all fused, optimizers that do not step what the
-        clipper holds, gradients outside of `.grad`, on_nonfinite="zero". Where the norm is not
-        finite, a scaler skips the step, and so does on_nonfinite="skip": on the device if folded,
-        else on the host, which waits for the norm.
+        clipper holds, gradients outside of `.grad`, on_nonfinite="zero". On an accelerator without
+        loss scale and `scale`, the coefficient is not folded either: given a number, these kernels
+        write all gradients, and nobody waits to know that it is 1. Where parameters lie on a CPU,
+        and the norm on an accelerator (CPU offload), the number is waited for.
+
+        Where the norm is not finite, a scaler skips the step, and so does on_nonfinite="skip": on
+        the device if the optimizer can take the coefficient, else on the host, which waits for the
+        norm.
 
         A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
         accelerate's does, steps and updates it there; while accelerate accumulates gradients, a
@@ -269,11 +274,12 @@ class Clipper:
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
             folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
-            decision.take_effect() if folds else decision.apply_()
+            multiplies = folds and optimizers.takes_factor(stepped, decision)
+            decision.take_effect() if multiplies else decision.apply_()
         found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
             if folds:
-                with optimizers.folded(each, decision.factor, skip):
+                with optimizers.folded(each, decision.factor if multiplies else None, skip):
                     grad_scaler.step_optimizer(each, scaler)
             elif skip is None or grad_scaler.is_on(scaler) or not decision.is_known_nonfinite:
                 grad_scaler.step_optimizer(each, scaler, found_inf)

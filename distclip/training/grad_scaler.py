@@ -144,10 +144,18 @@ def step_optimizer(
         record(scaler, [optimizer], found_inf)
     if wrappers.steps_through(optimizer, scaler):
         optimizer.step()
-    elif not wrappers.is_wrapper(optimizer) and not optimizers.skips_wrongly(optimizer):
+    elif _skips_itself(optimizer, scaler):
         scaler.step(optimizer)
     else:
         _step_unless_found(optimizer, scaler)
+
+
+def _skips_itself(optimizer: Optimizer, scaler: GradScaler) -> bool:
+    """Whether `scaler.step` does right by it; else the host must decide."""
+    if wrappers.is_wrapper(optimizer) or optimizers.skips_wrongly(optimizer):
+        return False
+    scale = torch_private.loss_scale(scaler)
+    return scale is None or not optimizers.reads_too_early(optimizer, scale.device)
 
 
 def _is_forgotten(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """What torch's optimizers do with a gradient: which they step, and which multiply it themselves.
 
 A fused kernel divides the gradient by `grad_scale`, and leaves the step out where `found_inf` is 1.
+Given a `grad_scale`, it writes every gradient back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.arguments import kind_of, shown
 from distclip.norms.plan import Plan
+from distclip.step import Decision
 from distclip.torch_private import host_has_values
 from distclip.training.wrappers import params_of
 
@@ -66,6 +68,30 @@ def multiplies(optimizer: Optimizer) -> bool:
     return is_known and not skips_wrongly(optimizer)
 
 
+def takes_factor(optimizers: Sequence[Optimizer], decision: Decision) -> bool:
+    """Whether a factor in the fused steps costs no more than to multiply the gradients before.
+
+    Where nothing is clipped, only the host can leave out a factor of 1, and it does not wait for an
+    accelerator to know it. A factor that is needed anyway costs nothing more.
+    """
+    known = host_has_values(decision.total_norm) or all(map(_steps_on_cpu, optimizers))
+    return known or decision.scale is not None
+
+
+def reads_too_early(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether a step under a GradScaler may read the flag that it copies from `device` too early.
+
+    Fused Adam copies `grad_scale` and `found_inf` to the CPU without waiting for them.
+    """
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    return device.type != "cpu" and is_fused and _steps_on_cpu(optimizer)
+
+
+def _steps_on_cpu(optimizer: Optimizer) -> bool:
+    """Whether parameters lie on a CPU, as under FSDP's CPU offload; all of them or some."""
+    return any(p.is_cpu for p in params_of([optimizer]) if p.grad is not None)
+
+
 def skips_wrongly(optimizer: Optimizer) -> bool:
     """Whether a fused step raises or leaves wrong state where `found_inf` skips it.
 
@@ -111,9 +137,15 @@ def _all_fused(optimizer: Optimizer) -> bool:
 
 
 def fold_(optimizer: Optimizer, factor: Tensor | None, found: Tensor | None) -> None:
-    """Makes the next `step()` multiply by `factor`, and skip where `found` is 1."""
+    """Makes the next `step()` multiply by `factor`, and skip where `found` is 1.
+
+    Waits for both where parameters lie on a CPU: see `reads_too_early`.
+    """
     if found is not None:
         start_momentum_(optimizer)
+    if _steps_on_cpu(optimizer):
+        # One number serves all devices: a copy from the CPU to an accelerator is safe.
+        factor, found = (None if each is None else each.cpu() for each in (factor, found))
     cast(Any, optimizer).grad_scale = _grad_scale(factor)
     cast(Any, optimizer).found_inf = found
 

@@ -213,17 +213,19 @@ class StepHook:
             grad_scaler.record(scaler, [optimizer], decision.found_inf)
         self._set_report(decision.report)
         skip = decision.skip(scaled)
-        if folds := self._folds(decision, is_shared):
-            optimizers.fold_(optimizer, decision.factor, skip)
+        folds = self._folds(decision, is_shared)
+        multiplies = folds and optimizers.takes_factor([optimizer], decision)
+        if folds:
+            optimizers.fold_(optimizer, decision.factor if multiplies else None, skip)
             self._folded = not is_set  # a scaler takes away what it has set
         elif is_set:
             optimizers.fold_(optimizer, None, None)
         is_partial = is_shared and decision.in_grad
-        if not folds and is_partial:
+        if not multiplies and is_partial:
             mine = {id(param) for param in wrappers.params_of([optimizer])}
             decision.apply_(lambda p: p.grad if id(p) in mine else None, decision.scale)
         if is_first:
-            decision.take_effect() if folds or is_partial else decision.apply_()
+            decision.take_effect() if multiplies or is_partial else decision.apply_()
             self._rounds.begin(self, decision)
         if not folds:
             self._leave_out(skip, None, at_once=True)
