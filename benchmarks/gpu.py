@@ -40,6 +40,7 @@ from benchmarks import (
 from benchmarks.gpu_device import Record, Session, use_triton_on_cpu
 
 NO_DEVICE = "torch sees no CUDA device on this machine, so nothing was measured"
+SECONDS = 500.0  # a command on a borrowed device often has ten minutes
 START_S = 5.0  # a process, torch, the device, kernels from Triton's cache
 PRELOADED = ["benchmarks.gpu_times", "benchmarks.gpu_training", "benchmarks.gpu_ranks", "triton"]
 SLOWEST = 4  # times the expected seconds: then a section is ended
@@ -87,11 +88,10 @@ class Options:
     tiny: bool
 
 
-def work(name: str, options: Options, rank: int, store: str, to: Connection) -> None:
+def work(section: Section, options: Options, rank: int, store: str, to: Connection) -> None:
     """One section in its process."""
-    section = next(each for each in SECTIONS if each.name == name)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)
-    session = Session(name, device, options.tiny, to.send, rank, section.num_ranks, store)
+    session = Session(section.name, device, options.tiny, to.send, rank, section.num_ranks, store)
     try:
         if options.device == "cpu":
             torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def work(name: str, options: Options, rank: int, store: str, to: Connection) -> 
         section.run(session)
         session.synchronize()
     except BaseException:  # SystemExit as well: the section did not come to its end
-        to.send({"section": name, "rank": rank, "error": traceback.format_exc()[-1500:]})
+        to.send({"section": section.name, "rank": rank, "error": traceback.format_exc()[-1500:]})
     finally:
         to.close()
         os._exit(0)  # process groups and CUDA need no orderly end, and can hang in one
@@ -117,7 +117,7 @@ def run_section(section: Section, options: Options, limit_s: float) -> Iterator[
     processes = []
     for rank in ranks:
         ours, theirs = context.Pipe(duplex=False)
-        given = (section.name, options, rank, store, theirs)
+        given = (section, options, rank, store, theirs)
         processes.append(context.Process(target=work, args=given))
         processes[-1].start()
         theirs.close()
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="tiny shapes: a check, not a speed")
     add("--only", default="", metavar="NAME", help="sections whose names contain this")
-    add("--seconds", type=float, default=500.0, help="for the whole run")
+    add("--seconds", type=float, default=SECONDS, help="for the whole run")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     add("--out", type=Path, metavar="DIR", help="for the results")
     given = parser.parse_args(argv)
@@ -192,8 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (chosen := [each for each in SECTIONS if given.only in each.name]):
         names = ", ".join(each.name for each in SECTIONS)
         sys.exit(f"--only {given.only!r}: no such section among {names}")
+    # The sections are forked from a process that may not have touched CUDA, nor imported Triton.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if given.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before any process imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
     options = Options(given.device, given.quick or given.device == "cpu")
     part = options.tiny or given.only
     folder = given.out or (Path("runs/benchmarks") if part else tables.RESULTS)
