@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 import distclip
 from benchmarks.gradients import Gradients
@@ -19,6 +18,8 @@ FOLLOWING = "distclip, Clipper of modules"
 OVERLAP, MEASURING = "distclip, overlap", "distclip, measuring alone"
 PLAIN_READ, PLAIN_WRITE, COPY = "plain read", "plain write (mul_)", "device copy"
 PLAIN_BOTH, LOOK = "sum, then mul_", "a look at .grad and its version"
+FOREACH, FOREACH_MUL = "torch._foreach_norm", "torch._foreach_mul_"
+COMPILED = "torch, compiled"
 
 
 def torch_clip(gradients: Gradients, limit: float) -> Run:
@@ -108,6 +109,23 @@ def plain_both(gradients: Gradients, limit: float) -> Run:
     return lambda: (gradients.flat.sum(), gradients.flat.mul_(1.0))
 
 
+def foreach_norm(gradients: Gradients, limit: float) -> Run:
+    """Of each tensor: what torch's function does before it combines them."""
+    by_dtype = gradients.by_dtype
+    return lambda: [torch._foreach_norm(values) for values in by_dtype]
+
+
+def foreach_mul(gradients: Gradients, limit: float) -> Run:
+    by_dtype = gradients.by_dtype
+    return lambda: [torch._foreach_mul_(values, 1.0) for values in by_dtype]
+
+
+def compiled_clip(gradients: Gradients, limit: float) -> Run:
+    backend = "inductor" if gradients.flat.is_cuda else "eager"  # a dry run compiles no C++
+    function = torch.compile(nn.utils.clip_grad_norm_, backend=backend)
+    return lambda: function(gradients.params, limit)
+
+
 def look(gradients: Gradients, limit: float) -> Run:
     """Whether each gradient still is what backward measured: the least that overlap needs."""
     return lambda: [p.grad._version for p in gradients.params if p.grad is not None]
@@ -116,26 +134,6 @@ def look(gradients: Gradients, limit: float) -> Run:
 def copy(gradients: Gradients, limit: float) -> Run:
     target = torch.empty_like(gradients.flat)
     return lambda: target.copy_(gradients.flat)
-
-
-def stepping(optimizer: Optimizer) -> list[Baseline]:
-    """Clipping and the step of one optimizer, which all share because its states are large."""
-
-    def torch_step(gradients: Gradients, limit: float) -> Run:
-        clip = torch_clip(gradients, limit)
-
-        def run() -> Tensor:
-            norm = clip()
-            optimizer.step()
-            return norm
-
-        return run
-
-    def clipper_step(gradients: Gradients, limit: float) -> Run:
-        clipper = clipper_of(gradients, limit)
-        return lambda: clipper.step(optimizer).total_norm
-
-    return [Baseline(TORCH, torch_step), Baseline(CLIPPER, clipper_step, ONE_ULP)]
 
 
 CLIPPING = Baseline(TORCH, torch_clip), Baseline(CLIPPER, clipper_clip, ONE_ULP)
@@ -158,5 +156,10 @@ IN_ONE_PROCESS = (
     Baseline(PLAIN_WRITE, plain_write, tolerance=None),
     Baseline(PLAIN_BOTH, plain_both, tolerance=None),
 )
-ON_DEVICE = (*IN_ONE_PROCESS, Baseline(COPY, copy, tolerance=None))
-MEASURING_ALONE = Baseline(MEASURING, measure_alone, ONE_ULP)
+MEASURED = (
+    Baseline(COPY, copy, tolerance=None),
+    Baseline(FOREACH, foreach_norm, tolerance=None),
+    Baseline(MEASURING, measure_alone, ONE_ULP),
+    *CLIPPING,
+)
+CLIPPED = (Baseline(FOREACH_MUL, foreach_mul, tolerance=None), *CLIPPING)

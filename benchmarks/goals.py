@@ -13,11 +13,7 @@ HEAD = ["case", "state", "goal", "found: ratio of medians (p20 to p80 of the rou
 
 @dataclass(frozen=True)
 class Goal:
-    """`baseline` is `times` as fast as `than`, or takes at most `within` times as long.
-
-    Attributes:
-        work: how much of the work of `than` the baseline does; `label` then names the comparison.
-    """
+    """`baseline` is `times` as fast as `than`, or takes at most `within` times as long."""
 
     case: str
     state: str
@@ -25,18 +21,17 @@ class Goal:
     within: float = 0.0
     than: str = TORCH
     baseline: str = CLIPPER
-    work: float = 1.0
-    label: str = ""
 
     @property
     def text(self) -> str:
-        than = self.label or self.than
-        return f"within {self.within:g} {than}s" if self.within else f"{self.times:g}x {than}"
+        if self.within:
+            return f"within {self.within:g} {self.than}s"
+        return f"{self.times:g}x {self.than}"
 
     def judge(self, rows: Sequence[Row]) -> list[str]:
         """A line under `HEAD`."""
         mine, other = (find(rows, self.case, self.state, n) for n in (self.baseline, self.than))
-        found = ratio(mine, other) if self.within else ratio(other, mine, self.work)
+        found = ratio(mine, other) if self.within else ratio(other, mine)
         if found is None:
             return line(self, "-", None)
         reached = found.p50 <= self.within if self.within else found.p50 >= self.times
@@ -45,26 +40,20 @@ class Goal:
 
 @dataclass(frozen=True)
 class AtMost:
-    """An upper bound on the median in milliseconds ("ms"), or on one of the row's counts."""
+    """An upper bound on the median, in milliseconds."""
 
     case: str
     state: str
     baseline: str
-    quantity: str
     most: float
 
     @property
     def text(self) -> str:
-        return f"{self.baseline}: at most {self.most:g} {self.quantity}"
+        return f"{self.baseline}: at most {self.most:g} ms"
 
     def judge(self, rows: Sequence[Row]) -> list[str]:
-        row = find(rows, self.case, self.state, self.baseline)
-        if self.quantity == "ms" and (ms := milliseconds(row)):
-            return line(self, f"{ms} ms", ms.p50 <= self.most)
-        if self.quantity in row.counts:
-            count = row.counts[self.quantity]
-            return line(self, f"{count} {self.quantity}", count <= self.most)
-        return line(self, "-", None)
+        ms = milliseconds(find(rows, self.case, self.state, self.baseline))
+        return line(self, f"{ms} ms", ms.p50 <= self.most) if ms else line(self, "-", None)
 
 
 def line(goal: Goal | AtMost, found: str, reached: bool | None) -> list[str]:
@@ -85,6 +74,6 @@ CLIP = [
     *both(BF16, 2.0, 1.2),
     *both(FP16, 3.0, 1.8),
     *both(SMALL, 3.0, 2.0),
-    AtMost(BACKWARD, "not clipping", OVERLAP, "ms", 1.0),
+    AtMost(BACKWARD, "not clipping", OVERLAP, 1.0),
 ]
 SHARDED = [*both(FOUR_RANKS, 3.0, 2.0), *both(TWO_AXES, 4.0, 2.5)]

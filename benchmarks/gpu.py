@@ -1,128 +1,217 @@
-"""Clipping bf16 gradients of 1B and 8B parameters on one CUDA device, the baselines in turn.
+"""The first minutes on one CUDA device: is everything right, does the host wait, how fast is it?
 
-    python -m benchmarks.gpu [--quick] [--rounds N] [--only NAME] [--out DIR]
+    python -m benchmarks.gpu [--quick] [--only NAME] [--seconds 500] [--out DIR] [--device cpu]
 
-Exits with 2 without a CUDA device, with 1 where distclip is wrong or missing. Needs only torch;
-without matplotlib there is no picture.
+Needs torch, and Triton for the kernels. Each section runs in a process of its own: one that crashes
+or hangs takes nothing with it. Every record is a line of JSON on the terminal and in gpu-DATE.jsonl
+as soon as it is there; tables follow, in gpu-DATE.md too. A section for which too little time is
+left is said to be skipped. `--device cpu` runs all of it on tiny shapes, in Triton's interpreter.
+
+Exits with 1 where something is wrong, raises or hangs, with 2 without a device. A goal that is
+missed is no error.
 """
 
 from __future__ import annotations
 
-import gc
+import os
 import sys
-import warnings
-from collections.abc import Iterable, Sequence
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import torch
-from torch.optim import AdamW
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import baselines, report
-from benchmarks.baselines import CLIPPER, COPY, MEASURING
-from benchmarks.clip import Case
-from benchmarks.goals import AtMost, Goal
-from benchmarks.gradients import Shapes, random_gradients
-from benchmarks.timing import STATES, Count, Row, Run, measure
-from tests.benchmarks.models import LLAMA_1B, LLAMA_8B
+from benchmarks import (
+    gpu_checks,
+    gpu_counts,
+    gpu_ranks,
+    gpu_report,
+    gpu_times,
+    gpu_training,
+    tables,
+)
+from benchmarks.gpu_device import Record, Session, use_triton_on_cpu
 
 NO_DEVICE = "torch sees no CUDA device on this machine, so nothing was measured"
-SMALL = ("small", [(300, 70), (512, 64), (64,)])
-MODELS = [(model.name, [w.shape for w in model.weights]) for model in (LLAMA_1B, LLAMA_8B)]
-STEP = "clipping and step"
-COPIES = 6  # weights, gradients, the original gradients, the target of the copy, AdamW's two states
+SECONDS = 500.0  # a command on a borrowed device often has ten minutes
+START_S = 5.0  # a process, torch, the device, kernels from Triton's cache
+PRELOADED = ["benchmarks.gpu_times", "benchmarks.gpu_training", "benchmarks.gpu_ranks", "triton"]
+SLOWEST = 4  # times the expected seconds: then a section is ended
 
 
-def needed_bytes(shapes: Shapes) -> int:
-    """In bf16, and the largest tensor twice in float32: a kernel may need it as a temporary."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    return COPIES * 2 * sum(sizes) + 2 * 4 * max(sizes)
+@dataclass(frozen=True)
+class Section:
+    """`seconds` is what it may take on an H100: a guess until one has run it."""
+
+    run: Callable[[Session], None]
+    seconds: float
+    num_ranks: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
 
 
-def counted(run: Run, prepare: Run) -> dict[str, int]:
-    """Kernels that one call launches, and how often the host waits for the device in it."""
-    prepare()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    prepare()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    events = ((event.key, event.count) for event in profiled.key_averages())
-    messages = (str(each.message) for each in caught)
-    return {"launches": num_launches(events), "syncs": num_syncs(messages)}
+# What is most likely to be wrong comes first, then what is compared in public.
+SECTIONS = [
+    Section(gpu_checks.first_calls, 40),
+    Section(gpu_checks.sums, 15),
+    Section(gpu_checks.rewrites, 15),
+    Section(gpu_counts.launches, 20),
+    Section(gpu_counts.host_waits, 30),
+    Section(gpu_checks.graphs, 10),
+    Section(gpu_checks.streams, 10),
+    Section(gpu_checks.deterministic, 10),
+    Section(gpu_times.public, 40),
+    Section(gpu_training.folding, 20),
+    Section(gpu_training.scaler, 10),
+    Section(gpu_ranks.nccl, 20),
+    Section(gpu_ranks.two_ranks, 30, num_ranks=2),
+    Section(gpu_times.bandwidth, 30),
+    Section(gpu_times.models, 40),
+    Section(gpu_training.overlap, 20),
+    Section(gpu_training.units, 15),
+    Section(gpu_times.compiled, 60),
+]
 
 
-def num_launches(events: Iterable[tuple[str, int]]) -> int:
-    """All variants of the runtime's cudaLaunchKernel and of cuLaunchKernel, which Triton uses."""
-    return sum(count for name, count in events if "LaunchKernel" in name)
+@dataclass(frozen=True)
+class Options:
+    device: str
+    tiny: bool
 
 
-def num_syncs(messages: Iterable[str]) -> int:
-    return sum("synchronizing CUDA operation" in message for message in messages)
+def work(section: Section, options: Options, rank: int, store: str, to: Connection) -> None:
+    """One section in its process."""
+    device = torch.device(options.device, 0 if options.device == "cuda" else None)
+    session = Session(section.name, device, options.tiny, to.send, rank, section.num_ranks, store)
+    try:
+        if options.device == "cpu":
+            torch.set_num_threads(1)
+            use_triton_on_cpu()
+        else:
+            torch.cuda.set_device(device)
+        section.run(session)
+        session.synchronize()
+    except BaseException:  # SystemExit as well: the section did not come to its end
+        to.send({"section": section.name, "rank": rank, "error": traceback.format_exc()[-1500:]})
+    finally:
+        to.close()
+        os._exit(0)  # process groups and CUDA need no orderly end, and can hang in one
 
 
-def measure_case(
-    case: Case, rounds: int, device: str = "cuda", count: Count = counted
-) -> list[Row]:
-    """Measuring alone, `clip_` that does not clip and that does, and with the optimizer's step."""
-    work, rows = random_gradients(case.shapes, case.dtype, device), []
-    stepping = baselines.stepping(AdamW(work.params, lr=1e-6, fused=True))
-    for state, ways in (
-        ("not clipping", [*baselines.ON_DEVICE, baselines.MEASURING_ALONE]),
-        ("clipping", baselines.ON_DEVICE),
-        (STEP, stepping),
-    ):
-        factor = STATES.get(state, STATES["clipping"])
-        rows += measure(case.name, state, work, ways, factor, rounds, count)
-    return rows
+def run_section(section: Section, options: Options, limit_s: float) -> Iterator[Record]:
+    """Its records as they come, and one that says how it ended."""
+    began, ranks = time.monotonic(), range(section.num_ranks)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    store = tempfile.mktemp(prefix="distclip-gpu-")
+    pipes: dict[Connection, int] = {}
+    processes = []
+    for rank in ranks:
+        ours, theirs = context.Pipe(duplex=False)
+        given = (section, options, rank, store, theirs)
+        processes.append(context.Process(target=work, args=given))
+        processes[-1].start()
+        theirs.close()
+        pipes[ours] = rank
+    while pipes and (left := began + limit_s - time.monotonic()) > 0:
+        for pipe in wait([*pipes], left):
+            try:
+                record = pipe.recv()
+            except EOFError:
+                del pipes[pipe]
+                continue
+            yield record
+    for rank, process in zip(ranks, processes, strict=True):
+        process.join(0 if pipes else 5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode and not pipes:
+            yield {"section": section.name, "rank": rank, "error": f"exit code {process.exitcode}"}
+    if pipes:
+        ended = f"ended after {limit_s:.0f} s; {section.seconds:.0f} s were expected"
+        yield {"section": section.name, "error": ended}
+    with suppress(FileNotFoundError):
+        os.unlink(store)
+    yield {"section": section.name, "took_s": time.monotonic() - began}
 
 
-def goals_of(case: str) -> list[Goal | AtMost]:
-    # A copy reads every byte and writes it; measuring only reads it.
-    bandwidth = {"than": COPY, "work": 0.5, "label": "the bandwidth of a device copy"}
-    return [
-        Goal(case, "not clipping", 0.85, baseline=MEASURING, **bandwidth),
-        Goal(case, "not clipping", 2.5),
-        Goal(case, "clipping", 1.0),
-        Goal(case, STEP, 1.0),
-        *(AtMost(case, state, CLIPPER, "syncs", 0) for state in (*STATES, STEP)),
-        *(AtMost(case, state, CLIPPER, "launches", 4) for state in STATES),
-    ]
+def run_all(sections: Sequence[Section], options: Options, seconds: float) -> Iterator[Record]:
+    """The records of all, and which were left out for want of time."""
+    began = time.monotonic()
+    for section in sections:
+        left = seconds - (time.monotonic() - began)
+        if left < START_S + section.seconds:
+            needs = f"needs about {section.seconds:.0f} s, and {max(left, 0):.0f} s are left"
+            yield {"section": section.name, "skipped": needs}
+            continue
+        limit = min(left, START_S + SLOWEST * max(section.seconds, 15))
+        yield from run_section(section, options, limit)
 
 
-def measure_if_it_fits(case: Case, rounds: int) -> list[Row]:
-    free, needed = (n / 2**30 for n in (torch.cuda.mem_get_info()[0], needed_bytes(case.shapes)))
-    if needed > free:
-        note = f"does not fit: needs {needed:.1f} GiB, {free:.1f} GiB are free"
-        return [Row(case.name, state, "all", note=note) for state in (*STATES, STEP)]
-    rows = measure_case(case, rounds)
-    gc.collect()  # the next case needs the memory
-    torch.cuda.empty_cache()
-    return rows
-
-
-def cases(quick: bool) -> list[Case]:
-    models = [SMALL] if quick else MODELS
-    return [Case(f"{name}, bf16", shapes, torch.bfloat16) for name, shapes in models]
+def facts(options: Options, began: float) -> dict[str, str]:
+    """When, on which card, with which versions."""
+    about = tables.run_facts(began)
+    if options.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        parts = [f"{card.multi_processor_count} multiprocessors", f"sm_{card.major}{card.minor}"]
+        parts.append(f"{card.total_memory / 2**30:.0f} GiB")
+        about["card"] = ", ".join([card.name, *parts])
+        about["driver"] = gpu_report.driver()
+        about["versions"] += f", CUDA {torch.version.cuda}"
+    else:
+        about["card"] = "none: a dry run on the CPU, whose times mean nothing"
+    with suppress(PackageNotFoundError):
+        about["versions"] += f", Triton {version('triton')}"
+    if options.tiny:
+        about["work"] = "tiny shapes: a check, not a speed"
+    return about
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run = report.Benchmark.parse("gpu", "Clipping on one CUDA device", __doc__, argv)
-    if not torch.cuda.is_available():
+    parser, began = tables.parser("gpu", __doc__), time.perf_counter()
+    add = parser.add_argument
+    add("--quick", action="store_true", help="tiny shapes: a check, not a speed")
+    add("--only", default="", metavar="NAME", help="sections whose names contain this")
+    add("--seconds", type=float, default=SECONDS, help="for the whole run")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    add("--out", type=Path, metavar="DIR", help="for the results")
+    given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.gpu: {NO_DEVICE}", file=sys.stderr)
         return 2
-    rows = run.measure(cases(run.quick), measure_if_it_fits)
-    goals = [goal for case in dict.fromkeys(row.case for row in rows) for goal in goals_of(case)]
-    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
-    device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return run.publish(rows, goals, f"{device}; {peak}")
+    if not (chosen := [each for each in SECTIONS if given.only in each.name]):
+        names = ", ".join(each.name for each in SECTIONS)
+        sys.exit(f"--only {given.only!r}: no such section among {names}")
+    # The sections are forked from a process that may not have touched CUDA, nor imported Triton.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if given.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    options = Options(given.device, given.quick or given.device == "cpu")
+    part = options.tiny or given.only
+    folder = given.out or (Path("runs/benchmarks") if part else tables.RESULTS)
+    records: list[Record] = []
+    about = facts(options, began)
+    path = folder / f"gpu-{about['date']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        gpu_report.write({"section": "facts", **about}, file)
+        for record in run_all(chosen, options, given.seconds):
+            gpu_report.write(record, file)
+            records.append(record)
+    about["seconds"] = f"{time.perf_counter() - began:.1f}"
+    gpu_report.publish(records, about, folder)
+    print(path)
+    return int(any(map(gpu_report.is_wrong, records)))
 
 
 if __name__ == "__main__":

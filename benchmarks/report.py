@@ -1,4 +1,4 @@
-"""What `benchmarks.clip`, `.sharded` and `.gpu` leave: tables, a CSV, a picture, a dated result."""
+"""What `benchmarks.clip` and `.sharded` leave: tables, a CSV, a picture, a dated result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def record(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     spreads = {"ms": ms, "times_torch": times, "plain_reads": reads}
     numbers = {f"{name}_{q}": s and getattr(s, q) for name, s in spreads.items() for q in QUANTILES}
     numbers |= {"norm_error": row.norm_error, "grad_error": row.grad_error}
-    numbers |= {name: row.counts.get(name) for name in ("launches", "syncs")}
     names = {"case": row.case, "state": row.state, "baseline": row.baseline}
     texts = {name: "" if value is None else f"{value:.6g}" for name, value in numbers.items()}
     return {**names, "rounds": str(len(row.seconds)), **texts, "note": row.note}
@@ -53,10 +52,8 @@ def cells(record: dict[str, str]) -> list[str]:
         p20, p50, p80 = (short(f"{name}_{q}") for q in QUANTILES)
         return p50 if p50 == "-" else f"{p50} ({p20} to {p80})"
 
-    counts = [f"{record[name]} {name}" for name in ("launches", "syncs") if record[name]]
-    note = ", ".join([*counts, *filter(None, [record["note"]])])
     errors = [short("plain_reads_p50"), short("norm_error"), short("grad_error")]
-    return [record["baseline"], three("ms"), three("times_torch"), *errors, note]
+    return [record["baseline"], three("ms"), three("times_torch"), *errors, record["note"]]
 
 
 @dataclass(frozen=True)

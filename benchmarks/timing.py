@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from benchmarks.gradients import Gradients, largest
 WARM_UP = 2  # rounds that are not counted
 STATES = {"not clipping": 10.0, "clipping": 0.3}  # the limit, as a multiple of the norm
 Run = Callable[[], Any]
-Count = Callable[[Run, Run], dict[str, int]]  # something to count of a call, after a preparation
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Row:
     norm_error: float | None = None
     grad_error: float | None = None
     note: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -58,7 +56,6 @@ def measure(
     baselines: Sequence[Baseline],
     factor: float,
     rounds: int,
-    count: Count | None = None,
 ) -> list[Row]:
     """One row for each baseline. The times are those of the slowest rank, from a barrier on.
 
@@ -92,7 +89,6 @@ def measure(
     for row in rows:
         if not row.note:
             row.seconds = taken[row.baseline]
-            row.counts = count(right[row.baseline], prepare) if count else {}
     gradients.restore()
     return rows
 
@@ -127,7 +123,7 @@ def check(row: Row, baseline: Baseline, run: Run, gradients: Gradients, limit: f
     elif baseline.tolerance is not None:
         norm, grad = (largest(rank[i] for rank in ranks) for i in (1, 2))
         row.norm_error, row.grad_error = norm, grad
-        rounding = torch.finfo(gradients.flat.dtype).eps
+        rounding = max(torch.finfo(dtype).eps for dtype in gradients.dtypes)
         if not (norm <= baseline.tolerance and grad <= baseline.tolerance + rounding):  # or NaN
             row.note = f"WRONG: norm off by {norm:.2g}, a gradient by {grad:.2g}; not timed"
 
@@ -178,13 +174,13 @@ def milliseconds(row: Row) -> Spread | None:
     return spread([1e3 * s for s in row.seconds]) if row.seconds else None
 
 
-def ratio(of: Row, to: Row, factor: float = 1.0) -> Spread | None:
-    """The time of `of` in multiples of that of `to`, times `factor`; None if one was not timed."""
+def ratio(of: Row, to: Row) -> Spread | None:
+    """The time of `of` in multiples of that of `to`; None if one was not timed."""
     if not of.seconds or not to.seconds:
         return None
-    rounds = spread([factor * a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
+    rounds = spread([a / b for a, b in zip(of.seconds, to.seconds, strict=True)])
     medians = spread(of.seconds).p50 / spread(to.seconds).p50
-    return Spread(rounds.p20, factor * medians, rounds.p80)
+    return Spread(rounds.p20, medians, rounds.p80)
 
 
 def find(rows: Iterable[Row], case: str, state: str, baseline: str) -> Row:

@@ -26,6 +26,17 @@ APART = ("benchmarks", "test_docs.py", "test_examples.py")
 _pools: dict[tuple[int, str], Ranks] = {}
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """A machine with a GPU may have no pytest-timeout, whose option pyproject.toml sets."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "not kept without pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): not kept without pytest-timeout")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker takes all files with tests on a shared pool: one pool of a size for the whole run.

@@ -1,4 +1,4 @@
-"""`benchmarks.clip`, `.sharded`, `.gpu`: what is timed is checked, what is written was measured."""
+"""`benchmarks.clip`, `.sharded`: what is timed is checked, what is written was measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from benchmarks import clip, gpu, report, sharded
-from benchmarks.baselines import (
-    CLIPPER,
-    COPY,
-    FOLLOWING,
-    FUNCTION,
-    MEASURING,
-    ON_RANKS,
-    OVERLAP,
-    TORCH,
-)
+from benchmarks import clip, report, sharded
+from benchmarks.baselines import CLIPPER, FOLLOWING, FUNCTION, ON_RANKS, OVERLAP, TORCH
 from benchmarks.goals import CLIP, SHARDED, AtMost, Goal
 from benchmarks.timing import STATES, Baseline, Row
-from tests.benchmarks.models import LLAMA_1B
 from tests.conftest import pool
 from tests.support.ranks import RankError, Ranks
 
@@ -191,74 +181,3 @@ def test_a_high_load_is_said_beside_the_numbers(monkeypatch: pytest.MonkeyPatch)
     loads = {load: report.Benchmark("clip", "Title", load=load * cores) for load in (0.4, 0.6)}
     assert "too high" not in loads[0.4].facts("work")["load"]
     assert "too high for these numbers to count" in loads[0.6].facts("work")["load"]
-
-
-# One CUDA device ----------------------------------------------------------------------------------
-
-# As on a machine that has torch and nothing else.
-ONLY_TORCH = """
-import sys, torch
-for name in sys.argv[2:]:
-    sys.modules[name] = None
-from benchmarks import gpu, report
-rows = gpu.measure_case(gpu.cases(quick=True)[0], 1, "cpu", count=None)
-run = report.Benchmark("gpu", "One device", quick=True, out=report.Path(sys.argv[1]))
-assert run.publish(rows, gpu.goals_of("small, bf16"), "a CPU") == 0
-"""
-OTHERS = ("matplotlib", "rich", "tyro", "numba", "pytest", "hypothesis", "deepspeed", "torchtitan")
-
-
-def test_without_a_device_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    assert gpu.main([]) == 2
-    shown = capsys.readouterr()
-    assert shown.err.strip() == f"benchmarks.gpu: {gpu.NO_DEVICE}"
-    assert shown.out == ""
-
-
-def test_the_device_is_measured_with_torch_alone(tmp_path: Path) -> None:
-    done = python("-c", ONLY_TORCH, str(tmp_path), *OTHERS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".csv"}
-    assert ".png" not in next(tmp_path.glob("*.md")).read_text()
-
-
-def test_the_work_of_the_device_runs_on_a_cpu(tmp_path: Path) -> None:
-    case = clip.Case("small, bf16", [(30, 7), (5,)], torch.bfloat16)
-    counted: list[str] = []
-
-    def count(run: Callable[[], Any], prepare: Callable[[], Any]) -> dict[str, int]:
-        prepare()
-        counted.append(repr(run()))
-        return {"launches": 3, "syncs": 1}
-
-    rows = gpu.measure_case(case, 2, "cpu", count)
-    timed = {(row.state, row.baseline) for row in rows if row.seconds}
-    assert {(state, name) for state in (*STATES, gpu.STEP) for name in (TORCH, CLIPPER)} <= timed
-    assert {("not clipping", MEASURING), ("not clipping", COPY)} <= timed
-    assert len(counted) == len(timed)
-    judged = [goal.judge(rows)[3:] for goal in gpu.goals_of(case.name)]
-    assert judged.count(["1 syncs", "not reached"]) == 3
-    assert judged.count(["3 launches", "reached"]) == 2
-    assert "not measured" not in {verdict for _, verdict in judged}
-    run = report.Benchmark("gpu", "One device", rounds=2, out=tmp_path)
-    assert run.publish(rows, gpu.goals_of(case.name), "a CPU") == 0
-    assert "3 launches, 1 syncs" in next(tmp_path.glob("*.md")).read_text()
-
-
-def test_launches_and_syncs_are_counted() -> None:
-    runtime = [("cudaLaunchKernel", 7), ("cuLaunchKernelEx", 2)]
-    assert gpu.num_launches([*runtime, ("cudaMemcpyAsync", 5), ("aten::mul_", 9)]) == 9
-    messages = ["called a synchronizing CUDA operation (Triggered internally)", "is deprecated"]
-    assert gpu.num_syncs(messages) == 1
-
-
-def test_a_model_that_does_not_fit_is_said_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [weight.shape for weight in LLAMA_1B.weights]
-    needed = gpu.needed_bytes(shapes)
-    assert needed == 12 * 1_235_814_400 + 8 * 128_256 * 2048
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 0))
-    rows = gpu.measure_if_it_fits(clip.Case("Llama", shapes, torch.bfloat16), 1)
-    assert {row.note for row in rows} == {"does not fit: needs 15.8 GiB, 15.8 GiB are free"}
-    assert not any(row.seconds for row in rows)

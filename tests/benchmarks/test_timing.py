@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, gpu, report, timing
+from benchmarks import report, timing
 from benchmarks.baselines import CLIPPER, IN_ONE_PROCESS, TORCH, torch_clip
 from benchmarks.goals import AtMost, Goal
 from benchmarks.gradients import (
@@ -217,32 +217,19 @@ def test_the_ratio_is_that_of_the_medians_between_quantiles_of_the_rounds() -> N
         (Goal("case", "clipping", 4.1), "4 (2.4 to 3.6)", "not reached"),
         (Goal("case", "clipping", within=0.25), "0.25 (0.283 to 0.433)", "reached"),
         (Goal("case", "clipping", within=0.24), "0.25 (0.283 to 0.433)", "not reached"),
-        (Goal("case", "clipping", 2.0, work=0.5), "2 (1.2 to 1.8)", "reached"),
         (Goal("case", "not clipping", 1.0), "-", "not measured"),
-        (AtMost("case", "clipping", CLIPPER, "ms", 1000), "1e+03 (1e+03 to 1.6e+03) ms", "reached"),
+        (AtMost("case", "clipping", CLIPPER, 1000), "1e+03 (1e+03 to 1.6e+03) ms", "reached"),
         (
-            AtMost("case", "clipping", CLIPPER, "ms", 999),
+            AtMost("case", "clipping", CLIPPER, 999),
             "1e+03 (1e+03 to 1.6e+03) ms",
             "not reached",
         ),
-        (AtMost("case", "not clipping", CLIPPER, "ms", 1.0), "-", "not measured"),
-        (AtMost("case", "clipping", CLIPPER, "syncs", 0), "0 syncs", "reached"),
-        (AtMost("case", "clipping", CLIPPER, "launches", 4), "5 launches", "not reached"),
-        (AtMost("case", "clipping", TORCH, "launches", 4), "-", "not measured"),
+        (AtMost("case", "not clipping", CLIPPER, 1.0), "-", "not measured"),
     ],
 )
 def test_goals(goal: Goal | AtMost, found: str, verdict: str) -> None:
     rows = [
         Row("case", "clipping", TORCH, [2.0, 4.0, 6.0]),
-        Row("case", "clipping", CLIPPER, [1.0, 1.0, 2.0], counts={"launches": 5, "syncs": 0}),
+        Row("case", "clipping", CLIPPER, [1.0, 1.0, 2.0]),
     ]
     assert goal.judge(rows)[3:] == [found, verdict]
-
-
-def test_a_step_of_the_benchmark_clips_and_steps(work: Gradients) -> None:
-    optimizer = torch.optim.AdamW(work.params, lr=1e-2, fused=True)
-    for baseline in baselines.stepping(optimizer):
-        before = [p.detach().clone() for p in work.params]
-        (row,) = measure("case", gpu.STEP, work, [baseline], CLIPPING, rounds=1)
-        assert row.seconds, row.note
-        assert all(not torch.equal(p, was) for p, was in zip(work.params, before, strict=True))

@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distclip.kernels import naive, tensor_table
+from tests.support.drawn import given
+from tests.support.drawn import strategies as st
 
 triton = pytest.importorskip("triton")
 cuda = pytest.importorskip("distclip.kernels.cuda")

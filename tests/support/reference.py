@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +84,8 @@ def agc(
 
 def autoclip(norms: Sequence[float], percentile: float, history: int) -> list[float]:
     seen = [norms[max(0, t + 1 - history) : t + 1] for t in range(len(norms))]
+    import numpy as np  # not on every machine with a GPU
+
     return [
         min(norm, np.percentile(past, percentile)) for norm, past in zip(norms, seen, strict=True)
     ]
@@ -93,6 +94,8 @@ def autoclip(norms: Sequence[float], percentile: float, history: int) -> list[fl
 def zclip(
     norms: Sequence[float], z_thresh: float, alpha: float, warmup_steps: int, max_norm: float
 ) -> list[float]:
+    import numpy as np
+
     mean, var = np.mean(norms[:warmup_steps]), np.var(norms[:warmup_steps])
     clipped = [min(norm, max_norm) for norm in norms[:warmup_steps]]
     for norm in norms[warmup_steps:]:
