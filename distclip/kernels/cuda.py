@@ -40,7 +40,9 @@ __all__ = [
 # What `@triton.jit` makes has no types.
 _triton, _rewriting = cast(Any, cuda_triton), cast(Any, cuda_triton_rewrite)
 _COEFFICIENTS = 1024  # for each program
-_REWRITE_WARPS = 8  # with less registers for each, all threads of a processor are in use
+# Twice Triton's default: each thread needs fewer registers. Then a rewrite uses all threads of a
+# processor.
+_WARPS = 8
 
 
 def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
@@ -101,7 +103,8 @@ def _power_sums(tensors: Sequence[Tensor], norm_type: float, where: Tensor | Non
             _triton.partial_sums[(count,)](
                 rows, owners, partials, where, first, _triton.STORED[code], p, weak
             )
-        _triton.finish[(len(sums),)](rows, partials, sums, p if math.isinf(p) else 1.0)
+        finish_p = p if math.isinf(p) else 1.0
+        _triton.finish[(len(sums),)](rows, partials, sums, finish_p, num_warps=_WARPS)
     for i in others:
         sums[i] = foreach.power_sums([tensors[i]], norm_type)[0]
     return sums
@@ -132,7 +135,8 @@ def total(power_sums: Tensor, norm_type: float) -> Total:
     power_sums = power_sums.contiguous()
     found = power_sums.new_empty(2)
     with torch.cuda.device_of(found):
-        _triton.total[(1,)](power_sums, found, len(power_sums), float(norm_type))
+        p, count = float(norm_type), len(power_sums)
+        _triton.total[(1,)](power_sums, found, count, p, num_warps=_WARPS)
     return Total(*found.unbind())
 
 
@@ -194,7 +198,7 @@ def _rewrite(tensors: Sequence[Tensor], operand: Tensor, operation: Any) -> Sequ
                 first,
                 _triton.STORED[code],
                 operation,
-                num_warps=_REWRITE_WARPS,
+                num_warps=_WARPS,
             )
     if launches:
         torch.autograd.graph.increment_version(tensors)  # autograd cannot see the addresses

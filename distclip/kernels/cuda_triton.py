@@ -165,12 +165,13 @@ def _chunk_sum(
 @triton.jit
 def _combine(partials, first, last, scale, weights, P: tl.constexpr):
     """The sum or maximum of `term` of partials[first:last], each times its weight if any."""
-    total = zeros(_FINISHED, False, P)
+    BLOCK: tl.constexpr = _FINISHED if weights is None else _READ  # a power needs registers
+    total = zeros(BLOCK, False, P)
     while first < last:
-        offsets = first + tl.arange(0, _FINISHED)
+        offsets = first + tl.arange(0, BLOCK)
         one = term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
         if weights is not None:
             one *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
         total = plus(total, one, P)
-        first += _FINISHED
+        first += BLOCK
     return combined(total, P)
