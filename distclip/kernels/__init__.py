@@ -34,6 +34,10 @@ def backend(device: torch.device) -> Backend:
     The first call for a CUDA device tries Triton there and may compile for some seconds. A backend
     is chosen once per device and process, by whichever thread comes first.
 
+    Raises:
+        RuntimeError: the first call for a device is made during the capture of a CUDA graph, in
+            which no kernel can be compiled.
+
     Warns:
         UserWarning: Triton is installed but fails on this device.
     """
@@ -143,7 +147,7 @@ def _backend_of(tensors: Sequence[Tensor]) -> Backend:
     return backend(tensors[0].device) if has_values(tensors[0]) else foreach
 
 
-@cache
+@cache  # no error is kept
 def _choose(device: torch.device) -> Backend:
     if device.type == "cpu":
         return cpu
@@ -152,6 +156,8 @@ def _choose(device: torch.device) -> Backend:
 
 def _triton(device: torch.device) -> Backend | None:
     """None where Triton is missing or fails; it may know neither the chip nor a C compiler."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(_capturing(device))
     try:
         from distclip.kernels import cuda
 
@@ -159,12 +165,22 @@ def _triton(device: torch.device) -> Backend | None:
     except ImportError:
         return None
     except Exception as error:  # Triton raises errors of any kind, and training should go on
+        if "captur" in str(error):  # by another thread, which forbids this one to load a kernel
+            raise RuntimeError(_capturing(device)) from error
         warnings.warn(
             f"Triton does not run on {device}. Clipping works but is slower there: {error!r}",
             stacklevel=4,
         )
         return None
     return cuda
+
+
+def _capturing(device: torch.device) -> str:
+    return (
+        f"cannot choose the kernels for {device} during the capture of a CUDA graph: they have to "
+        "be compiled and tried, which a capture forbids. Make the Clipper and run one step before "
+        "the capture."
+    )
 
 
 def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -1,282 +1,177 @@
-"""The Triton kernels that `cuda` launches, with one program for each chunk of a `Table`."""
+"""The Triton kernels of norms that `cuda` launches; those of chunks for one dtype of a `Table`.
+
+Triton specialises none of their arguments but constants, which alone tell the variants apart:
+nothing is compiled after `cuda.prepare`, neither for a number of 1 nor for an unaligned view.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from distclip.kernels import naive, tensor_table
+from distclip.kernels import tensor_table
+from distclip.kernels.cuda_triton_elements import INF, combined, plus, root, span, term, zeros
 
-INF = tl.constexpr(float("inf"))
-SCALE, SCALE_EACH, CLAMP, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+STORED = (tl.float32, tl.float16, tl.uint16, tl.float64)  # for each of tensor_table.DTYPES
 
-_ROW_SIZE, _CHUNK = tl.constexpr(tensor_table.ROW_SIZE), tl.constexpr(tensor_table.CHUNK)
-# The indices in tensor_table.DTYPES.
-_FLOAT32, _FLOAT16, _BFLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Elements read at a time. A sum loads _READS such blocks before it adds them up, which keeps many
+_ROW_SIZE = tl.constexpr(tensor_table.ROW_SIZE)
+# Elements read at a time. A sum loads 4 to 16 such blocks before it adds them up, which keeps many
 # loads under way. A rewrite cannot, because no load may pass a store.
-_READ, _READS = tl.constexpr(1024), tl.constexpr(8)
-_REWRITTEN, _FINISHED = tl.constexpr(2048), tl.constexpr(4096)
-# For a sum between these, float32 loses less than 2**-50 of the squares in one chunk.
-_LEAST_FLOAT32 = tl.constexpr(naive.LEAST_FLOAT32)
+_READ, _FINISHED = tl.constexpr(1024), tl.constexpr(4096)
+# For a sum of squares between these, float32 loses less than 2**-50 of the squares in one chunk.
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
-@triton.jit
-def partial_sums(rows, owners, partials, where, P: tl.constexpr, FAST: tl.constexpr):
+@triton.jit(do_not_specialize=range(5))
+def partial_sums(
+    rows,
+    owners,
+    partials,
+    where,
+    first_chunk,
+    STORED: tl.constexpr,
+    P: tl.constexpr,
+    WEAK: tl.constexpr,
+):
     """partials[chunk] = sum(|x|**P), or max(|x|) for P = inf, in float64.
 
     where: if not None, a bool for each tensor; the chunks of those that it leaves out are not read.
-    FAST: float32 may do a part. It holds the squares of 16-bit numbers exactly, and adds _READS of
-    them before float64 takes over. float32 elements are widened first, except for a maximum.
+    WEAK: float64 takes so long here that float32 does a part for float32 elements too.
+
+    float32 holds the squares of 16-bit numbers exactly. It adds 8 of them before float64 takes
+    over, or 16 where float64 is weak, and there 8 rounded squares of float32 elements. The norm
+    errs by 2.6e-7 at most, where each rounding errs to the same side. Where a square may be out of
+    range, the chunk is read again in float64.
     """
-    chunk = tl.program_id(0)
+    chunk = first_chunk + tl.program_id(0)
     owner = tl.load(owners + chunk)
     if where is not None:
         if tl.load(where + owner) == 0:
             return
     row = rows + owner * _ROW_SIZE
-    code = tl.load(row + 3)
-    if code == _FLOAT32:
-        total = _chunk_sum(row, chunk, None, tl.float32, FAST and P == INF, P)
-    elif code == _FLOAT16:
-        total = _chunk_sum(row, chunk, None, tl.float16, FAST, P)
-    elif code == _BFLOAT16:
-        total = _chunk_sum(row, chunk, None, tl.uint16, FAST, P)
-        if FAST and P != INF:
-            if ~((total >= _LOWEST) & (total <= _HIGHEST)):
-                total = _chunk_sum(row, chunk, None, tl.uint16, False, P)
+    SHORT: tl.constexpr = (STORED != tl.float64) and (WEAK or STORED != tl.float32)
+    FAST: tl.constexpr = SHORT and (P == 1 or P == 2)
+    # As many as float32 adds. float64 needs the registers, and has enough loads under way.
+    READS: tl.constexpr = (16 if (WEAK and STORED != tl.float32) and P == 2 else 8) if FAST else 4
+    if P == INF:
+        total = _chunk_sum(row, chunk, None, STORED, STORED != tl.float64, INF, 8)
     else:
-        total = _chunk_sum(row, chunk, None, tl.float64, False, P)
+        total = _chunk_sum(row, chunk, None, STORED, FAST, P, READS)
+        if FAST and STORED != tl.float16:
+            again = ~(total <= _HIGHEST)
+            if P == 2:  # a square may vanish
+                if total == 0:  # zeros are frequent: experts and embeddings without a token
+                    again = _chunk_sum(row, chunk, None, STORED, True, INF, 8) != 0
+                else:
+                    again |= total < _LOWEST
+            if again:
+                total = _chunk_sum(row, chunk, None, STORED, False, P, 2)  # few registers
     tl.store(partials + chunk, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(3))
 def finish(rows, partials, sums, P: tl.constexpr):
     """sums[tensor] = the sum (P = 1) or maximum (P = inf) of its chunks, always in one order."""
     row = rows + tl.program_id(0) * _ROW_SIZE
-    tl.store(sums + tl.program_id(0), _combine_chunks(row, partials, None, None, P))
+    first, last = tl.load(row + 3), tl.load(row + 4)
+    tl.store(sums + tl.program_id(0), _combine(partials, first, last, None, None, P))
 
 
-@triton.jit
-def partial_norms(rows, owners, maxima, sums, P: tl.constexpr):
+@triton.jit(do_not_specialize=range(5))
+def partial_norms(rows, owners, maxima, sums, first_chunk, STORED: tl.constexpr, P: tl.constexpr):
     """maxima[chunk] = max(|x|), sums[chunk] = sum((|x| / maximum)**P), in float64.
 
     Reads the chunk twice.
     """
-    chunk = tl.program_id(0)
+    chunk = first_chunk + tl.program_id(0)
     row = rows + tl.load(owners + chunk) * _ROW_SIZE
-    code = tl.load(row + 3)
-    if code == _FLOAT32:
-        _chunk_norm(row, chunk, maxima, sums, tl.float32, P)
-    elif code == _FLOAT16:
-        _chunk_norm(row, chunk, maxima, sums, tl.float16, P)
-    elif code == _BFLOAT16:
-        _chunk_norm(row, chunk, maxima, sums, tl.uint16, P)
-    else:
-        _chunk_norm(row, chunk, maxima, sums, tl.float64, P)
+    maximum = _chunk_sum(row, chunk, None, STORED, STORED != tl.float64, INF, 8)
+    scale = tl.where(maximum == 0, 1.0, maximum)
+    tl.store(maxima + chunk, maximum)
+    tl.store(sums + chunk, _chunk_sum(row, chunk, scale, STORED, False, P, 4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(4))
 def finish_norms(rows, maxima, sums, norms, P: tl.constexpr):
     """norms[tensor] from the maxima and sums of its chunks, always in one order."""
     row = rows + tl.program_id(0) * _ROW_SIZE
-    maximum = _combine_chunks(row, maxima, None, None, INF)
-    total = _combine_chunks(row, maxima, tl.where(maximum == 0, 1.0, maximum), sums, P)
-    norm = maximum * tl.exp2(tl.log2(total) / P)
+    first, last = tl.load(row + 3), tl.load(row + 4)
+    maximum = _combine(maxima, first, last, None, None, INF)
+    scale = tl.where(maximum == 0, 1.0, maximum)
+    norm = maximum * root(_combine(maxima, first, last, scale, sums, P), P)
     tl.store(norms + tl.program_id(0), tl.where(maximum == INF, maximum, norm))
 
 
-@triton.jit
-def rewrite(rows, owners, operands, OPERATION: tl.constexpr):
-    """SCALE: multiplies by the operand, unless it is 1. SCALE_EACH: by one operand per tensor.
+@triton.jit(do_not_specialize=range(3))
+def total(power_sums, found, count, P: tl.constexpr):
+    """found[0] = the sum of sums of powers, or the maximum of maxima; found[1] = its P-th root.
 
-    CLAMP: to [-operand, operand]. ZERO: if the operand is true.
+    One program, and always one order.
     """
-    chunk = tl.program_id(0)
-    owner = tl.load(owners + chunk)
-    if OPERATION == SCALE_EACH:
-        operands += owner
-    operand = tl.load(operands)
-    if OPERATION == SCALE or OPERATION == SCALE_EACH:
-        if operand == 1:
-            return
-    if OPERATION == ZERO:
-        if operand == 0:
-            return
-    row = rows + owner * _ROW_SIZE
-    code = tl.load(row + 3)
-    if code == _FLOAT32:
-        _rewrite_chunk(row, chunk, operand, tl.float32, OPERATION)
-    elif code == _FLOAT16:
-        _rewrite_chunk(row, chunk, operand, tl.float16, OPERATION)
-    elif code == _BFLOAT16:
-        _rewrite_chunk(row, chunk, operand, tl.uint16, OPERATION)
+    first = tl.program_id(0)  # 0
+    if P == INF:
+        power_sum = _combine(power_sums, first, count, None, None, INF)
     else:
-        _rewrite_chunk(row, chunk, operand, tl.float64, OPERATION)
+        power_sum = _combine(power_sums, first, count, None, None, 1)
+    tl.store(found, power_sum)
+    tl.store(found + 1, root(power_sum, P))
+
+
+@triton.jit(do_not_specialize=range(5))
+def coefficients(norms, limits, bits: tl.int64, found, count):
+    """found = min(1, limit / norm), NaN where either is NaN.
+
+    limits: None for one limit, whose float64 bits `bits` holds; Triton passes floats as float32.
+    """
+    offsets = tl.program_id(0) * _READ + tl.arange(0, _READ)
+    mask = offsets < count
+    norm = tl.load(norms + offsets, mask=mask)
+    if limits is None:
+        limit = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        limit = tl.load(limits + offsets, mask=mask)
+    tl.store(found + offsets, tl.where(norm <= limit, 1.0, limit / norm), mask=mask)
 
 
 @triton.jit
-def _span(row, chunk, STORED: tl.constexpr):
-    """The tensor's address rounded down to 16 bytes. From there, in elements: the chunk's start and
-    stop, and the tensor's start."""
-    base = tl.multiple_of(tl.load(row).to(tl.pointer_type(STORED)), 16)
-    start = (chunk - tl.load(row + 4)) * _CHUNK
-    return base, start, tl.minimum(start + _CHUNK, tl.load(row + 2)), tl.load(row + 1)
-
-
-@triton.jit
-def _chunk_sum(row, chunk, scale, STORED: tl.constexpr, FAST: tl.constexpr, P: tl.constexpr):
-    base, start, stop, head = _span(row, chunk, STORED)
-    total = _zeros(_READ, FAST, P)
+def _chunk_sum(
+    row,
+    chunk,
+    scale,
+    STORED: tl.constexpr,
+    FAST: tl.constexpr,
+    P: tl.constexpr,
+    READS: tl.constexpr,
+):
+    base, start, stop, head = span(row, chunk, STORED)
+    total = zeros(_READ, FAST, P)
     while start < stop:
         offsets = tl.multiple_of(start, _READ) + tl.arange(0, _READ)
         # Loads are 16 bytes wide only without a mask.
-        if (start >= head) & (start + _READS * _READ <= stop):
-            short = _term(tl.load(base + offsets), scale, FAST, P)
-            for i in tl.static_range(1, _READS):
+        if (start >= head) & (start + READS * _READ <= stop):
+            short = term(tl.load(base + offsets), scale, FAST, P)
+            for i in tl.static_range(1, READS):
                 more = tl.load(base + offsets + i * _READ)
-                short = _plus(short, _term(more, scale, FAST, P), P)
-            start += _READS * _READ
+                short = plus(short, term(more, scale, FAST, P), P)
+            start += READS * _READ
         else:
             values = tl.load(base + offsets, mask=(offsets >= head) & (offsets < stop), other=0)
-            short = _term(values, scale, FAST, P)
+            short = term(values, scale, FAST, P)
             start += _READ
-        total = _plus(total, short.to(total.dtype), P)
-    return _combined(total, P)
+        total = plus(total, short.to(total.dtype), P)
+    return combined(total, P)
 
 
 @triton.jit
-def _chunk_norm(row, chunk, maxima, sums, STORED: tl.constexpr, P: tl.constexpr):
-    maximum = _chunk_sum(row, chunk, None, STORED, STORED != tl.float64, INF)
-    scale = tl.where(maximum == 0, 1.0, maximum)
-    tl.store(maxima + chunk, maximum)
-    tl.store(sums + chunk, _chunk_sum(row, chunk, scale, STORED, False, P))
-
-
-@triton.jit
-def _combine_chunks(row, partials, scale, weights, P: tl.constexpr):
-    """The sum or maximum of `_term` of a tensor's partials, each times its weight if any."""
-    first, last = tl.load(row + 4), tl.load(row + _ROW_SIZE + 4)
-    total = _zeros(_FINISHED, False, P)
+def _combine(partials, first, last, scale, weights, P: tl.constexpr):
+    """The sum or maximum of `term` of partials[first:last], each times its weight if any."""
+    BLOCK: tl.constexpr = _FINISHED if weights is None else _READ  # a power needs registers
+    total = zeros(BLOCK, False, P)
     while first < last:
-        offsets = first + tl.arange(0, _FINISHED)
-        term = _term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
+        offsets = first + tl.arange(0, BLOCK)
+        one = term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
         if weights is not None:
-            term *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
-        total = _plus(total, term, P)
-        first += _FINISHED
-    return _combined(total, P)
-
-
-# Triton compiles a branch that is not taken, unless it is an `else`. Hence `else` after a return.
-@triton.jit
-def _zeros(BLOCK: tl.constexpr, FAST: tl.constexpr, P: tl.constexpr):
-    if P != INF:
-        return tl.zeros([BLOCK], tl.float64)
-    else:
-        return tl.zeros([BLOCK], tl.int32 if FAST else tl.int64)
-
-
-@triton.jit
-def _term(stored, scale, FAST: tl.constexpr, P: tl.constexpr):
-    """|x|**P, or (|x| / scale)**P. For P = inf the bits of |x| as an integer.
-
-    Such integers have the order of the floats, and NaN is above infinity. A maximum of floats would
-    drop NaN on the device, though not in the interpreter.
-    """
-    x = _wide(stored).to(tl.float32 if FAST else tl.float64)
-    if scale is not None:
-        x = x / scale
-    if P == 2:
-        return x * x
-    elif P == 1:
-        return tl.abs(x)
-    elif P != INF:
-        return tl.exp2(P * tl.log2(tl.abs(x)))
-    elif FAST:
-        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    else:
-        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-
-
-@triton.jit
-def _plus(total, more, P: tl.constexpr):
-    if P == INF:
-        return tl.maximum(total, more)
-    else:
-        return total + more
-
-
-@triton.jit
-def _combined(total, P: tl.constexpr):
-    if P != INF:
-        return tl.sum(total)
-    elif total.dtype == tl.int64:
-        return tl.max(total).to(tl.float64, bitcast=True)
-    else:
-        return tl.max(total).to(tl.float32, bitcast=True).to(tl.float64)
-
-
-@triton.jit
-def _rewrite_chunk(row, chunk, operand, STORED: tl.constexpr, OPERATION: tl.constexpr):
-    if STORED == tl.float64:
-        _rewrite_with(row, chunk, operand, STORED, OPERATION)
-    elif OPERATION == SCALE or OPERATION == SCALE_EACH:
-        if (tl.abs(operand) < _LEAST_FLOAT32) & (operand != 0):
-            _rewrite_with(row, chunk, operand, STORED, OPERATION)
-        else:
-            _rewrite_with(row, chunk, operand.to(tl.float32), STORED, OPERATION)
-    else:
-        _rewrite_with(row, chunk, operand.to(tl.float32), STORED, OPERATION)
-
-
-@triton.jit
-def _rewrite_with(row, chunk, number, STORED: tl.constexpr, OPERATION: tl.constexpr):
-    base, start, stop, head = _span(row, chunk, STORED)
-    while start < stop:
-        offsets = tl.multiple_of(start, _REWRITTEN) + tl.arange(0, _REWRITTEN)
-        if (start >= head) & (start + _REWRITTEN <= stop):
-            _rewrite_block(base + offsets, None, number, STORED, OPERATION)
-        else:
-            mask = (offsets >= head) & (offsets < stop)
-            _rewrite_block(base + offsets, mask, number, STORED, OPERATION)
-        start += _REWRITTEN
-
-
-@triton.jit
-def _rewrite_block(pointers, mask, number, STORED: tl.constexpr, OPERATION: tl.constexpr):
-    if OPERATION == ZERO:
-        tl.store(pointers, tl.zeros([_REWRITTEN], STORED), mask=mask)
-    else:
-        x = _wide(tl.load(pointers, mask=mask))
-        if OPERATION != CLAMP:
-            product = x * number
-            if STORED != tl.float64:
-                product = product.to(tl.float32)
-            tl.store(pointers, _narrow(product, STORED), mask=mask)
-        else:
-            high = _wide(_narrow(number, STORED))
-            outside = (x > high) | (x < -high)  # false for NaN; only these are written
-            clamped = _narrow(tl.where(x > high, high, -high), STORED)
-            tl.store(pointers, clamped, mask=outside if mask is None else outside & mask)
-
-
-@triton.jit
-def _wide(stored):
-    """bfloat16 is read by its bits, which old hardware and the interpreter know too."""
-    if stored.dtype == tl.uint16:
-        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif stored.dtype == tl.float16:
-        return stored.to(tl.float32)
-    else:
-        return stored
-
-
-@triton.jit
-def _narrow(x, STORED: tl.constexpr):
-    if STORED == tl.uint16:  # to the nearest, ties to even
-        bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-    else:
-        return x.to(STORED)
+            one *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
+        total = plus(total, one, P)
+        first += BLOCK
+    return combined(total, P)

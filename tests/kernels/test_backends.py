@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -257,6 +257,40 @@ def test_without_triton_nobody_is_warned(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "distclip.kernels.cuda", None)  # its import fails
     monkeypatch.delattr(kernels, "cuda", raising=False)
     assert kernels.backend(torch.device("cuda", 7)) is foreach
+
+
+@pytest.mark.usefixtures("_choose_anew")
+def test_nothing_is_chosen_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call after it chooses, and is not bound to what failed before."""
+    tried: list[Sequence[Tensor]] = []
+    monkeypatch.setattr(cuda(), "prepare", lambda tensors, norm_type: tried.append(tensors))
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: device)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device = torch.device("cuda", 6)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="during the capture of a CUDA graph"):
+            kernels.backend(device)
+    assert kernels.backend(torch.device("cpu")) is cpu
+    assert not tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert kernels.backend(device) is cuda()
+    assert tried == [[device]]
+
+
+@pytest.mark.usefixtures("_choose_anew")
+def test_a_failure_because_another_thread_captures_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(tensors: Sequence[Tensor], norm_type: float) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: device)
+    monkeypatch.setattr(cuda(), "prepare", fails)
+    with pytest.raises(RuntimeError, match="run one step before"):
+        kernels.backend(torch.device("cuda", 6))
+    monkeypatch.setattr(cuda(), "prepare", lambda tensors, norm_type: None)
+    assert kernels.backend(torch.device("cuda", 6)) is cuda()
 
 
 @pytest.mark.usefixtures("_choose_anew")

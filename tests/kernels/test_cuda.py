@@ -26,6 +26,7 @@ cuda = pytest.importorskip("distclip.kernels.cuda")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = tensor_table.DTYPES
+CHUNK = tensor_table.SMALL_CHUNK  # of lists as small as these
 POWERS = [1.0, 2.0, 3.0, 0.5, math.inf]
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 
@@ -75,31 +76,31 @@ def test_what_is_left_out_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     where = torch.arange(len(tensors), device=DEVICE) % 4 == 0
     otherwise = torch.full((len(tensors),), -1.0, dtype=torch.float64, device=DEVICE)
     made: list[Tensor] = []
-    new_empty = Tensor.new_empty
+    empty = torch.empty
+    owners = tensor_table.table(tensors).owners
 
-    def filled(tensor: Tensor, *shape: Any, **options: Any) -> Tensor:
-        made.append(new_empty(tensor, *shape, **options).fill_(-7.0))
+    def filled(*shape: Any, **options: Any) -> Tensor:
+        made.append(empty(*shape, **options).fill_(-7.0))
         return made[-1]
 
-    monkeypatch.setattr(Tensor, "new_empty", filled)
+    monkeypatch.setattr(torch, "empty", filled)
     found = cuda.power_sums_where(tensors, 2.0, where, otherwise)
     torch.testing.assert_close(
         found, naive.power_sums_where(tensors, 2.0, where, otherwise), rtol=1e-6, atol=0
     )
     partials = made[0]
-    owners = tensor_table.table(tensors).owners
     assert torch.equal(partials != -7, where[owners])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 def test_sums_of_several_chunks(dtype: torch.dtype, norm_type: float) -> None:
-    buffer = torch.randn(2 * tensor_table.CHUNK + 20).to(DEVICE, dtype)
+    buffer = torch.randn(2 * CHUNK + 20).to(DEVICE, dtype)
     check_sums(
         [
-            buffer[3 : 2 * tensor_table.CHUNK + 9],
-            buffer[: tensor_table.CHUNK],
-            buffer[8 : tensor_table.CHUNK + 8],
+            buffer[3 : 2 * CHUNK + 9],
+            buffer[:CHUNK],
+            buffer[8 : CHUNK + 8],
         ],
         norm_type,
     )
@@ -116,7 +117,7 @@ def test_norms_whose_powers_have_no_float64(norm_type: float) -> None:
     """Each chunk has its own maximum, here far below or far above that of its tensor."""
     sizes = [*gradients([0, 3, 1030]), torch.zeros(5, device=DEVICE)]
     sizes += [torch.full((9,), value, device=DEVICE) for value in (1e-45, 1e-30, 1e30, 3e38)]
-    rising = torch.linspace(1e-3, 50, 2 * tensor_table.CHUNK + 20).to(DEVICE)
+    rising = torch.linspace(1e-3, 50, 2 * CHUNK + 20).to(DEVICE)
     check_norms(
         [
             *sizes,
@@ -132,7 +133,7 @@ def test_norms_whose_powers_have_no_float64(norm_type: float) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_norms_of_nan_and_infinity(value: float) -> None:
-    tensors = [torch.ones(tensor_table.CHUNK + 9, device=DEVICE, dtype=dtype) for dtype in DTYPES]
+    tensors = [torch.ones(CHUNK + 9, device=DEVICE, dtype=dtype) for dtype in DTYPES]
     for i, tensor in enumerate(tensors):
         tensor[(0, -1)[i % 2]] = value
     both = torch.tensor([math.inf, value, 1.0], device=DEVICE)
@@ -143,7 +144,7 @@ def test_norms_of_nan_and_infinity(value: float) -> None:
 @pytest.mark.parametrize("value", [1e-45, 1e-38, 1e-30, 1e30, 3e38])
 def test_sums_of_any_magnitude(value: float, norm_type: float) -> None:
     """The float32 sum of a block of bfloat16 squares under- or overflows here."""
-    long = torch.full((tensor_table.CHUNK,), value, device=DEVICE).bfloat16()
+    long = torch.full((CHUNK,), value, device=DEVICE).bfloat16()
     mixed = torch.tensor([value, 1.0, -value], device=DEVICE)
     check_sums(
         [long, mixed, mixed.bfloat16(), torch.full((1030,), value, device=DEVICE)], norm_type
@@ -154,10 +155,7 @@ def test_sums_of_equal_values_do_not_drift() -> None:
     """Roundings that all go the same way add up."""
     for value in (0.1, 1 / 3, 0.7):
         check_sums(
-            [
-                torch.full((tensor_table.CHUNK + 5,), value, device=DEVICE).to(dtype)
-                for dtype in DTYPES
-            ],
+            [torch.full((CHUNK + 5,), value, device=DEVICE).to(dtype) for dtype in DTYPES],
             2.0,
         )
 
@@ -196,8 +194,9 @@ def test_many_partial_sums_are_combined(largest: bool) -> None:
     counts = [9001, 0, 1, 4096]
     partials = torch.rand(sum(counts), dtype=torch.float64, device=DEVICE)
     partials[8500] = math.nan
-    rows = torch.zeros(len(counts) + 1, tensor_table.ROW_SIZE, dtype=torch.int64, device=DEVICE)
-    rows[1:, 4] = torch.tensor(counts).cumsum(0)
+    rows = torch.zeros(len(counts), tensor_table.ROW_SIZE, dtype=torch.int64, device=DEVICE)
+    rows[:, 4] = torch.tensor(counts).cumsum(0)
+    rows[1:, 3] = rows[:-1, 4]
     sums = torch.full((len(counts),), math.nan, dtype=torch.float64, device=DEVICE)
     cuda._triton.finish[(len(counts),)](rows, partials, sums, math.inf if largest else 1.0)
     parts = partials.split(counts)
@@ -207,16 +206,17 @@ def test_many_partial_sums_are_combined(largest: bool) -> None:
 
 def test_sums_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this table chunks begin 2.5e9 elements after the address in their row."""
-    tensor = torch.randn(tensor_table.CHUNK + 100, device=DEVICE)
+    tensor = torch.randn(CHUNK + 100, device=DEVICE)
     table = tensor_table.table([tensor])
-    skipped = 2_500_000_000 // tensor_table.CHUNK + 1
+    skipped = 2_500_000_000 // CHUNK + 1
     rows = table.rows.clone()
-    rows[0, 0] -= skipped * tensor_table.CHUNK * 4
-    rows[0, 1:3] += skipped * tensor_table.CHUNK
-    rows[0, 4] = -skipped
+    rows[0, 0] -= skipped * CHUNK * 4
+    rows[0, 1:3] += skipped * CHUNK
+    rows[0, 3] = -skipped
     monkeypatch.setattr(tensor_table, "table", lambda tensors: table._replace(rows=rows))
     partials = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    cuda._triton.partial_sums[(2,)](rows, table.owners, partials, None, 2.0, True)
+    stored = cuda._triton.STORED[0]
+    cuda._triton.partial_sums[(2,)](rows, table.owners, partials, None, 0, stored, 2.0, False)
     torch.testing.assert_close(partials.sum(), tensor.double().square().sum())
     expected = tensor * 0.5
     cuda.scale_([tensor], number(0.5))
@@ -297,7 +297,7 @@ def test_a_write_moves_the_version_of_a_tensor() -> None:
 
 
 def test_several_chunks_are_rewritten() -> None:
-    buffers = [torch.randn(2 * tensor_table.CHUNK + 9).to(DEVICE, dtype) for dtype in DTYPES]
+    buffers = [torch.randn(2 * CHUNK + 9).to(DEVICE, dtype) for dtype in DTYPES]
     expected = [b.clone() for b in buffers]
     cuda.scale_([b[3:] for b in buffers], number(0.3))
     naive.scale_([b[3:] for b in expected], number(0.3))
@@ -340,6 +340,46 @@ def model() -> nn.Module:
     return layers
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched."""
+    names: list[str] = []
+    for module in (cuda._triton, cuda._rewriting):
+        for name in KERNELS & vars(module).keys():
+            function = getattr(module, name)
+
+            def run(
+                *args: object, name: str = name, original: Any = function.run, **kwargs: object
+            ) -> None:
+                names.append(name)
+                original(*args, **kwargs)
+
+            monkeypatch.setattr(function, "run", run)
+    return names
+
+
+KERNELS = {"partial_sums", "finish", "partial_norms", "finish_norms"}
+KERNELS |= {"total", "coefficients", "rewrite"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_a_clip_by_one_limit_takes_five_launches(
+    dtype: torch.dtype, norm_type: float, launched: list[str]
+) -> None:
+    tensors = [torch.randn(n, device=DEVICE).to(dtype) for n in (7, 0, 3000, 2 * CHUNK)]
+    expected = [t.clone() for t in tensors]
+    (listed,) = cuda.tensor_lists(tensors)
+    norm = cuda.total(cuda.power_sums(listed, norm_type), norm_type).norm
+    limit = torch.tensor(0.5, dtype=torch.float64, device="cpu")
+    cuda.scale_(listed, cuda.coefficients(norm, limit))
+    assert launched == ["partial_sums", "finish", "total", "coefficients", "rewrite"]
+    by_definition = naive.total(naive.power_sums(expected, norm_type), norm_type).norm
+    torch.testing.assert_close(norm, by_definition, **NORM)
+    naive.scale_(expected, naive.coefficients(norm, limit))
+    torch.testing.assert_close(tensors, expected, **EXACT)
+
+
 @pytest.mark.parametrize(
     "policy",
     [
@@ -351,20 +391,9 @@ def model() -> nn.Module:
     ],
     ids=repr,
 )
-def test_a_call_takes_three_launches(
-    policy: distclip.Policy, monkeypatch: pytest.MonkeyPatch
+def test_a_call_reads_and_writes_in_one_launch_for_each_dtype(
+    policy: distclip.Policy, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
-    launched: list[str] = []
-    for name in ("partial_sums", "finish", "partial_norms", "finish_norms", "rewrite"):
-        function = getattr(cuda._triton, name)
-
-        def run(
-            *args: object, name: str = name, original: Any = function.run, **kwargs: object
-        ) -> None:
-            launched.append(name)
-            original(*args, **kwargs)
-
-        monkeypatch.setattr(function, "run", run)
     plain, by_triton = model(), model()
     monkeypatch.setattr(kernels, "backend", lambda device: naive)
     expected = distclip.Clipper(plain, policy).clip_()
@@ -375,33 +404,241 @@ def test_a_call_takes_three_launches(
     grads = [p.grad for p in by_triton.parameters()]
     torch.testing.assert_close(grads, [p.grad for p in plain.parameters()], rtol=2e-7, atol=0)
     end = "_norms" if policy.norm_type == 8 else ""
-    assert launched == ["partial_norms" if end else "partial_sums", f"finish{end}", "rewrite"]
+    on_elements = [name for name in launched if name not in {"total", "coefficients"}]
+    reads = ["partial_norms" if end else "partial_sums"] * 2
+    assert on_elements == [*reads, f"finish{end}", "rewrite", "rewrite"]
+
+
+@pytest.mark.parametrize("norm_type", [*POWERS, 4.0, 5.0, 6.0, 20.0])
+@pytest.mark.parametrize("size", [1, 5000])
+def test_the_total_of_sums(norm_type: float, size: int) -> None:
+    sums = torch.rand(2 * size, dtype=torch.float64, device=DEVICE)[::2] * 100
+    for value in (3.0, 0.0, 1e-320, 1e300, math.inf, math.nan):
+        sums[-1] = value
+        for found, expected in zip(
+            cuda.total(sums, norm_type), naive.total(sums, norm_type), strict=True
+        ):
+            assert found.shape == ()
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=0, equal_nan=True)
+    zeros = cuda.total(torch.zeros(size, dtype=torch.float64, device=DEVICE), norm_type)
+    assert [t.item() for t in zeros] == [0, 0]
+    sums[0], sums[-1] = math.nan, math.inf
+    assert cuda.total(sums, norm_type).norm.isnan() or size == 1
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+def test_roots_of_whole_powers_are_exact(norm_type: float) -> None:
+    for base in (1, 3, 5, 7, 10, 64, 100, 999):
+        power = torch.tensor([float(base**norm_type)], dtype=torch.float64, device=DEVICE)
+        assert cuda.total(power, norm_type).norm == base
+
+
+NUMBERS = [0.0, 1e-320, 0.3, 1.0, 7.0, 1e300, math.inf, math.nan, -1.0]
+
+
+def test_coefficients_of_every_pair() -> None:
+    """The bits of `naive`, with the limits on either device."""
+    norms = torch.tensor(NUMBERS, dtype=torch.float64, device=DEVICE)
+    every = torch.cartesian_prod(norms, norms)
+    both = every[:, 0], every[:, 1]  # not contiguous
+    torch.testing.assert_close(cuda.coefficients(*both), naive.coefficients(*both), **EXACT)
+    for limit in NUMBERS:
+        on_cpu = torch.tensor(limit, dtype=torch.float64, device="cpu")
+        for some in (norms, norms[2], norms.view(3, 3), norms[:0], norms.repeat(300)):
+            found = cuda.coefficients(some, on_cpu)
+            assert found.shape == some.shape
+            torch.testing.assert_close(found, naive.coefficients(some, on_cpu), **EXACT)
+
+
+@pytest.fixture
+def weak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "has_weak_float64", lambda index: True)
+
+
+WEAK = 2.6e-7  # the largest error of a norm
+
+
+def check_weak_sums(tensors: list[Tensor], norm_type: float) -> None:
+    found, expected = cuda.power_sums(tensors, norm_type), naive.power_sums(tensors, norm_type)
+    rtol = 0 if math.isinf(norm_type) else norm_type * WEAK
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("weak")
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_sums_where_float64_is_weak(norm_type: float) -> None:
+    """Random; equal, whose roundings go to one side; of any magnitude; NaN and infinity."""
+    check_weak_sums([*gradients([0, 1, 1500]), *gradients([CHUNK + 9])], norm_type)
+    for value in (0.1, 1 / 3, 0.7, 1.9999999, 5793.6):
+        equal = torch.full((CHUNK + 5,), value, device=DEVICE)
+        check_weak_sums([equal.to(dtype) for dtype in DTYPES], norm_type)
+    for value in (0.0, 1e-45, 1e-40, 1e-30, 1e-20, 1e30, 3e38, math.nan, math.inf, -math.inf):
+        long = torch.full((CHUNK,), value, device=DEVICE)
+        mixed = torch.tensor([value, 1.0, -value], device=DEVICE)
+        one = torch.ones(CHUNK, device=DEVICE)
+        one[77] = value
+        check_weak_sums([long, long.bfloat16(), mixed, one, one.bfloat16(), one.half()], norm_type)
+
+
+@pytest.mark.usefixtures("weak")
+@pytest.mark.parametrize(("dtype", "rounds"), [(torch.float32, True), (torch.float64, False)])
+def test_what_weak_float64_changes(dtype: torch.dtype, rounds: bool) -> None:
+    """float32 elements are summed in float32, which shows; float64 elements never are."""
+    tensors = [torch.full((CHUNK,), 0.1, device=DEVICE, dtype=dtype)]
+    found, expected = cuda.power_sums(tensors, 2.0), naive.power_sums(tensors, 2.0)
+    assert ((found / expected - 1).abs() > 1e-9).item() == rounds
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's calls are counted")
+@pytest.mark.parametrize(
+    ("value", "passes"),
+    [
+        (0.0, [(True, 2.0), (True, math.inf)]),
+        (1.0, [(True, 2.0)]),
+        (1e-30, [(True, 2.0), (True, math.inf), (False, 2.0)]),
+        (1e-15, [(True, 2.0), (False, 2.0)]),
+    ],
+)
+def test_zeros_are_not_read_in_float64(
+    value: float, passes: list[tuple[bool, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only squares that float32 cannot hold are."""
+    made: list[tuple[bool, float]] = []
+    original: Any = cuda._triton._chunk_sum
+
+    def counted(*args: Any) -> Any:
+        fast, norm_type = (getattr(arg, "value", arg) for arg in args[4:6])
+        made.append((fast, norm_type))
+        return original(*args)
+
+    monkeypatch.setattr(cuda._triton, "_chunk_sum", counted)
+    tensor = torch.full((3000,), value).bfloat16()
+    check_sums([tensor], 2.0)
+    assert made == passes
+
+
+@pytest.mark.parametrize("norm_type", [3.0, 4.0, 5.0, 6.0])
+def test_whole_powers_by_products(norm_type: float) -> None:
+    for tensor in gradients([1, 1500]):
+        found = cuda.power_sums([tensor], norm_type)
+        torch.testing.assert_close(found, naive.power_sums([tensor], norm_type), rtol=2e-15, atol=0)
+        found = cuda.norms([tensor], norm_type)
+        torch.testing.assert_close(found, naive.norms([tensor], norm_type), rtol=2e-15, atol=0)
+
+
+VARIANTS = """
+import math, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:  # of a device that this machine lacks
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+class Kernel:
+    function = packed_metadata = None
+    def launch_metadata(self, *args): pass
+    def run(self, *args): pass
+
+variants = []
+def compile(function, key, signature, device, constants, options, *_):
+    variants.append((function.fn.__name__, tuple(signature.items())))
+    kernel = function.device_caches[device][0][key] = Kernel()
+    return kernel
+
+triton.runtime.driver.set_active(Driver())
+JITFunction._do_compile = compile
+from distclip.kernels import cuda, tensor_table
+cuda.has_weak_float64 = lambda index: False
+
+DTYPES, p = tensor_table.DTYPES[: int(sys.argv[1])], float(sys.argv[2])
+empty = [torch.zeros(1, dtype=dtype) for dtype in DTYPES]
+cuda.prepare(empty, p)
+print(len(variants))
+number = torch.zeros(9, dtype=torch.float64)
+for n in (1, 2, 3, 15, 16, 17, 32, 160, 1024, 1025):
+    for size in (0, 1, 16, 17, 70_000):
+        tensors = [torch.empty(size + 1, dtype=DTYPES[i % len(DTYPES)])[i % 2 :] for i in range(n)]
+        sums = cuda.power_sums(tensors, p)
+        where = torch.ones(n + 1, dtype=torch.bool)[1:]
+        cuda.power_sums_where(tensors, p, where, sums)
+        if p > 6:
+            cuda.norms(tensors, p)
+        for scalar in number:  # at every multiple of 8 bytes
+            norm = cuda.total(sums, p).norm
+            cuda.coefficients(scalar, norm)
+            cuda.scale_(tensors, scalar)
+            cuda.clamp_(tensors, scalar)
+        cuda.coefficients(sums[1:], sums[1:])
+        for limit in (0.0, 5e-324, 1e-310, 1.0, -1.0, math.inf, math.nan):
+            cuda.coefficients(sums, torch.tensor(limit, dtype=torch.float64))
+        cuda.scale_each_(tensors, torch.zeros(n + 1, dtype=torch.float64)[1:])
+        cuda.zero_(tensors, where[0])
+        cuda.power_sum(tensors, p)
+print(len(variants), variants)
+"""
+
+
+@pytest.mark.parametrize(("num_dtypes", "norm_type"), [(1, 2.0), (3, math.inf), (3, 8.0), (4, 2.0)])
+def test_nothing_is_compiled_after_prepare(num_dtypes: int, norm_type: float) -> None:
+    """For any number and alignment of tensors and operands. The compiler itself is left out."""
+    environment = {**os.environ}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-c", VARIANTS, str(num_dtypes), str(norm_type)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    prepared, after = run.stdout.splitlines()
+    # Sums of all and of some, and four rewrites, for each dtype; finish, total, and coefficients
+    # with the limit on the device or not.
+    expected = num_dtypes * 6 + 4
+    if norm_type == 8 or num_dtypes == 4:
+        expected += num_dtypes + 1  # norms
+    assert int(prepared) == expected
+    assert after.split()[0] == prepared, after
 
 
 COMPILED = """
 import re, subprocess, sys, pathlib, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from distclip.kernels import cuda_triton as device
+from distclip.kernels import cuda_triton as norms, cuda_triton_rewrite as writes
 
-tables = {"rows": "*i64", "owners": "*i64"}
-some = {**tables, "partials": "*fp64", "where": "*i1", "P": "constexpr", "FAST": "constexpr"}
-sums = {**some, "where": "constexpr"}
-norms = {"maxima": "*fp64", "sums": "*fp64"}
-power, kind = {"P": "constexpr"}, {"OPERATION": "constexpr"}
-for kernel, signature, constants in [
-    (device.partial_sums, sums, {"where": None, "P": 2.0, "FAST": True}),
-    (device.partial_sums, some, {"P": 2.0, "FAST": True}),
-    (device.partial_sums, sums, {"where": None, "P": float("inf"), "FAST": True}),
-    (device.partial_norms, {**tables, **norms, **power}, {"P": 8.0}),
-    (device.finish, {"rows": "*i64", "partials": "*fp64", "sums": "*fp64", **power}, {"P": 1.0}),
-    (device.finish_norms, {"rows": "*i64", **norms, "norms": "*fp64", **power}, {"P": 8.0}),
-    (device.rewrite, {**tables, "operands": "*fp64", **kind}, {"OPERATION": device.SCALE.value}),
-    (device.rewrite, {**tables, "operands": "*i1", **kind}, {"OPERATION": device.ZERO.value}),
+TYPES = dict.fromkeys(["rows", "owners"], "*i64") | {"where": "*i1", "first_chunk": "i32"}
+TYPES |= {"count": "i32", "bits": "i64"}
+inf = float("inf")
+for kernel, constants, types in [
+    *[
+        (norms.partial_sums, {"where": None, "STORED": stored, "P": 2.0, "WEAK": weak}, {})
+        for stored in norms.STORED for weak in (False, True)
+    ],
+    (norms.partial_sums, {"STORED": norms.STORED[0], "P": 2.0, "WEAK": False}, {}),
+    *[
+        (norms.partial_sums, {"where": None, "STORED": stored, "P": inf, "WEAK": False}, {})
+        for stored in norms.STORED
+    ],
+    (norms.partial_norms, {"STORED": norms.STORED[0], "P": 8.0}, {}),
+    *[
+        (writes.rewrite, {"STORED": stored, "OPERATION": writes.SCALE.value}, {})
+        for stored in norms.STORED
+    ],
+    (writes.rewrite, {"STORED": norms.STORED[0], "OPERATION": 3}, {"operands": "*i1"}),
+    (norms.finish, {"P": 1.0}, {}),
+    (norms.finish_norms, {"P": 8.0}, {}),
+    (norms.total, {"P": 2.0}, {}),
+    (norms.total, {"P": inf}, {}),
+    (norms.coefficients, {"limits": None}, {}),
+    (norms.coefficients, {}, {}),
 ]:
-    pointers = [i for i, type_ in enumerate(signature.values()) if type_[0] == "*"]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(kernel, signature, constants, aligned)
+    types = {**TYPES, **types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "*fp64") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, {})
     ptx = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
     wide = [len(re.findall(rf"{op}[.]global[.](?:v4[.]b32|v2[.]b64)", ptx)) for op in ("ld", "st")]
     print(kernel.__name__, constants, *wide, bool(re.search(r"\\b(atom|red)[.]", ptx)))
@@ -422,10 +659,12 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    found = [line.split()[-3:] for line in run.stdout.splitlines()]
-    reads, writes = ([int(line[i]) for line in found] for i in (0, 1))
-    assert [r > 0 for r in reads] == [True, True, True, True, False, False, True, False], run.stdout
-    assert [w > 0 for w in writes] == [False, False, False, False, False, False, True, True], (
-        run.stdout
-    )
-    assert {line[2] for line in found} == {"False"}
+    lines = run.stdout.splitlines()
+    assert len(lines) == 25
+    for line in lines:
+        name, *_, reads, writes, atomics = line.split()
+        zeroes = "'OPERATION': 3" in line
+        reads_elements = name in {"partial_sums", "partial_norms", "rewrite"} and not zeroes
+        assert (int(reads) > 0) == reads_elements, line
+        assert (int(writes) > 0) == (name == "rewrite"), line
+        assert atomics == "False"
