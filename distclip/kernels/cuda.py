@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import cuda_triton, foreach, naive, tensor_table
-from distclip.kernels.naive import (
-    coefficients,
+from distclip.kernels.cuda_units import (
     prepare_units,
     scale_units_,
-    tensor_lists,
-    total,
     unit_norms,
     unit_power_sums,
+)
+from distclip.kernels.naive import (
+    coefficients,
+    tensor_lists,
+    total,
 )
 
 __all__ = [
