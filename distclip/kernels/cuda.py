@@ -17,7 +17,7 @@ from torch import Tensor
 from distclip.kernels import cuda_triton, cuda_triton_rewrite, foreach, naive, tensor_table
 from distclip.kernels.backend import Total
 from distclip.kernels.cuda_float64_rate import has_weak_float64
-from distclip.kernels.naive import prepare_units, scale_units_, unit_norms, unit_power_sums
+from distclip.kernels.cuda_units import prepare_units, scale_units_, unit_norms, unit_power_sums
 
 __all__ = [
     "clamp_",

@@ -200,12 +200,14 @@ def _chunk_sum(chunk: Tensor, norm_type: float, scale: Tensor | None) -> Tensor:
 
 def _dim_power_sums(tensor: Tensor, dim: int, norm_type: float, scales: Tensor | None) -> Tensor:
     rows = tensor.movedim(dim, 0)
-    step = max(1, _chunk_size(tensor) * len(rows) // max(1, tensor.numel()))
+    if not tensor.numel():
+        return torch.zeros(len(rows), dtype=torch.float64, device=tensor.device)
+    step = max(1, _chunk_size(tensor) * len(rows) // tensor.numel())
     sums = [
         _row_sums(rows[i : i + step], norm_type, None if scales is None else scales[i : i + step])
         for i in range(0, len(rows), step)
     ]
-    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=tensor.device)
+    return torch.cat(sums)
 
 
 def _scale_dim_(tensor: Tensor, dim: int, coefficients: Tensor) -> None:

@@ -1,0 +1,277 @@
+"""The Triton kernels of units against `naive`: on a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distclip
+from distclip import kernels
+from distclip.kernels import naive, unit_table
+from distclip.kernels.unit_table import BROAD, LONG, MEDIUM, NARROW, SHORT
+from tests.support.tolerances import NORM
+
+triton = pytest.importorskip("triton")
+cuda_units = pytest.importorskip("distclip.kernels.cuda_units")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POWERS = [0.5, 1.0, 2.0, 3.0, math.inf]
+EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+# By shape and dim: the tile, and whether several programs read a unit.
+SHAPES: dict[tuple[tuple[int, ...], int | None], tuple[unit_table.Tile, bool]] = {
+    ((5, 7), 0): (SHORT, False),
+    ((70, 16), 0): (SHORT, False),
+    ((9, 4, 3, 3), 0): (SHORT, False),
+    ((6, 700), 0): (MEDIUM, False),
+    ((3, 1030), 0): (MEDIUM, False),
+    ((2, 5000), 0): (LONG, False),
+    ((2, 33000), 0): (LONG, True),
+    ((40001,), None): (LONG, True),
+    ((3, 5), None): (SHORT, False),
+    ((), None): (SHORT, False),
+    ((9,), 0): (SHORT, False),
+    ((40, 8), 1): (NARROW, False),
+    ((4100, 3), -1): (NARROW, True),
+    ((30, 100), 1): (BROAD, False),
+    ((520, 19), 1): (BROAD, True),
+    ((2, 3, 24), 2): (BROAD, False),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_on_a_device() -> Iterator[None]:
+    """The interpreter computes with numpy, which warns where a device does not."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def tensors(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], list[int | None]]:
+    """Of all shapes; not aligned; in other orders of dims; empty; with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    found = [made(*shape) for shape, _ in SHAPES]
+    dims = [dim for _, dim in SHAPES]
+    found += [made(8 * 24 + 1)[1:].view(8, 24), made(40, 6).t(), made(4, 8, 3, 3).transpose(0, 1)]
+    found += [made(0, 3), made(3, 0), made(12, 40)[:, ::3], made(12, 40)[:, :32], made(3, 4, 5)]
+    return found, [*dims, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype, norm_type: float) -> None:
+    """Sums of a few squares of 16 bits are float32."""
+    rtol = 1e-7 if dtype.itemsize == 2 and norm_type in (1, 2) else 1e-12
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
+def test_shapes_are_covered(shape: tuple[int, ...], dim: int | None) -> None:
+    tensor = torch.ones(shape, device=DEVICE)
+    tile, split = SHAPES[shape, dim]
+    table = unit_table.unit_table([tensor], [dim])
+    assert [launch.tile for launch in table.launches] == [tile]
+    assert (len(table.split) > 0) is split
+
+
+def test_what_a_table_cannot_hold() -> None:
+    found, dims = tensors(torch.float32)
+    found += [torch.ones(3, 4, dtype=torch.complex64), torch.ones(1, 5).expand(3, 5)]
+    table = unit_table.unit_table(found, [*dims, 0, 0])
+    others = [found[i].shape for i in table.others]
+    assert others == [(8, 4, 3, 3), (12, 14), (3, 4, 5), (3, 4)]
+
+
+@pytest.mark.parametrize("norm_type", POWERS)
+@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+def test_sums(dtype: torch.dtype, norm_type: float) -> None:
+    found, dims = tensors(dtype)
+    sums = cuda_units.unit_power_sums(found, dims, norm_type)
+    close(sums, naive.unit_power_sums(found, dims, norm_type), dtype, norm_type)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 20.0, 300.0, math.inf])
+@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+def test_norms_whose_powers_have_no_float64(dtype: torch.dtype, norm_type: float) -> None:
+    """Each chunk has its own maximum, here far below or far above that of its unit."""
+    found, dims = tensors(dtype)
+    rising = torch.linspace(1e-3, 50, 66_000).view(2, -1).to(DEVICE, dtype)
+    found, dims = [*found, rising, rising.flip(1).contiguous()], [*dims, 0, 0]
+    norms = cuda_units.unit_norms(found, dims, norm_type)
+    close(norms, naive.unit_norms(found, dims, norm_type), torch.float64, norm_type)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+def test_nan_and_infinity(dtype: torch.dtype, value: float) -> None:
+    """In one unit of each tensor, beside one another too."""
+    found, dims = tensors(dtype)
+    for tensor in found:
+        if tensor.numel() > 3:
+            tensor[(0,) * tensor.ndim] = value
+            tensor[(-1,) * tensor.ndim] = math.inf
+    for norm_type in (1.0, 2.0, math.inf):
+        sums = cuda_units.unit_power_sums(found, dims, norm_type)
+        close(sums, naive.unit_power_sums(found, dims, norm_type), dtype, norm_type)
+    norms = cuda_units.unit_norms(found, dims, 8.0)
+    close(norms, naive.unit_norms(found, dims, 8.0), dtype, 8.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-7, 1e30, 3e38])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_units_of_any_magnitude(dtype: torch.dtype, value: float) -> None:
+    """Beside units of another magnitude, which one program reads as well."""
+    found = [torch.randn(6, 700), torch.randn(40, 24), torch.randn(2, 5000)]
+    found = [t.to(DEVICE, dtype) for t in found] + [torch.randn(24, 40).to(DEVICE, dtype).t()]
+    for tensor in found:
+        tensor[1] = value
+    dims = [0] * len(found)
+    for norm_type in (1.0, 2.0):
+        sums = cuda_units.unit_power_sums(found, dims, norm_type)
+        close(sums, naive.unit_power_sums(found, dims, norm_type), dtype, norm_type)
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+def test_scaled_as_by_naive(dtype: torch.dtype, tiny: bool) -> None:
+    """The same bits, and no element beside the tensors."""
+    found, dims = tensors(dtype)
+    expected, _ = tensors(dtype)
+    if tiny:
+        for tensor in [*found, *expected]:
+            tensor.mul_(6e4 if dtype is torch.float16 else 6e37)
+    num_units = sum(1 if dim is None else t.shape[dim] for t, dim in zip(found, dims, strict=True))
+    coefficients = torch.rand(num_units, dtype=torch.float64).to(DEVICE)
+    coefficients[::3], coefficients[1], coefficients[2] = 1, 0, math.nan
+    if tiny:
+        coefficients[1::5] = -3e-40
+    cuda_units.scale_units_(found, dims, coefficients)
+    naive.scale_units_(expected, dims, coefficients)
+    torch.testing.assert_close(found, expected, **EXACT)
+    for tensor, other in zip(found, expected, strict=True):
+        if tensor._base is not None:
+            torch.testing.assert_close(tensor._base, other._base, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(9, 24), (9, 700), (2, 5000), (24, 9), (500, 3), (40, 33)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_coefficient_of_one_changes_no_bit(shape: tuple[int, int], dim: int) -> None:
+    """A product with any factor would make a signalling NaN a quiet one."""
+    values = torch.full(shape, 0x7F81, dtype=torch.int16, device=DEVICE)
+    coefficients = torch.ones(shape[dim], dtype=torch.float64, device=DEVICE)
+    coefficients[1] = 0.5
+    cuda_units.scale_units_([values.view(torch.bfloat16)], [dim], coefficients)
+    of_units = values.movedim(dim, 0)
+    assert (of_units[1] != 0x7F81).all()
+    assert (of_units[0] == 0x7F81).all()
+    assert (of_units[2:] == 0x7F81).all()
+
+
+def test_a_write_moves_the_version_of_a_tensor() -> None:
+    x = torch.ones(3, 4, device=DEVICE, requires_grad=True)
+    y = x.exp()
+    z = y.square()
+    half = torch.full((3,), 0.5, dtype=torch.float64, device=DEVICE)
+    cuda_units.scale_units_([y.detach()], [0], half)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_tables_are_kept_and_keep_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[Tensor] = []
+    upload = unit_table.upload
+    monkeypatch.setattr(
+        unit_table, "upload", lambda host, device: uploads.append(host) or upload(host, device)
+    )
+    found = [torch.randn(40, 50, device=DEVICE), torch.randn(9, device=DEVICE)]
+    for _ in range(3):
+        cuda_units.unit_power_sums(found, [0, None], 2.0)
+    assert len(uploads) == 1
+    # The same memory with other units.
+    sums = cuda_units.unit_power_sums([found[0].view(50, 40), found[1]], [0, None], 2.0)
+    expected = naive.unit_power_sums([found[0].view(50, 40), found[1]], [0, None], 2.0)
+    torch.testing.assert_close(sums, expected)
+    cuda_units.unit_power_sums(found, [1, None], 2.0)
+    assert len(uploads) == 3
+
+
+def test_no_tensors() -> None:
+    assert cuda_units.unit_power_sums([], [], 2.0).shape == (0,)
+    assert cuda_units.unit_norms([], [], 8.0).shape == (0,)
+    cuda_units.scale_units_([], [], torch.ones(0, dtype=torch.float64))
+    cuda_units.prepare_units([], [], 2.0)
+
+
+KERNELS = ("partial_sums", "partial_norms", "finish", "finish_norms", "scale")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[object, ...]]]:
+    """The kernels that are launched, with their compile-time arguments."""
+    launches: list[tuple[str, tuple[object, ...]]] = []
+    for name in KERNELS:
+        function = getattr(cuda_units._triton, name)
+
+        def run(*args: Any, name: str = name, original: Any = function.run, **kwargs: Any) -> None:
+            launches.append((name, tuple(a for a in args if not isinstance(a, Tensor))))
+            original(*args, **kwargs)
+
+        monkeypatch.setattr(function, "run", run)
+    return launches
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 8.0])
+def test_a_plan_compiles_what_its_steps_call(
+    launched: list[tuple[str, tuple[object, ...]]], norm_type: float
+) -> None:
+    found, dims = tensors(torch.bfloat16)
+    before = [t.clone() for t in found]
+    cuda_units.prepare_units(found, dims, norm_type)
+    prepared = set(launched)
+    launched.clear()
+    assert all(map(torch.equal, found, before))
+    sums = cuda_units.unit_power_sums(found, dims, norm_type)
+    if norm_type == 8:
+        cuda_units.unit_norms(found, dims, norm_type)
+    cuda_units.scale_units_(found, dims, torch.ones_like(sums))
+    assert launched
+    assert set(launched) <= prepared
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [distclip.AGC(0.01), distclip.AGC(0.01, unit_dim=-1), distclip.AGC(0.01, 8.0)],
+    ids=repr,
+)
+def test_a_call_takes_one_launch_for_each_shape_of_units(
+    policy: distclip.Policy,
+    launched: list[tuple[str, tuple[object, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made() -> nn.ModuleList:
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(12, 9) for _ in range(10)).to(DEVICE)
+        for param in layers.parameters():
+            param.grad = torch.randn_like(param)
+        return layers
+
+    plain, by_triton = made(), made()
+    monkeypatch.setattr(kernels, "backend", lambda device: naive)
+    expected = distclip.Clipper(plain, policy).clip_()
+    monkeypatch.setattr(kernels, "backend", lambda device: kernels.cuda)
+    report = distclip.Clipper(by_triton, policy).clip_()
+    assert expected.clipped
+    torch.testing.assert_close(report.total_norm, expected.total_norm, **NORM)
+    grads = [p.grad for p in by_triton.parameters()]
+    torch.testing.assert_close(grads, [p.grad for p in plain.parameters()], rtol=2e-7, atol=0)
+    numbers = "partial_norms" if policy.norm_type == 8 else "partial_sums"
+    shapes = 2 if policy.unit_dim else 1  # columns beside the biases, which are rows
+    assert Counter(name for name, _ in launched) == {numbers: 2 * shapes, "scale": shapes}
