@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip.norms.measure import NormBuffer
-from distclip.training import backward as backward_norms
 from tests.support import reference
+from tests.support.overlap import of_any_size, sizes
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
 from tests.support.wrapped import WRAPPERS, Model, local, loss_of, make_model, tokens_of_all_ranks
 
@@ -37,6 +37,12 @@ POLICIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _of_any_size() -> Iterator[None]:
+    with sizes():
+        yield
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [local(p.grad) for p in model.parameters() if p.grad is not None]
 
@@ -45,12 +51,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def nothing_is_measured() -> Iterator[None]:
     """Fails where a gradient is measured inside."""
 
-    def put(buffer: NormBuffer, member: int, grad: Tensor | None) -> None:
-        assert grad is None, "measured again"
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("measured again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NormBuffer, "put", put)
-        patch.setattr(backward_norms, "measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(NormBuffer, "put_many", fail)
+        patch.setattr("distclip.norms.measure._measure_group", fail)
         yield
 
 
@@ -208,7 +214,7 @@ def test_a_parameter_without_gradient_in_the_next_step() -> None:
 def test_a_bucket_that_was_reduced_but_never_written() -> None:
     model, clipper = model_and_clipper()
     backward(model, batches(1)[0])
-    clipper._backward.reduced(model.head.weight, torch.full_like(model.head.weight, 100.0))
+    clipper._backward.reduced([model.head.weight], [torch.full_like(model.head.weight, 100.0)])
     norm = reference.total_norm(gradients(model))
     torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
@@ -292,6 +298,7 @@ def with_reduction(model: nn.Module) -> None:
         model.set_requires_gradient_sync(True)
 
 
+@of_any_size
 def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
     model = make(kind, device)
     clipper = distclip.Clipper(model, POLICIES[policy], overlap=True)
@@ -320,6 +327,7 @@ def test_ranks_measure_what_was_reduced(four_ranks: Ranks, kind: str, policy: st
     four_ranks.run(measures_reduced_gradients, kind, policy, four_ranks.device)
 
 
+@of_any_size
 def clips_as_without(kind: str, policy: str, device: str) -> None:
     results = []
     for overlap in (True, False):
@@ -345,6 +353,7 @@ def test_every_wrapper_clips_as_without(four_ranks: Ranks, kind: str, policy: st
     four_ranks.run(clips_as_without, kind, policy, four_ranks.device)
 
 
+@of_any_size
 def ddp_variants() -> None:
     for options in (
         {"gradient_as_bucket_view": True},
@@ -380,6 +389,7 @@ class TwoHeads(nn.Module):
         return self.first(x) + (self.second(x) if both else 0)
 
 
+@of_any_size
 def an_unused_head_keeps_its_gradient(view: bool) -> None:
     torch.manual_seed(0)
     wrapped = DistributedDataParallel(
@@ -402,6 +412,7 @@ def test_what_ddp_did_not_use_in_the_last_micro_batch(four_ranks: Ranks, view: b
         four_ranks.run(an_unused_head_keeps_its_gradient, view)
 
 
+@of_any_size
 def a_backward_that_raises_under_ddp() -> None:
     wrapped = DistributedDataParallel(make_model(), bucket_cap_mb=0.0001)
     clipper = distclip.Clipper(wrapped, distclip.ClipNorm(math.inf), overlap=True)
@@ -429,6 +440,7 @@ def test_ddp_after_a_backward_that_raised(four_ranks: Ranks) -> None:
         four_ranks.run(a_backward_that_raises_under_ddp)
 
 
+@of_any_size
 def second_hook_is_refused() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
@@ -445,6 +457,7 @@ def test_a_second_communication_hook_is_refused(four_ranks: Ranks) -> None:
         four_ranks.run(second_hook_is_refused)
 
 
+@of_any_size
 def plain_beside_sharded() -> None:
     """A parameter that no hook of FSDP2 concerns, beside those that it shards."""
     model = make_model()
