@@ -28,6 +28,8 @@ class KeptIndices:
         key = tuple(indices)
         if (found := self._kept.get(key)) is not None:
             return found
+        if self._device.type == "meta":
+            return torch.empty(len(key), dtype=torch.int64, device="meta")
         uploaded = upload(torch.tensor(key, dtype=torch.int64, device="cpu"), self._device)
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return uploaded  # has values only while the graph is replayed

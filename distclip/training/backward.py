@@ -74,20 +74,20 @@ class BackwardNorms:
         self._plan = plan
         self._params = [param.param for param in plan.params]
         self._numels = [local_memory(param.detach()).numel() for param in self._params]
+        self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
+        heard = self._large_params()
         self._slots = [
             _BufferSlot(buffer, member)
-            for group in plan.groups
+            for group in (plan.groups if heard else [])
             for buffer in [NormBuffer(group, plan)]
             for member in range(len(plan.params[group.members]))
         ]
-        self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
         self._put: set[int] = set()  # the parameters whose number in a buffer is not zero
         self._samples = Samples(len(self._params), plan.device)
         self._together = sizes_on(plan.device).together
         self._collected: dict[int, Any] = {}  # parameters, and the streams of their gradients
         self._num_collected: dict[Any, int] = {}  # elements, by the stream
         self._known: dict[int, _Known] = {}
-        heard = self._large_params()
         self._index = {id(self._params[i]): i for i in heard}
         params = [self._params[i] for i in heard]
         handles = register_grad_hooks(_WeakListener(self), params, modules)

@@ -123,9 +123,10 @@ class Samples:
 
     def _outlive_reading(self) -> None:
         """Samples are taken on the streams of backward, and may go while another reads them."""
+        stream = current_stream(self._device)
         for taken in self._taken:
-            if not taken.is_cpu:
-                taken.record_stream(current_stream(self._device))
+            if stream is not None and not taken.is_cpu:
+                taken.record_stream(stream)
 
     def _of(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         now, then = ([each[i] for i in indices] for each in (self._now, self._then))
@@ -133,8 +134,8 @@ class Samples:
 
 
 def current_stream(device: torch.device) -> Any:
-    """What runs now on a device; None where it has no streams."""
-    device_module: Any = torch.get_device_module(device.type)
+    """What runs now on a device; None where it has no streams, as on the meta device."""
+    device_module: Any = getattr(torch, device.type, None)
     if not hasattr(device_module, "current_stream"):
         return None
     return device_module.current_stream(device)

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace as replace_field
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip.norms.measure import NormBuffer
+from distclip.training import backward as backward_norms
+from distclip.training.backward import BackwardNorms
 from tests.support import reference
 from tests.support.overlap import of_any_size, sizes
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
@@ -282,7 +285,184 @@ def test_loss_scale() -> None:
     torch.testing.assert_close(report.total_norm.double(), norm, rtol=1e-6, atol=0)
 
 
+# Which are measured in backward, and when
+
+
+@contextmanager
+def put_together() -> Iterator[list[int]]:
+    """How many gradients are measured at each time in backward."""
+    counts: list[int] = []
+    put_many = NormBuffer.put_many
+
+    def counting(buffer: NormBuffer, members: list[int], grads: list[Tensor]) -> None:
+        counts.append(len(members))
+        put_many(buffer, members, grads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NormBuffer, "put_many", counting)
+        yield counts
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "8", "tensor", "unit"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_while_it_was_collected(
+    change: Callable[[nn.Module], None], policy: str
+) -> None:
+    with sizes(together=300):
+        model, clipper = model_and_clipper(POLICIES[policy])
+    for num in (1, 2, 1):
+        for _ in range(num):
+            backward(model, batches(1)[0])
+            change(model)
+        if change is a_sparse_one and policy == "unit":
+            return
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients(model)]
+        norm = reference.total_norm(values, POLICIES[policy].norm_type)
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+        model.zero_grad()
+
+
+def square(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, size))
+
+
+def test_gradients_that_become_final_one_by_one_are_measured_together() -> None:
+    params = [square(100) for _ in range(10)]
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    with put_together() as counts:
+        torch.cat(params).square().sum().backward()
+    assert counts == [3, 3, 3]  # the last one is left to the call
+    norm = reference.total_norm([p.grad for p in params])
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_each_stream_measures_what_was_made_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would have to wait for it."""
+    params = [square(100) for _ in range(12)]
+    current: list[str] = [""]
+    monkeypatch.setattr(backward_norms, "current_stream", lambda _: current[0])
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    made_on: dict[int, str] = {}
+    put_many, measured = NormBuffer.put_many, []
+
+    def recording(buffer: NormBuffer, members: list[int], grads: list[Tensor]) -> None:
+        measured.extend(members)
+        assert {made_on[i] for i in members} == {current[0]}
+        put_many(buffer, members, grads)
+
+    monkeypatch.setattr(NormBuffer, "put_many", recording)
+    for offset in (0, 1):  # the second time each on the other stream
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, float(i + offset))
+            made_on[i] = current[0] = "ab"[(i + offset) % 2]
+            clipper._backward.accumulated(param)
+    assert sorted(set(measured)) == list(range(12))
+    norm = reference.total_norm([p.grad for p in params])
+    with nothing_is_measured():
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_that_was_replaced_while_it_was_collected() -> None:
+    first, second = params = [square(100), square(250)]
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    first.square().sum().backward()
+    first.grad = torch.full_like(first, 7.0)
+    second.square().sum().backward()
+    norm = reference.total_norm([p.grad for p in params])
+    with nothing_is_measured():
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_short_gradients_are_left_to_the_call() -> None:
+    long, short = params = [square(300), square(299)]
+    with sizes(large=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    assert long._post_accumulate_grad_hooks
+    assert not short._post_accumulate_grad_hooks
+    for used in (params, [long], [short], params):
+        for param in params:
+            param.grad = None
+        torch.stack([p.square().sum() for p in used]).sum().backward()
+        norm = reference.total_norm([p.grad for p in used])
+        with put_together() as counts:
+            report = clipper.clip_()
+        assert not counts
+        torch.testing.assert_close(report.total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_nan_in_a_short_gradient_is_named() -> None:
+    long, short = square(300), square(20)
+    with sizes(large=300):
+        clipper = distclip.Clipper([("long", long), ("short", short)], overlap=True)
+    (long.sum() + short.sum()).backward()
+    short.grad[3] = math.nan
+    assert clipper.clip_().nonfinite_parameters() == {"short": [0]}
+
+
+@pytest.mark.parametrize("policy", ["2", "tensor", "unit"])
+def test_only_gradients_on_the_device_are_heard(policy: str) -> None:
+    """FSDP2 waits for each gradient that it offloads, if its parameter has a hook."""
+    model = make_model()
+    plan = distclip.Clipper(model, POLICIES[policy]).plan
+    elsewhere = BackwardNorms(replace_field(plan, device=torch.device("cuda")), [model])
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    there = make_model().to("meta")
+    plan = distclip.Clipper(there, POLICIES[policy]).plan
+    here = BackwardNorms(replace_field(plan, device=torch.device("meta")), [there])
+    # Units are not measured again on an accelerator where a sample differs.
+    assert all(bool(p._post_accumulate_grad_hooks) == (policy == "2") for p in there.parameters())
+    del elsewhere, here
+
+
+def test_without_values_and_streams() -> None:
+    model = make_model().to("meta")
+    clipper = distclip.Clipper(model, overlap=True)
+    for param in model.parameters():
+        param.grad = torch.empty_like(param)
+        clipper._backward.accumulated(param)
+    assert clipper.clip_().total_norm.shape == ()
+
+
 # On ranks
+
+
+@of_any_size
+def buckets_are_measured_at_once() -> None:
+    wrapped = DistributedDataParallel(make_model())
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.5), overlap=True)
+    num = len([*wrapped.parameters()])
+    for _ in range(2):
+        wrapped.zero_grad()
+        with put_together() as counts:
+            backward(wrapped, batches(1)[0])
+        assert sum(counts) == num
+        assert len(counts) <= 2  # buckets
+        norm = reference.total_norm(gradients(wrapped))
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_ddp_measures_a_bucket_at_once(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(buckets_are_measured_at_once)
+
+
+def ddp_without_large_parameters() -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    wrapped = DistributedDataParallel(make_model())
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.5), overlap=True)
+    wrapped.register_comm_hook(None, fp16_compress_hook)  # nobody has taken its place
+    backward(wrapped, batches(1)[0])
+    norm = reference.total_norm(gradients(wrapped))
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_ddp_keeps_its_hook_where_nothing_is_measured_in_backward(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(ddp_without_large_parameters)
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[Any]:
