@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import kernels
+from distclip.kernels.kept_indices import KeptIndices
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
@@ -225,15 +226,15 @@ def _per_unit(
 
 
 class NormBuffer:
-    """The measurements of one group's gradients, written one gradient at a time.
+    """The measurements of one group's gradients, written at different times.
 
     Attributes:
         per_tensor: as `GroupMeasurement.per_tensor`, of every parameter; or the partials of every
-            unit, [num_units, num_partials].
+            unit, [num_units, num_partials]. What was not put counts as zero.
     """
 
     def __init__(self, group: ParamGroup, plan: Plan) -> None:
-        self._group, self._device = group, plan.device
+        self._group, self._plan = group, plan
         self._params = plan.params[group.members]
         self._names = [param.name for param in self._params]
         counted = [param.counted for param in self._params]
@@ -242,38 +243,61 @@ class NormBuffer:
         if group.units is not None:
             shape = [group.units.num_units, group.power.num_partials]
         self.per_tensor = torch.zeros(shape, dtype=torch.float64, device=plan.device)
+        self._rows = KeptIndices(plan.device)  # the same come together in every step
 
-    def put(self, member: int, grad: Tensor | None) -> None:
-        """Measures the gradient of one member of the group; None is a gradient of zeros."""
+    def put_many(self, members: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Measures the gradients of these members of the group together, without a wait.
+
+        One by one in groups with units.
+        """
         power, units = self._group.power, self._group.units
         if units is None:
-            number = 0.0 if grad is None else _per_tensor([grad], power, self._device)[0]
-            self.per_tensor[member] = number
+            per_tensor = _per_tensor(grads, power, self._plan.device)
+            self.per_tensor.index_copy_(0, self._rows.on_device(members), per_tensor)
             return
-        for span in units.spans_of[member]:
-            self.per_tensor[span.row : span.row + span.count] = 0.0
-            if grad is not None:
+        self.clear(members)
+        for member, grad in zip(members, grads, strict=True):
+            for span in units.spans_of[member]:
                 _add_units_(self.per_tensor, span.views(grad), power, units)
 
-    def refresh(self, grads: Sequence[Tensor | None], changed: Tensor) -> None:
-        """Measures again where `changed`, a bool for each member, is true; without a wait.
+    def clear(self, members: Sequence[int]) -> None:
+        """From now on these count as zero."""
+        if (units := self._group.units) is None:
+            self.per_tensor.index_fill_(0, self._rows.on_device(members), 0.0)
+            return
+        for span in (span for member in members for span in units.spans_of[member]):
+            self.per_tensor[span.row : span.row + span.count] = 0.0
+
+    def refresh(self, members: Sequence[int], grads: Sequence[Tensor], changed: Tensor) -> None:
+        """Measures again where `changed`, a bool for each, is true; without a wait.
 
         For groups without units.
         """
-        p, otherwise = self._group.norm_type, self.per_tensor
-        nothing = otherwise[:0]
-        full = [nothing if grad is None else grad for grad in grads]
+        p, rows = self._group.norm_type, self._rows.on_device(members)
+        before = self.per_tensor.index_select(0, rows)
         if self._group.power.needs_norms:
-            self.per_tensor = torch.where(changed, kernels.norms(full, p), otherwise)
+            now = torch.where(changed, kernels.norms(grads, p), before)
         else:
-            self.per_tensor = kernels.power_sums_where(full, p, changed, otherwise)
+            now = kernels.power_sums_where(grads, p, changed, before)
+        self.per_tensor.index_copy_(0, rows, now)
 
-    def measurement(self) -> GroupMeasurement:
+    def measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
+        """Of what was put, and of the other gradients, which are measured now.
+
+        Args:
+            rest: in the order of `plan.params`, as `measure` takes them; None for what was put.
+        """
         group, per_tensor = self._group, self.per_tensor.clone()
-        if group.units is not None:
-            return _of_units(per_tensor, self._params, group, group.units)
+        if (units := group.units) is not None:
+            _add_units_(per_tensor, units.views(rest[group.members]), group.power, units)
+            return _of_units(per_tensor, self._params, group, units)
         added = per_tensor
         if group.has_copies:
             added = torch.where(self._counted, per_tensor, _only_nonfinite(per_tensor))
         payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
-        return GroupMeasurement(payload, self._names, per_tensor)
+        if all(grad is None for grad in rest[group.members]):
+            return GroupMeasurement(payload, self._names, per_tensor)
+        more = _measure_group(rest, self._plan, group, per_tensor=False)
+        payload = power_sums.combine(torch.stack([payload, more.payload]), group.norm_type)
+        names = [*self._names, *more.names]
+        return GroupMeasurement(payload, names, torch.cat([per_tensor, more.per_tensor]))

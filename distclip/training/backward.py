@@ -6,8 +6,9 @@ Final means what the optimizer will see: summed up over uses and reduced over ra
 # No deferred annotations here: DDP reads those of its communication hook.
 
 import weakref
-from collections.abc import Sequence
-from operator import attrgetter, is_
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,120 +20,207 @@ from distclip import torch_private
 from distclip.errors import LayoutError
 from distclip.norms.measure import GroupMeasurement, NormBuffer, measure
 from distclip.norms.plan import Plan
-from distclip.sharding.local_tensors import final_gradient, local_gradient
-from distclip.training.samples import Samples
+from distclip.sharding.local_tensors import (
+    final_gradient,
+    local_gradients,
+    local_memory,
+    share_address,
+)
+from distclip.training.samples import Samples, current_stream
+
+
+class Sizes(NamedTuple):
+    """Numbers of elements.
+
+    Attributes:
+        large: of a gradient from which it is measured in backward. Shorter ones cost more there,
+            each by itself, than in the call, which measures all of them together.
+        together: of gradients that are measured together in backward, as soon as so many are final.
+    """
+
+    large: int
+    together: int
+
+
+# By measurement: for shorter ones a hook takes several times as long as reading, and 4 MiB are
+# still in a cache.
+_ON_CPU = Sizes(large=1 << 16, together=1 << 20)
+# By arithmetic, not yet by measurement: for 1 MiB a hook takes ten times as long on the host as
+# reading does on the device, and to measure 64 MiB takes less than the launches for it.
+_ON_ACCELERATOR = Sizes(large=1 << 18, together=1 << 24)
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    return _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
 
 
 class BackwardNorms:
-    """The norm of every gradient that backward has left, while the gradient does not change.
+    """The norms of large gradients that backward has left, while the gradients do not change.
 
     A norm is used only if `.grad` is still the very tensor, no operation has written to it since,
-    and a sample of its elements has the bits that it had. What has changed, or was never seen, is
-    measured when the norms are asked for. A second micro-batch, a gradient set to None or replaced,
-    and a backward that raises need no rule of their own. What is not seen is a write that torch
-    does not count and that leaves out the sample, such as one to a single element through `.data`.
+    and a sample of its elements has the bits that it had. What has changed, or was never measured,
+    is measured when the norms are asked for. A second micro-batch, a gradient set to None or
+    replaced, and a backward that raises need no rule of their own. What is not seen is a write that
+    torch does not count and that leaves out the sample, such as one to a single element through
+    `.data`.
+
+    Gradients that become final one by one are collected, and measured on the stream on which they
+    were made, in the hook of a later one. What is then read is `.grad` as it is at that time. The
+    last ones are left to the call. So nothing runs after what autograd, FSDP2 and DDP make the
+    stream of the caller wait for, and nothing but the samples needs a rule for its memory.
     """
 
     def __init__(self, plan: Plan, modules: Sequence[nn.Module]) -> None:
         self._plan = plan
         self._params = [param.param for param in plan.params]
-        self._index = {id(param): i for i, param in enumerate(self._params)}
-        self._buffers = [NormBuffer(group, plan) for group in plan.groups]
+        self._numels = [local_memory(param.detach()).numel() for param in self._params]
+        self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
+        heard = self._large_params()
         self._slots = [
             _BufferSlot(buffer, member)
-            for group, buffer in zip(plan.groups, self._buffers, strict=True)
+            for group in (plan.groups if heard else [])
+            for buffer in [NormBuffer(group, plan)]
             for member in range(len(plan.params[group.members]))
         ]
-        self._waits = plan.device.type == "cpu"  # else nothing is read back from the device
-        self._measured: set[int] = set()  # the parameters whose number in a buffer is not zero
+        self._put: set[int] = set()  # the parameters whose number in a buffer is not zero
         self._samples = Samples(len(self._params), plan.device)
-        self._latest: Tensor | None = None  # the values that were measured last
-        self._forget_gradients()
-        handles = register_grad_hooks(_WeakListener(self), self._params, modules)
+        self._together = sizes_on(plan.device).together
+        self._collected: dict[int, Any] = {}  # parameters, and the streams of their gradients
+        self._num_collected: dict[Any, int] = {}  # elements, by the stream
+        self._known: dict[int, _Known] = {}
+        self._index = {id(self._params[i]): i for i in heard}
+        params = [self._params[i] for i in heard]
+        handles = register_grad_hooks(_WeakListener(self), params, modules)
         weakref.finalize(self, _remove, handles)
 
     def gradients(self) -> list[Tensor | None]:
-        """As `local_gradients`, in less time where all were seen."""
-        if all(map(is_, map(attrgetter("grad"), self._params), self._grads)):
-            return self._seen
-        known = zip(self._params, self._grads, self._seen, strict=True)
-        return [
-            seen if param.grad is grad else local_gradient(param) for param, grad, seen in known
-        ]
+        """As `local_gradients`, in less time where backward has left all."""
+        known = self._known
+        if len(known) == len(self._params) and all(
+            known[i].grad is param.grad for i, param in enumerate(self._params)
+        ):
+            values = [known[i].values for i in range(len(known))]
+            if not share_address(values):
+                return [*values]
+        return local_gradients(self._params)
 
     def measurements(self, gradients: Sequence[Tensor | None]) -> list[GroupMeasurement]:
         """As `measure`, without reading again what was measured. Forgets the gradients after."""
-        stale, changed = self._surely_stale(gradients), None
-        sampled = [i for i, grad in enumerate(gradients) if grad is not None and i not in stale]
+        known = sorted(self._known.items())
+        fresh = [i for i, k in known if k.is_still(gradients[i]) and self._samples.has(i)]
         if self._waits:
-            stale |= self._samples.changed(sampled)
-        elif sampled:
-            changed = self._samples.changed_on_device(sampled)
-        if self._is_too_much(len(stale)):
+            changed = self._samples.changed(fresh)
+            fresh = [i for i in fresh if i not in changed]
+        if not fresh or self._is_too_little(fresh):
             self._forget_gradients()
             return measure(gradients, self._plan)
-        for i in stale:
-            self._measure(i, gradients[i])
-        for i in [i for i in self._measured if gradients[i] is None]:
-            self._measure(i, None)  # a gradient of an earlier step that this step does not have
-        if changed is not None:
-            for group, buffer in zip(self._plan.groups, self._buffers, strict=True):
-                buffer.refresh(gradients[group.members], changed[group.members])
+        if not self._waits:
+            self._refresh(fresh, gradients)
+        self._clear(self._put.difference(fresh))
         self._forget_gradients()
-        return [buffer.measurement() for buffer in self._buffers]
+        rest = list(gradients)
+        for i in fresh:
+            rest[i] = None
+        buffers = dict.fromkeys(slot.buffer for slot in self._slots)
+        return [buffer.measurement(rest) for buffer in buffers]
 
-    def _is_too_much(self, num_stale: int) -> bool:
-        """Whether to measure everything at once takes no longer."""
-        # Kernels that measure units again only where a sample differs exist for no accelerator.
-        has_units = any(group.units is not None for group in self._plan.groups)
-        too_much = num_stale > len(self._params) // 2 or (has_units and not self._waits)
-        return too_much or not self._measured
+    def accumulated(self, param: Tensor) -> None:
+        """`.grad` has its final values, on the current stream."""
+        i, stream = self._index[id(param)], current_stream(self._plan.device)
+        self._known.pop(i, None)
+        self._collected[i] = stream
+        num = self._num_collected.get(stream, 0) + self._numels[i]
+        self._num_collected[stream] = num
+        if num >= self._together:
+            self._measure_collected(stream)
 
-    def _surely_stale(self, gradients: Sequence[Tensor | None]) -> set[int]:
-        """What is another tensor or lies elsewhere, has a later version, or has no sample."""
-        versions = [-1 if grad is None else torch_private.version(grad) for grad in gradients]
-        addresses = [grad.data_ptr() if type(grad) is Tensor else 0 for grad in gradients]
-        has = self._samples.has
-        stale = {i for i, grad in enumerate(gradients) if grad is not None and not has(i)}
-        if gradients is self._seen and (versions, addresses) == (self._versions, self._addresses):
-            return stale
-        now = zip(gradients, versions, addresses, strict=True)
-        then = zip(self._seen, self._versions, self._addresses, strict=True)
-        pairs = enumerate(zip(now, then, strict=True))
-        return stale | {i for i, (a, b) in pairs if a[0] is not b[0] or a[1:] != b[1:]}
+    def reduced(self, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """These gradients have their final values, but `.grad` does not have them yet."""
+        pairs = zip(params, values, strict=True)
+        found = [(i, each) for p, each in pairs if (i := self._index.get(id(p))) is not None]
+        for i, _ in found:
+            self._known.pop(i, None)
+        self._measure(dict(found))
 
-    def reduced(self, param: Tensor, values: Tensor | None) -> None:
-        """A gradient has its final values; None where a collective has yet to make them."""
-        if (i := self._index.get(id(param))) is not None:
-            self._grads[i] = self._seen[i] = None
-            is_here = values is not None and values.device == self._plan.device
-            self._measure(i, values if is_here else None)
-            self._latest = values if is_here else None
-            if self._latest is not None:
-                self._samples.take(i, self._latest)
-
-    def written(self, param: Tensor) -> None:
+    def written(self, params: Sequence[Tensor]) -> None:
         """`.grad` has the values that were measured."""
-        if (i := self._index.get(id(param))) in self._measured:
-            self._grads[i], self._seen[i] = param.grad, (values := final_gradient(param))
-            self._versions[i] = -1 if values is None else torch_private.version(values)
-            self._addresses[i] = values.data_ptr() if type(values) is Tensor else 0
-            if values is not None and values is not self._latest:
+        for param in params:
+            i, values = self._index.get(id(param)), final_gradient(param)
+            if i is not None and values is not None and self._samples.has(i):
                 self._samples.move(i, values)
-        self._latest = None
+                self._known[i] = _Known.of(param, values)
+
+    def _large_params(self) -> list[int]:
+        """The parameters whose gradients are measured in backward."""
+        device, large = self._plan.device, sizes_on(self._plan.device).large
+        # Kernels that measure units again only where a sample differs exist for no accelerator.
+        if not self._waits and any(group.units is not None for group in self._plan.groups):
+            return []
+        # Under CPU offload FSDP2 copies the gradient of a parameter with a hook to the CPU at once,
+        # and waits for it.
+        here = [param.device == device or param.is_meta for param in self._params]
+        return [i for i, numel in enumerate(self._numels) if here[i] and numel >= large]
+
+    def _is_too_little(self, fresh: Sequence[int]) -> bool:
+        """Whether to measure everything at once takes no longer."""
+        return 2 * sum(self._numels[i] for i in fresh) < sum(self._numels)
+
+    def _measure_collected(self, stream: Any) -> None:
+        """Measures what was collected on the current stream."""
+        self._num_collected.pop(stream)
+        together = [i for i, other in list(self._collected.items()) if other == stream]
+        for i in together:
+            del self._collected[i]
+        found = {i: final_gradient(self._params[i]) for i in together}
+        values = {i: each for i, each in found.items() if each is not None}
+        known = {i: _Known.of(self._params[i], each) for i, each in values.items()}
+        for i in self._measure(values):
+            self._known[i] = known[i]
 
     @torch.no_grad()
-    def _measure(self, i: int, values: Tensor | None) -> None:
-        self._slots[i].buffer.put(self._slots[i].member, values)
-        (self._measured.discard if values is None else self._measured.add)(i)
+    def _measure(self, values: dict[int, Tensor]) -> list[int]:
+        """Measures gradients, by their indices; returns those that have a sample."""
+        here = [i for i, each in sorted(values.items()) if each.device == self._plan.device]
+        # First the samples: they then show a write that comes between.
+        self._samples.take(here, [values[i] for i in here])
+        measured = [i for i in here if self._samples.has(i)]
+        for buffer, members, of_buffer in self._by_buffer(measured):
+            buffer.put_many(members, [values[i] for i in measured[of_buffer]])
+        self._put.update(measured)
+        return measured
+
+    @torch.no_grad()
+    def _refresh(self, fresh: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        changed = self._samples.changed_on_device(fresh)
+        grads = [cast(Tensor, gradients[i]) for i in fresh]
+        for buffer, members, of_buffer in self._by_buffer(fresh):
+            buffer.refresh(members, grads[of_buffer], changed[of_buffer])
+
+    @torch.no_grad()
+    def _clear(self, indices: Iterable[int]) -> None:
+        """Zeros for gradients that this step does not have, or that are measured anew."""
+        for buffer, members, _ in self._by_buffer(sorted(indices)):
+            buffer.clear(members)
+        self._put.difference_update(indices)
+
+    def _by_buffer(self, indices: Sequence[int]) -> Iterator[tuple[NormBuffer, list[int], slice]]:
+        """The buffers of these parameters: which, which members, and which of `indices`.
+
+        Args:
+            indices: in ascending order; those of a group lie together.
+        """
+        first = 0
+        for buffer, slots in groupby((self._slots[i] for i in indices), attrgetter("buffer")):
+            members = [slot.member for slot in slots]
+            yield buffer, members, slice(first, first + len(members))
+            first += len(members)
 
     def _forget_gradients(self) -> None:
         """Keeps no gradient alive after it was used."""
-        self._grads: list[Tensor | None] = [None] * len(self._params)
-        self._seen = list(self._grads)  # their dense values
+        self._known.clear()
+        self._collected.clear()
+        self._num_collected.clear()
         self._samples.forget()
-        self._versions = [-1] * len(self._params)
-        self._addresses = [0] * len(self._params)
 
 
 class _BufferSlot(NamedTuple):
@@ -140,11 +228,40 @@ class _BufferSlot(NamedTuple):
     member: int
 
 
-class Listener(Protocol):
-    """What `register_grad_hooks` calls for a parameter: `reduced`, then `written`."""
+class _Known(NamedTuple):
+    """A gradient as it was when it was measured.
 
-    def reduced(self, param: Tensor, values: Tensor | None) -> None: ...
-    def written(self, param: Tensor) -> None: ...
+    Attributes:
+        grad: the `.grad`.
+        values: its dense values on this rank.
+    """
+
+    grad: Tensor | None
+    values: Tensor
+    version: int
+    address: int
+
+    @staticmethod
+    def of(param: Tensor, values: Tensor) -> "_Known":
+        return _Known(param.grad, values, torch_private.version(values), _address(values))
+
+    def is_still(self, values: Tensor | None) -> bool:
+        """Whether this is that tensor, lies where it lay, and nothing that torch counts wrote."""
+        if values is None or values is not self.values:
+            return False
+        return (torch_private.version(values), _address(values)) == (self.version, self.address)
+
+
+def _address(values: Tensor) -> int:
+    return values.data_ptr() if type(values) is Tensor else 0
+
+
+class Listener(Protocol):
+    """What `register_grad_hooks` calls: `accumulated`, or under DDP `reduced`, then `written`."""
+
+    def accumulated(self, param: Tensor) -> None: ...
+    def reduced(self, params: Sequence[Tensor], values: Sequence[Tensor]) -> None: ...
+    def written(self, params: Sequence[Tensor]) -> None: ...
 
 
 class _WeakListener:
@@ -153,19 +270,23 @@ class _WeakListener:
     def __init__(self, target: BackwardNorms) -> None:
         self._target = weakref.ref(target)
 
-    def reduced(self, param: Tensor, values: Tensor | None) -> None:
+    def accumulated(self, param: Tensor) -> None:
         if (target := self._target()) is not None:
-            target.reduced(param, values)
+            target.accumulated(param)
 
-    def written(self, param: Tensor) -> None:
+    def reduced(self, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         if (target := self._target()) is not None:
-            target.written(param)
+            target.reduced(params, values)
+
+    def written(self, params: Sequence[Tensor]) -> None:
+        if (target := self._target()) is not None:
+            target.written(params)
 
 
 def register_grad_hooks(
     listener: Listener, params: Sequence[Tensor], modules: Sequence[nn.Module]
 ) -> list[Any]:
-    """Calls `listener` for each parameter in every backward; returns handles with `.remove()`.
+    """Calls `listener` for the parameters in every backward; returns handles with `.remove()`.
 
     A plain parameter waits only for its own accumulation; FSDP2 runs the same hooks on the sharded
     parameter after its reduce-scatter. DDP's all-reduce comes later, bucket by bucket, and `.grad`
@@ -178,14 +299,17 @@ def register_grad_hooks(
     ddp = [
         m for module in modules for m in module.modules() if isinstance(m, DistributedDataParallel)
     ]
+    heard = set(map(id, params))
+    in_buckets: set[int] = set()
     for module in ddp:
-        _register_bucket_hook(listener, module)
-    in_buckets = {id(p) for module in ddp for p in module.parameters()}
+        here = set(map(id, module.parameters()))
+        if not here.isdisjoint(heard):
+            _register_bucket_hook(listener, module)
+        in_buckets |= here
 
     @torch_private.outside_of_graphs
     def hook(param: Tensor) -> None:
-        listener.reduced(param, final_gradient(param))
-        listener.written(param)
+        listener.accumulated(param)
 
     alone = [p for p in params if p.requires_grad and id(p) not in in_buckets]
     return [p.register_post_accumulate_grad_hook(hook) for p in alone]
@@ -198,8 +322,7 @@ def _register_bucket_hook(listener: Listener, module: DistributedDataParallel) -
 
     @torch_private.outside_of_graphs
     def finish() -> None:
-        for param in arrived:
-            listener.written(param)
+        listener.written(arrived)
         arrived.clear()
 
     @torch_private.outside_of_graphs
@@ -218,8 +341,7 @@ def _register_bucket_hook(listener: Listener, module: DistributedDataParallel) -
         params, views = bucket.parameters(), bucket.gradients()
 
         def reduced(future: torch.futures.Future[Tensor]) -> Tensor:
-            for param, values in zip(params, views, strict=True):
-                listener.reduced(param, values)
+            listener.reduced(params, views)
             arrived.extend(params)
             return future.value()
 

@@ -7,14 +7,15 @@ write to a tensor without a trace.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import accumulate
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from distclip.kernels.contiguous import flat
+from distclip.kernels.kept_indices import KeptIndices
 
 WHOLE = 1 << 12  # elements: tensors of so few are compared whole
 # Elements from one of a sample to the next: a write to so many neighbours touches the sample. Each
@@ -39,7 +40,7 @@ def sample(values: Tensor) -> Tensor | None:
     elements = flat(values)
     if elements.data_ptr() != values.data_ptr():  # a copy, which shows nothing
         return None
-    if not is_whole(values):
+    if values.numel() > WHOLE:
         elements = elements[:: _step(values)]
     return elements.view(_BITS[values.itemsize])
 
@@ -51,40 +52,44 @@ def _step(values: Tensor) -> int:
     return max(1, min(STEP if row % STEP else _OTHER_STEP, row - 1))
 
 
-def is_whole(values: Tensor) -> bool:
-    """Whether the sample has all elements."""
-    return values.numel() <= WHOLE
-
-
 class Samples:
     """The samples of several tensors: as they were when they were taken, and as they are now."""
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self._then: list[Tensor | None] = [None] * count
-        # Whether a multiplication of the tensor would change the sample.
-        self._shows = torch.ones(count, dtype=torch.bool, device=device)
+        self._count, self._device = count, device
+        self._waits = device.type == "cpu"
+        # Whether a multiplication would change the sample; found in the call on an accelerator.
+        self._shows = [False] * count
+        self._ends = KeptIndices(device)
         self.forget()
 
     def forget(self) -> None:
         """Keeps no tensor alive."""
-        self._now: list[Tensor | None] = [None] * len(self._then)
+        self._now: list[Tensor | None] = [None] * self._count
+        self._then = list(self._now)
+        self._taken: list[Tensor] = []  # those that were taken together, in one tensor
 
     def has(self, i: int) -> bool:
         return self._now[i] is not None
 
     @torch.no_grad()
-    def take(self, i: int, values: Tensor) -> None:
-        """Takes the sample of `values` as they are."""
-        self._now[i] = now = sample(values)
-        if now is None:
-            return
-        then = self._then[i]
-        if then is not None and _are_alike(then, now):
-            then.copy_(now)  # memory of the same stream in every step
-        else:
-            self._then[i] = now.clone()
-        if not is_whole(values):
-            self._shows[i] = (now * 2).any()  # without the sign: -0 is zero
+    def take(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Takes the samples of `tensors` as they are, with one copy for each dtype."""
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, values in zip(indices, tensors, strict=True):
+            self._now[i] = now = sample(values)
+            if now is not None:
+                by_dtype.setdefault(now.dtype, []).append(i)
+        for alike in by_dtype.values():
+            now = [cast(Tensor, self._now[i]) for i in alike]
+            taken = torch.cat(now)
+            self._taken.append(taken)
+            first = 0
+            for i, each in zip(alike, now, strict=True):
+                self._then[i] = then = taken[first : (first := first + each.numel())]
+                if self._waits:
+                    # Without the sign, because -0 is zero.
+                    self._shows[i] = not then.numel() or bool((then * 2).any())
 
     @torch.no_grad()
     def move(self, i: int, values: Tensor) -> None:
@@ -95,11 +100,8 @@ class Samples:
 
     def changed(self, indices: Sequence[int]) -> set[int]:
         """Which of these may have changed; all must have a sample. Waits for the device."""
-        if not indices:  # fake tensors have no samples, and nothing else can be read there
-            return set()
-        shows = cast("list[bool]", self._shows.tolist())
-        found = {i for i in indices if not shows[i]}
         now, then = self._of(indices)
+        found = {i for i in indices if not self._shows[i]}
         for dtype in set(map(attrgetter("dtype"), then)):
             alike = [k for k, each in enumerate(then) if each.dtype is dtype]
             if not torch.equal(
@@ -109,27 +111,35 @@ class Samples:
         return found
 
     def changed_on_device(self, indices: Sequence[int]) -> Tensor:
-        """As `changed`, without a wait: a bool for each tensor, any where it has no sample."""
+        """As `changed`, without a wait: a bool for each of `indices`."""
+        self._outlive_reading()
         now, then = self._of(indices)
-        counts = [0] * len(self._then)
-        for i, each in zip(indices, now, strict=True):
-            counts[i] = each.numel()
-        differs = torch.cat(now) != torch.cat(then)
-        owners = _owners(tuple(counts), differs.device)
-        found = torch.zeros(len(counts), dtype=torch.int64, device=differs.device)
-        return (found.index_add_(0, owners, differs.long()) > 0) | ~self._shows
+        differs, shows = torch.cat(now) != torch.cat(then), torch.cat(then) * 2 != 0
+        counts = torch.stack([differs, shows]).cumsum(1)
+        counts = torch.cat([counts.new_zeros(2, 1), counts], dim=1)
+        ends = self._ends.on_device([0, *accumulate(each.numel() for each in then)])
+        num_differing, num_showing = counts.index_select(1, ends).diff(dim=1)
+        return (num_differing > 0) | (num_showing == 0)
+
+    def _outlive_reading(self) -> None:
+        """Samples are taken on the streams of backward, and may go while another reads them."""
+        stream = current_stream(self._device)
+        for taken in self._taken:
+            if stream is not None and not taken.is_cpu:
+                taken.record_stream(stream)
 
     def _of(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         now, then = ([each[i] for i in indices] for each in (self._now, self._then))
         return cast("list[Tensor]", now), cast("list[Tensor]", then)
 
 
+def current_stream(device: torch.device) -> Any:
+    """What runs now on a device; None where it has no streams, as on the meta device."""
+    device_module: Any = getattr(torch, device.type, None)
+    if not hasattr(device_module, "current_stream"):
+        return None
+    return device_module.current_stream(device)
+
+
 def _are_alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
-
-
-@lru_cache(maxsize=8)
-def _owners(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The index of the tensor that each element of all samples is from; uploaded once."""
-    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    return torch.arange(len(lengths), device="cpu").repeat_interleave(counts).to(device)

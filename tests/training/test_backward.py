@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace as replace_field
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 import distclip
 from distclip.norms.measure import NormBuffer
 from distclip.training import backward as backward_norms
+from distclip.training.backward import BackwardNorms
 from tests.support import reference
+from tests.support.overlap import of_any_size, sizes
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
 from tests.support.wrapped import WRAPPERS, Model, local, loss_of, make_model, tokens_of_all_ranks
 
@@ -37,6 +40,12 @@ POLICIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _of_any_size() -> Iterator[None]:
+    with sizes():
+        yield
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [local(p.grad) for p in model.parameters() if p.grad is not None]
 
@@ -45,12 +54,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def nothing_is_measured() -> Iterator[None]:
     """Fails where a gradient is measured inside."""
 
-    def put(buffer: NormBuffer, member: int, grad: Tensor | None) -> None:
-        assert grad is None, "measured again"
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("measured again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NormBuffer, "put", put)
-        patch.setattr(backward_norms, "measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(NormBuffer, "put_many", fail)
+        patch.setattr("distclip.norms.measure._measure_group", fail)
         yield
 
 
@@ -208,7 +217,7 @@ def test_a_parameter_without_gradient_in_the_next_step() -> None:
 def test_a_bucket_that_was_reduced_but_never_written() -> None:
     model, clipper = model_and_clipper()
     backward(model, batches(1)[0])
-    clipper._backward.reduced(model.head.weight, torch.full_like(model.head.weight, 100.0))
+    clipper._backward.reduced([model.head.weight], [torch.full_like(model.head.weight, 100.0)])
     norm = reference.total_norm(gradients(model))
     torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
@@ -276,7 +285,184 @@ def test_loss_scale() -> None:
     torch.testing.assert_close(report.total_norm.double(), norm, rtol=1e-6, atol=0)
 
 
+# Which are measured in backward, and when
+
+
+@contextmanager
+def put_together() -> Iterator[list[int]]:
+    """How many gradients are measured at each time in backward."""
+    counts: list[int] = []
+    put_many = NormBuffer.put_many
+
+    def counting(buffer: NormBuffer, members: list[int], grads: list[Tensor]) -> None:
+        counts.append(len(members))
+        put_many(buffer, members, grads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NormBuffer, "put_many", counting)
+        yield counts
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "8", "tensor", "unit"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_while_it_was_collected(
+    change: Callable[[nn.Module], None], policy: str
+) -> None:
+    with sizes(together=300):
+        model, clipper = model_and_clipper(POLICIES[policy])
+    for num in (1, 2, 1):
+        for _ in range(num):
+            backward(model, batches(1)[0])
+            change(model)
+        if change is a_sparse_one and policy == "unit":
+            return
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients(model)]
+        norm = reference.total_norm(values, POLICIES[policy].norm_type)
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+        model.zero_grad()
+
+
+def square(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, size))
+
+
+def test_gradients_that_become_final_one_by_one_are_measured_together() -> None:
+    params = [square(100) for _ in range(10)]
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    with put_together() as counts:
+        torch.cat(params).square().sum().backward()
+    assert counts == [3, 3, 3]  # the last one is left to the call
+    norm = reference.total_norm([p.grad for p in params])
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_each_stream_measures_what_was_made_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would have to wait for it."""
+    params = [square(100) for _ in range(12)]
+    current: list[str] = [""]
+    monkeypatch.setattr(backward_norms, "current_stream", lambda _: current[0])
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    made_on: dict[int, str] = {}
+    put_many, measured = NormBuffer.put_many, []
+
+    def recording(buffer: NormBuffer, members: list[int], grads: list[Tensor]) -> None:
+        measured.extend(members)
+        assert {made_on[i] for i in members} == {current[0]}
+        put_many(buffer, members, grads)
+
+    monkeypatch.setattr(NormBuffer, "put_many", recording)
+    for offset in (0, 1):  # the second time each on the other stream
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, float(i + offset))
+            made_on[i] = current[0] = "ab"[(i + offset) % 2]
+            clipper._backward.accumulated(param)
+    assert sorted(set(measured)) == list(range(12))
+    norm = reference.total_norm([p.grad for p in params])
+    with nothing_is_measured():
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_that_was_replaced_while_it_was_collected() -> None:
+    first, second = params = [square(100), square(250)]
+    with sizes(together=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    first.square().sum().backward()
+    first.grad = torch.full_like(first, 7.0)
+    second.square().sum().backward()
+    norm = reference.total_norm([p.grad for p in params])
+    with nothing_is_measured():
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_short_gradients_are_left_to_the_call() -> None:
+    long, short = params = [square(300), square(299)]
+    with sizes(large=300):
+        clipper = distclip.Clipper(params, overlap=True)
+    assert long._post_accumulate_grad_hooks
+    assert not short._post_accumulate_grad_hooks
+    for used in (params, [long], [short], params):
+        for param in params:
+            param.grad = None
+        torch.stack([p.square().sum() for p in used]).sum().backward()
+        norm = reference.total_norm([p.grad for p in used])
+        with put_together() as counts:
+            report = clipper.clip_()
+        assert not counts
+        torch.testing.assert_close(report.total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_nan_in_a_short_gradient_is_named() -> None:
+    long, short = square(300), square(20)
+    with sizes(large=300):
+        clipper = distclip.Clipper([("long", long), ("short", short)], overlap=True)
+    (long.sum() + short.sum()).backward()
+    short.grad[3] = math.nan
+    assert clipper.clip_().nonfinite_parameters() == {"short": [0]}
+
+
+@pytest.mark.parametrize("policy", ["2", "tensor", "unit"])
+def test_only_gradients_on_the_device_are_heard(policy: str) -> None:
+    """FSDP2 waits for each gradient that it offloads, if its parameter has a hook."""
+    model = make_model()
+    plan = distclip.Clipper(model, POLICIES[policy]).plan
+    elsewhere = BackwardNorms(replace_field(plan, device=torch.device("cuda")), [model])
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    there = make_model().to("meta")
+    plan = distclip.Clipper(there, POLICIES[policy]).plan
+    here = BackwardNorms(replace_field(plan, device=torch.device("meta")), [there])
+    # Units are not measured again on an accelerator where a sample differs.
+    assert all(bool(p._post_accumulate_grad_hooks) == (policy == "2") for p in there.parameters())
+    del elsewhere, here
+
+
+def test_without_values_and_streams() -> None:
+    model = make_model().to("meta")
+    clipper = distclip.Clipper(model, overlap=True)
+    for param in model.parameters():
+        param.grad = torch.empty_like(param)
+        clipper._backward.accumulated(param)
+    assert clipper.clip_().total_norm.shape == ()
+
+
 # On ranks
+
+
+@of_any_size
+def buckets_are_measured_at_once() -> None:
+    wrapped = DistributedDataParallel(make_model())
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.5), overlap=True)
+    num = len([*wrapped.parameters()])
+    for _ in range(2):
+        wrapped.zero_grad()
+        with put_together() as counts:
+            backward(wrapped, batches(1)[0])
+        assert sum(counts) == num
+        assert len(counts) <= 2  # buckets
+        norm = reference.total_norm(gradients(wrapped))
+        torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_ddp_measures_a_bucket_at_once(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(buckets_are_measured_at_once)
+
+
+def ddp_without_large_parameters() -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    wrapped = DistributedDataParallel(make_model())
+    clipper = distclip.Clipper(wrapped, distclip.ClipNorm(0.5), overlap=True)
+    wrapped.register_comm_hook(None, fp16_compress_hook)  # nobody has taken its place
+    backward(wrapped, batches(1)[0])
+    norm = reference.total_norm(gradients(wrapped))
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_ddp_keeps_its_hook_where_nothing_is_measured_in_backward(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(ddp_without_large_parameters)
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[Any]:
@@ -292,6 +478,7 @@ def with_reduction(model: nn.Module) -> None:
         model.set_requires_gradient_sync(True)
 
 
+@of_any_size
 def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
     model = make(kind, device)
     clipper = distclip.Clipper(model, POLICIES[policy], overlap=True)
@@ -320,6 +507,7 @@ def test_ranks_measure_what_was_reduced(four_ranks: Ranks, kind: str, policy: st
     four_ranks.run(measures_reduced_gradients, kind, policy, four_ranks.device)
 
 
+@of_any_size
 def clips_as_without(kind: str, policy: str, device: str) -> None:
     results = []
     for overlap in (True, False):
@@ -345,6 +533,7 @@ def test_every_wrapper_clips_as_without(four_ranks: Ranks, kind: str, policy: st
     four_ranks.run(clips_as_without, kind, policy, four_ranks.device)
 
 
+@of_any_size
 def ddp_variants() -> None:
     for options in (
         {"gradient_as_bucket_view": True},
@@ -380,6 +569,7 @@ class TwoHeads(nn.Module):
         return self.first(x) + (self.second(x) if both else 0)
 
 
+@of_any_size
 def an_unused_head_keeps_its_gradient(view: bool) -> None:
     torch.manual_seed(0)
     wrapped = DistributedDataParallel(
@@ -402,6 +592,7 @@ def test_what_ddp_did_not_use_in_the_last_micro_batch(four_ranks: Ranks, view: b
         four_ranks.run(an_unused_head_keeps_its_gradient, view)
 
 
+@of_any_size
 def a_backward_that_raises_under_ddp() -> None:
     wrapped = DistributedDataParallel(make_model(), bucket_cap_mb=0.0001)
     clipper = distclip.Clipper(wrapped, distclip.ClipNorm(math.inf), overlap=True)
@@ -429,6 +620,7 @@ def test_ddp_after_a_backward_that_raised(four_ranks: Ranks) -> None:
         four_ranks.run(a_backward_that_raises_under_ddp)
 
 
+@of_any_size
 def second_hook_is_refused() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
@@ -445,6 +637,7 @@ def test_a_second_communication_hook_is_refused(four_ranks: Ranks) -> None:
         four_ranks.run(second_hook_is_refused)
 
 
+@of_any_size
 def plain_beside_sharded() -> None:
     """A parameter that no hook of FSDP2 concerns, beside those that it shards."""
     model = make_model()

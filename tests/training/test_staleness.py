@@ -19,14 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import distclip
+from distclip.norms import measure
 from distclip.norms.measure import NormBuffer
-from distclip.training import backward as backward_norms
+from distclip.norms.plan import Plan
 from distclip.training import samples
 from tests.support import reference
+from tests.support.overlap import of_any_size, sizes
 from tests.support.ranks import Ranks, mesh, same_bits_everywhere
 from tests.support.wrapped import local, loss_of, make_model, tokens_of_all_ranks
 
 MAX_NORM = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size() -> Iterator[None]:
+    with sizes():
+        yield
 
 
 def clipper_of(params: Any, policy: Any = None, **options: Any) -> distclip.Clipper:
@@ -51,18 +59,17 @@ def check(report: distclip.Report, expected: Tensor) -> None:
 
 @contextmanager
 def counted_measurements() -> Iterator[list[int]]:
-    """The members that are measured again, and -1 where all are."""
+    """The parameters that are measured again."""
     counted: list[int] = []
-    put, measure = NormBuffer.put, backward_norms.measure
+    measure_group = measure._measure_group
 
-    def counting(buffer: NormBuffer, member: int, grad: Tensor | None) -> None:
-        if grad is not None:
-            counted.append(member)
-        put(buffer, member, grad)
+    def counting(rest: list[Tensor | None], plan: Plan, *args: Any, **kwargs: Any) -> Any:
+        counted.extend(i for i, grad in enumerate(rest) if grad is not None)
+        return measure_group(rest, plan, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NormBuffer, "put", counting)
-        patch.setattr(backward_norms, "measure", lambda *args: counted.append(-1) or measure(*args))
+        patch.setattr(NormBuffer, "put_many", lambda *_: pytest.fail("put after backward"))
+        patch.setattr(measure, "_measure_group", counting)
         yield counted
 
 
@@ -190,6 +197,7 @@ def test_what_did_not_change_is_not_measured_again(
     params, grads = made(kind)
     clipper = clipper_of(params, distclip.ClipNorm(1e-3, norm_type))
     clipper._backward._waits = not on_device
+    clipper._backward._is_too_little = lambda _: False
     backward(params, grads)
     with counted_measurements() as counted:
         check(clipper.clip_(), reference.total_norm(grads, norm_type))
@@ -229,13 +237,11 @@ def test_without_a_wait_for_the_device(write: Callable[[Tensor], None], norm_typ
 
 
 @pytest.mark.parametrize("policy", [distclip.AGC(0.05), distclip.ClipTensorNorm(1e-3)], ids=str)
-@pytest.mark.parametrize("on_device", [False, True])
-def test_policies_with_units(policy: Any, on_device: bool) -> None:
+def test_policies_with_units(policy: Any) -> None:
     grads = [KINDS[kind]() for kind in ("matrix", "short", "embedding", "long")]
     params = [nn.Parameter(torch.ones_like(grad)) for grad in grads]
     plain = [nn.Parameter(torch.ones_like(grad)) for grad in grads]
     clipper = clipper_of(params, policy)
-    clipper._backward._waits = not on_device
     backward(params, grads)
     backward(plain, grads)
     for each in (params, plain):
@@ -338,6 +344,7 @@ def test_after_a_fused_step_that_unscales() -> None:
 # Ranks
 
 
+@of_any_size
 def all_reduces(how: str) -> None:
     """Gradients that ranks sum themselves, after backward, with or without a flat buffer."""
     torch.manual_seed(0)
@@ -383,6 +390,7 @@ def test_gradients_that_the_user_reduces(four_ranks: Ranks, how: str) -> None:
         four_ranks.run(all_reduces, how)
 
 
+@of_any_size
 def unscaled_on_ranks(kind: str, sharded: bool) -> None:
     results: list[Tensor] = []
     for overlap in (False, True):
