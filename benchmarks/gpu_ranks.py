@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW
 
@@ -43,6 +44,7 @@ def nccl(session: Session) -> None:
             "FSDP2": lambda: training(session, "FSDP2", mesh, False),
             "FSDP2, overlap": lambda: training(session, "FSDP2", mesh, True),
             "DDP, overlap": lambda: training(session, "DDP", mesh, True),
+            "symmetric memory": lambda: symmetric_memory(session, mesh),
             "offload, AdamW": lambda: offload(session, mesh, AdamW),
             "offload, Adam": lambda: offload(session, mesh, Adam),
         },
@@ -131,6 +133,20 @@ def norm(model: nn.Module) -> float:
     grads = (p.grad for p in model.parameters() if p.grad is not None)
     whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
     return math.sqrt(sum(float(g.double().square().sum()) for g in whole))
+
+
+def symmetric_memory(session: Session, mesh: DeviceMesh) -> None:
+    """The norm that comes through it, or by the all-reduce, and then the plan says why."""
+    if "symmetric_memory" not in inspect.signature(distclip.Clipper).parameters:
+        session.say(what="symmetric memory", note="this distclip has no such option")
+        return
+    param = nn.Parameter(distribute_tensor(torch.ones(64, device=session.device), mesh, [Shard(0)]))
+    clipper = distclip.Clipper([param], distclip.ClipNorm(LIMIT), symmetric_memory=True)
+    for _ in range(3):
+        param.grad = torch.full_like(param, 2.0)
+        found = float(clipper.clip_().total_norm)
+    plan = str(clipper.plan)
+    session.check("symmetric memory, 1 rank", abs(found / 16 - 1) < 1e-6, norm=found, plan=plan)
 
 
 def offload(session: Session, mesh: DeviceMesh, kind: type[torch.optim.Optimizer]) -> None:

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: every section runs, none takes others with it, and each leaves what it found."""
+"""`benchmarks.gpu`: every section runs, none takes others with it, each leaves what it found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.gpu import Options, Section
 from benchmarks.gpu_device import Record, Session
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 360  # seconds of a dry run; about 100 on two idle cores
+LIMIT = 600  # seconds of a dry run; about 100 on two idle cores
 ON_CPU = Options("cpu", tiny=True)
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
@@ -31,10 +31,14 @@ import sys
 MISSING = {"tyro", "rich", "matplotlib", "hypothesis", "deepspeed", "megatron", "torchtitan",
            "numba", "accelerate", "transformers", "pytest_timeout", "xdist"}
 class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"not on this machine: {name}", name=name)
-sys.meta_path.insert(0, Finder())
+        if name.partition(".")[0] not in MISSING:
+            return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Finder, sys.meta_path)
 """
 
 
@@ -78,9 +82,9 @@ def test_a_dry_run_of_every_section_on_a_bare_machine(tmp_path: Path) -> None:
     assert ended == [section.name for section in gpu.SECTIONS]
     checked = {record["section"] for record in records if record.get("right")}
     timed = {record["section"] for record in records if "device_us" in record}
-    only_timed = {"first_calls", "launches", "folding", "bandwidth", "compiled"}
+    only_timed = {"launches", "folding", "bandwidth", "compiled"}
     assert checked == set(ended) - only_timed
-    assert timed >= only_timed - {"first_calls"}
+    assert timed >= only_timed
     (result,) = out.glob("gpu-*.md")
     text = result.read_text()
     assert all(f"| {name} |" in text for name in ended)
@@ -99,7 +103,7 @@ def test_the_tests_for_a_device_are_collected_on_a_bare_machine(file: str, tmp_p
         tmp_path, "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", file
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert f"tests/{file}::test_" in run.stdout
+    assert f"{file}::test_" in run.stdout
 
 
 def test_without_a_device_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks, gpu_report, gpu_times, gpu_training
+from benchmarks import gpu_kernels, gpu_report, gpu_times, gpu_training
 from benchmarks.baselines import CLIPPER, TORCH
 from benchmarks.gpu_device import Launches, Record, Session, count_launches, triton_kernels
 from distclip import kernels
@@ -42,11 +42,11 @@ def nan_forgotten(tensors: list[Tensor], norm_type: float) -> Tensor:
 def test_wrong_sums_are_found(
     wrong: Any, what: str, session: Session, found: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu_checks.sums(session)
+    gpu_kernels.sums(session)
     assert all(record["right"] for record in found)
     found.clear()
     monkeypatch.setattr(kernels, "power_sums", wrong)
-    gpu_checks.sums(session)
+    gpu_kernels.sums(session)
     assert any(what in record["check"] for record in found if not record["right"])
 
 
@@ -68,11 +68,11 @@ def rounds_the_factor(tensors: list[Tensor], factor: Tensor) -> None:
 def test_wrong_products_are_found(
     wrong: Any, what: str, session: Session, found: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu_checks.rewrites(session)
+    gpu_kernels.rewrites(session)
     assert all(record["right"] for record in found)
     found.clear()
     monkeypatch.setattr(kernels, "scale_", wrong)
-    gpu_checks.rewrites(session)
+    gpu_kernels.rewrites(session)
     assert any(what in record["check"] for record in found if not record["right"])
 
 
