@@ -2,7 +2,9 @@
 //
 // Every operator runs on the CPU, by torch's own fallback, and has ended when it returns. What is
 // late, as on real devices, is a copy to the host that does not block: its values arrive when the
-// host waits, and are garbage before. tests/support/accelerator.py builds and loads this file.
+// host waits, and are garbage before. A watcher is told of every operator that CUDA would launch, and
+// of everything for which CUDA would make the host wait. tests/support/accelerator.py builds and
+// loads this file.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
@@ -17,6 +19,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <vector>
 
 namespace {
@@ -31,6 +34,15 @@ thread_local c10::DeviceIndex current = 0;
 std::mutex mutex;
 std::map<const char*, size_t> pinned;                 // begin, size
 std::vector<std::pair<Tensor, Tensor>> not_arrived;   // on the host; what will be there
+
+// Called with "launch" or "wait", and with what does it.
+using Watcher = void (*)(const char* kind, const char* what);
+Watcher watcher = nullptr;
+thread_local bool by_fallback = false;  // copies to the CPU and back, which a device would not make
+
+void tell(const char* kind, const std::string& what) {
+  if (watcher != nullptr && !by_fallback) watcher(kind, what.c_str());
+}
 
 // Everything on the device has ended.
 void wait() {
@@ -100,9 +112,18 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override { wait(); }
-  void synchronizeEvent(void*) const override { wait(); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { wait(); }
+  void synchronizeStream(const Stream&) const override {
+    tell("wait", "synchronize a stream");
+    wait();
+  }
+  void synchronizeEvent(void*) const override {
+    tell("wait", "synchronize an event");
+    wait();
+  }
+  void synchronizeDevice(const c10::DeviceIndex) const override {
+    tell("wait", "synchronize the device");
+    wait();
+  }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 
@@ -153,11 +174,20 @@ Tensor on_host(const Tensor& tensor) {
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
-  if (from.is_cpu() || !to.is_cpu()) {
+  tell("launch", "copy");
+  if (!from.is_cpu() && !to.is_cpu()) {
     on_host(to).copy_(on_host(from));
-  } else if (!non_blocking) {
-    wait();
-    to.copy_(on_host(from));
+    return to;
+  }
+  const Tensor& host = from.is_cpu() ? from : to;
+  bool waits = !non_blocking || !(host.numel() == 0 || hooks.isPinnedPtr(host.data_ptr()));
+  if (waits) {
+    tell("wait", std::string("copy ") + (from.is_cpu() ? "to the device" : "to the host") +
+                     (non_blocking ? ", not pinned" : ""));
+    if (!by_fallback) wait();
+    on_host(to).copy_(on_host(from));
+  } else if (from.is_cpu()) {
+    on_host(to).copy_(from);
   } else {
     Tensor values = on_host(from).clone();
     if (to.is_contiguous() && to.numel()) std::memset(to.data_ptr(), 0x7f, to.nbytes());
@@ -173,6 +203,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 at::Scalar local_scalar(const Tensor& tensor) {
+  tell("wait", "read a value");
   wait();
   return on_host(tensor).item();
 }
@@ -210,8 +241,38 @@ Tensor reshape_alias(const Tensor& tensor, c10::SymIntArrayRef size, c10::SymInt
                                     C10_AS_INTARRAYREF_SLOW(stride));
 }
 
+// Whether CUDA would wait: for a size that depends on values, or for indices on the host.
+bool waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const std::string& name = op.schema().name();
+  for (const char* known : {"nonzero", "masked_select", "equal", "_unique", "_unique2",
+                            "unique_dim", "unique_consecutive", "bincount"})
+    if (name == std::string("aten::") + known) return true;
+  size_t first = stack.size() - op.schema().arguments().size();
+  if (name == "aten::repeat_interleave") return stack[first + 1].isNone();
+  if (name != "aten::index" && name != "aten::index_put_" && name != "aten::_index_put_impl_")
+    return false;
+  for (const c10::IValue& each : stack[first + 1].toListRef()) {
+    if (each.isNone()) continue;
+    const Tensor& index = each.toTensor();
+    auto type = index.scalar_type();
+    if (index.is_cpu() || type == at::kBool || type == at::kByte) return true;
+  }
+  return false;
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  at::native::cpu_fallback(op, stack);
+  std::string name = op.schema().name().substr(6);  // without "aten::"
+  tell("launch", name);
+  if (waits(op, *stack)) tell("wait", name);
+  bool before = by_fallback;
+  by_fallback = true;
+  try {
+    at::native::cpu_fallback(op, stack);
+  } catch (...) {
+    by_fallback = before;
+    throw;
+  }
+  by_fallback = before;
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -229,8 +290,20 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("unfold", at::native::unfold);
 }
 
+// One launch, as on CUDA: by default each would be an operator for every tensor.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames())
+    if (name.name.rfind("aten::_foreach_", 0) == 0)
+      m.impl((name.overload_name.empty() ? name.name : name.name + "." + name.overload_name).c_str(),
+             torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+TORCH_LIBRARY(toy, m) {
+  m.def("host_view", on_host);
 }
 
 struct Registered {
@@ -245,3 +318,4 @@ struct Registered {
 extern "C" void set_current_device(int index) { current = static_cast<c10::DeviceIndex>(index); }
 extern "C" int current_device() { return current; }
 extern "C" void synchronize() { wait(); }
+extern "C" void watch(Watcher new_watcher) { watcher = new_watcher; }

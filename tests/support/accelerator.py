@@ -94,6 +94,7 @@ def _device_module(library: Any) -> types.ModuleType:
     module.current_device = library.current_device
     module.set_device = lambda device: library.set_current_device(torch.device(device).index or 0)
     module.synchronize = lambda device=None: library.synchronize()
+    module._library = library
     module.Event = functools.partial(torch.Event, NAME)
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
@@ -102,30 +103,18 @@ def _device_module(library: Any) -> types.ModuleType:
 
 
 def _collectives_by_the_host() -> None:
-    """gloo takes no tensors of such a device; the collectives of a step carry copies on the host.
-
-    torch takes process groups of other kinds from C++ alone.
-    """
+    """gloo takes no tensors of such a device; here it takes their memory."""
     all_reduce, all_gather = dist.all_reduce, dist.all_gather
 
     def reduced(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        if tensor.device.type != NAME:
-            return all_reduce(tensor, *args, **options)
-        with without_modes():
-            all_reduce(host := tensor.cpu(), *args, **options)
-            tensor.copy_(host)
+        return all_reduce(host_view(tensor), *args, **options)
 
     def gathered(tensors: list[Tensor], tensor: Tensor, *args: Any, **options: Any) -> Any:
-        if tensor.device.type != NAME:
-            return all_gather(tensors, tensor, *args, **options)
-        with without_modes():
-            all_gather(hosts := [each.cpu() for each in tensors], tensor.cpu(), *args, **options)
-            for each, host in zip(tensors, hosts, strict=True):
-                each.copy_(host)
+        return all_gather([*map(host_view, tensors)], host_view(tensor), *args, **options)
 
     dist.all_reduce, dist.all_gather = reduced, gathered  # type: ignore[assignment]
 
 
-def without_modes() -> Any:
-    """No dispatch mode sees what is done inside."""
-    return torch.utils._python_dispatch._disable_current_modes()
+def host_view(tensor: Tensor) -> Tensor:
+    """The memory of a tensor of the device, as a tensor of the host."""
+    return torch.ops.toy.host_view(tensor.detach()) if tensor.device.type == NAME else tensor
