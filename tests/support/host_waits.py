@@ -7,6 +7,7 @@ run in the interpreter there.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,3 +95,15 @@ def use_triton() -> None:
 
 def _on_host(argument: Any) -> Any:
     return accelerator.host_view(argument) if isinstance(argument, Tensor) else argument
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "accelerators.md"
+
+
+def table(first_column: str) -> list[dict[str, str]]:
+    """The rows of the table of docs/accelerators.md whose first column has that name."""
+    lines = [line.strip() for line in PAGE.read_text().splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    start = next(i for i, row in enumerate(rows) if row[0] == first_column and len(row) > 1)
+    found = itertools.takewhile(lambda row: len(row) > 1, rows[start + 2 :])
+    return [dict(zip(rows[start], row, strict=True)) for row in found]
