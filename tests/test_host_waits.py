@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import distclip
 from distclip import functional, kernels
-from distclip.policies import Policy
+from distclip.policies import Policy, Scope
 from tests.support import accelerator
 from tests.support.accelerator import NAME, Accelerator
 from tests.support.host_waits import Watch, table, use_triton
@@ -135,6 +135,8 @@ def waits_of_clipper(backend: str, name: str, mode: str) -> set[Wait]:
             optimizer = torch.optim.AdamW(module.parameters(), fused=fused)
             scaler = torch.amp.GradScaler(NAME) if scaled else None
             more = [*facts, "fused" if fused else "not fused", *(["scaler"] if scaled else [])]
+            folds = fused and POLICIES[name].scope is Scope.MODEL and mode != "zero"
+            more.append("folded" if folds else "not folded")
 
             def attached_step() -> None:
                 attached = clipper.attach(optimizer, scaler)

@@ -89,7 +89,7 @@ def install(library: str) -> types.ModuleType:
 
 def _device_module(library: Any) -> types.ModuleType:
     module: Any = types.ModuleType(f"torch.{NAME}")
-    module.is_available = lambda: True
+    module.is_available = module.is_initialized = lambda: True
     module.device_count = lambda: 2
     module.current_device = library.current_device
     module.set_device = lambda device: library.set_current_device(torch.device(device).index or 0)

@@ -1,0 +1,271 @@
+"""Compiles the Triton kernels that the library launches, for a GPU that need not be here.
+
+    python -m tests.support.compiled LIBRARY TARGET...
+
+runs policies and functions on the device of `accelerator.py`, whose LIBRARY is given, and catches
+every launch before it runs; then it compiles these variants, and no copy of their signatures, for
+each TARGET ("80", "gfx942"), and prints what it finds in the machine code: a line of JSON each.
+Triton must not interpret, so it is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint16": 2, "fp64": 8}
+# A kernel with such a parameter is launched with one value on some cards, and with the other on
+# the rest.
+OF_THE_CARD = "WEAK"
+
+
+class Variant(NamedTuple):
+    """What Triton compiles once: a kernel with the types of its arguments and its constants.
+
+    Attributes:
+        types: by argument; a type, or "constexpr".
+        constants: by argument; also what Triton takes as constants: None and the integer 1.
+        aligned: the arguments that are multiples of 16.
+        options: such as num_warps.
+    """
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        constants = ", ".join(f"{name}={value}" for name, value in self.constants)
+        rest = [name for name, kind in self.types if kind != "constexpr"]
+        odd = [name for name in rest if name not in self.aligned]
+        return f"{self.kernel.__name__}({constants})" + (f" odd: {odd}" if odd else "")
+
+    def other_cards(self) -> list[Variant]:
+        constants = dict(self.constants)
+        if OF_THE_CARD not in constants:
+            return [self]
+        both = ({**constants, OF_THE_CARD: value} for value in (False, True))
+        return [self._replace(constants=tuple(each.items())) for each in both]
+
+
+def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Variant:
+    """As Triton's own specialization of arguments."""
+    names = [param.name for param in kernel.params]
+    given = dict(zip(names, args, strict=False)) | options
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for param in kernel.params:
+        value = given[param.name] if param.name in given else param.default
+        value = getattr(value, "value", value) if not isinstance(value, torch.Tensor) else value
+        specialized = not param.do_not_specialize
+        if param.is_constexpr or value is None or (_is_int(value) and value == 1 and specialized):
+            types[param.name], constants[param.name] = "constexpr", value
+            continue
+        types[param.name] = _type(value)
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if specialized and _is_int(address) and address % 16 == 0:
+            aligned.append(param.name)
+    others = {name: value for name, value in options.items() if name not in names}
+    return Variant(
+        kernel,
+        tuple(types.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        tuple(sorted(others.items())),
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+class Caught:
+    """Every launch, instead of running it: the variants in order, without repetition.
+
+    Attributes:
+        prepared, launched: inside `kernels.prepare`, when a plan is made; and in the calls.
+    """
+
+    def __init__(self) -> None:
+        self.prepared: dict[Variant, None] = {}
+        self.launched: dict[Variant, None] = {}
+        self._preparing = 0
+
+    def install(self) -> None:
+        from triton.runtime.jit import JITFunction
+
+        from distclip import kernels
+        from distclip.kernels import cuda
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            into = self.prepared if self._preparing else self.launched
+            into[variant(kernel, args, options)] = None
+
+        JITFunction.run = run
+        choose = kernels._choose
+        kernels._choose = lambda device: choose(device) if device.type == "cpu" else cuda
+        for name in ("prepare", "prepare_units"):
+            if hasattr(kernels, name):
+                setattr(kernels, name, self._as_preparing(getattr(kernels, name)))
+
+    def _as_preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def prepared(*args: Any) -> Any:
+            self._preparing += 1
+            try:
+                return prepare(*args)
+            finally:
+                self._preparing -= 1
+
+        return prepared
+
+
+def calls(dtype: torch.dtype) -> Iterator[str]:
+    """Runs everything that launches kernels for gradients of that dtype; yields what it did.
+
+    The numbers are garbage, since no kernel runs, and no call looks at one.
+    """
+    import distclip
+
+    module = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3), nn.Conv2d(3, 4, 3))
+    module = module.to(dtype).to("toy:0")
+
+    def set_gradients() -> None:
+        for param in module.parameters():
+            param.grad = None
+            param.grad = torch.ones_like(param)
+
+    policies: list[Any] = [distclip.ClipNorm(0.5, p) for p in (2.0, 1.0, 3.0, 8.0, math.inf)]
+    policies += [distclip.ClipValue(0.5), distclip.ClipTensorNorm(0.5), distclip.AGC()]
+    policies += [distclip.AGC(unit_dim=-1), distclip.ZClip(), distclip.AdaGC()]
+    for policy in policies:
+        for mode in ("propagate", "zero"):
+            set_gradients()
+            clipper = distclip.Clipper(module, policy, on_nonfinite=mode)
+            clipper.clip_(scale=0.5)
+            yield f"{policy} {mode} {dtype}"
+    for policy in (distclip.ClipNorm(0.5), distclip.ClipTensorNorm(0.5)):
+        clipper = distclip.Clipper(module, policy, overlap=True)
+        for param in module.parameters():
+            param.grad = None
+        loss = sum(param.sum() for param in module.parameters())
+        loss.backward()
+        clipper.clip_()
+        yield f"{policy} overlap {dtype}"
+    set_gradients()
+    distclip.clip_grad_norm_(module, 0.5)
+    distclip.clip_grad_value_(module, 0.5)
+    yield f"functions {dtype}"
+
+
+class Code(NamedTuple):
+    """What the machine code of a variant has.
+
+    Attributes:
+        spills: bytes of registers that were put into memory.
+        wide_loads, wide_stores: of 16 bytes.
+        barriers: within the main loop.
+        float64: instructions for each element in the main loop.
+    """
+
+    spills: int
+    wide_loads: int
+    wide_stores: int
+    barriers: int = 0
+    float64: float = 0.0
+    element_bytes: int = 0
+    loop: bool = False
+
+
+def compiled(each: Variant, target: str) -> Code:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = [name for name, _ in each.types]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in each.aligned}
+    source = ASTSource(each.kernel, dict(each.types), dict(each.constants), aligned)
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
+    binary = compile(source, target=gpu, options=dict(each.options))
+    if amd:
+        return _amd(binary.asm["amdgcn"])
+    threads = 32 * binary.metadata.num_warps
+    return _nvidia(binary.asm["cubin"], threads)
+
+
+def _amd(text: str) -> Code:
+    counts = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    return Code(
+        sum(map(int, counts)), text.count("global_load_dwordx4"), text.count("global_store_dwordx4")
+    )
+
+
+def _nvidia(cubin: bytes, threads: int) -> Code:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        sass = _output([knobs.nvidia.nvdisasm.path, "-c", "-plr", str(file)])
+        usage = _output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)])
+    spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+    return Code(spills, sass.count("LDG.E.128"), sass.count("STG.E.128"))
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(library: str, targets: list[str]) -> None:
+    from tests.support import accelerator
+
+    accelerator.install(library)
+    caught = Caught()
+    caught.install()
+    for dtype in DTYPES:
+        for _ in calls(dtype):
+            pass
+    late = [each.name for each in caught.launched if each not in caught.prepared]
+    print(json.dumps({"late": late}))
+    every = [v for each in {**caught.prepared, **caught.launched} for v in each.other_cards()]
+    for target in targets:
+        for each in dict.fromkeys(every):
+            print(json.dumps({"target": target, "variant": each.name, **compiled(each, target)._asdict()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
