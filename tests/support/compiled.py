@@ -35,10 +35,7 @@ TYPES = {
     torch.bool: "i1",
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint16": 2, "fp64": 8}
-# A kernel with such a parameter is launched with one value on some cards, and with the other on
-# the rest.
-OF_THE_CARD = "WEAK"
+WEAK_TARGET = "89"  # RTX and L4
 
 
 class Variant(NamedTuple):
@@ -64,12 +61,18 @@ class Variant(NamedTuple):
         odd = [name for name in rest if name not in self.aligned]
         return f"{self.kernel.__name__}({constants})" + (f" odd: {odd}" if odd else "")
 
-    def other_cards(self) -> list[Variant]:
-        constants = dict(self.constants)
-        if OF_THE_CARD not in constants:
-            return [self]
-        both = ({**constants, OF_THE_CARD: value} for value in (False, True))
-        return [self._replace(constants=tuple(each.items())) for each in both]
+
+def of_card(each: Variant, target: str) -> list[Variant]:
+    """Some variants are for cards whose float64 is weak, and have a constant that says so.
+
+    These are compiled for "89", and no others; the rest for the other targets.
+    """
+    constants = dict(each.constants)
+    weak = target == WEAK_TARGET
+    if "WEAK" not in constants:
+        return [] if weak else [each]
+    constants["WEAK"] = weak
+    return [each._replace(constants=tuple(constants.items()))]
 
 
 def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Variant:
@@ -80,7 +83,7 @@ def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Varian
     constants: dict[str, Any] = {}
     aligned: list[str] = []
     for param in kernel.params:
-        value = given[param.name] if param.name in given else param.default
+        value = given.get(param.name, param.default)
         value = getattr(value, "value", value) if not isinstance(value, torch.Tensor) else value
         specialized = not param.do_not_specialize
         if param.is_constexpr or value is None or (_is_int(value) and value == 1 and specialized):
@@ -192,23 +195,36 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
     yield f"functions {dtype}"
 
 
+class Loop(NamedTuple):
+    """What one turn of an innermost loop does where all elements of its block are there.
+
+    Attributes:
+        loads, stores: of 16 bytes a thread.
+        float64: instructions of a thread that compute in float64.
+        barriers: waits of a block's threads for each other.
+    """
+
+    loads: int
+    stores: int
+    float64: int
+    barriers: int
+
+
 class Code(NamedTuple):
     """What the machine code of a variant has.
 
     Attributes:
         spills: bytes of registers that were put into memory.
-        wide_loads, wide_stores: of 16 bytes.
-        barriers: within the main loop.
-        float64: instructions for each element in the main loop.
+        loads, stores: of 16 bytes.
+        atomics: which add in any order.
+        loops: those with wide loads or stores.
     """
 
     spills: int
-    wide_loads: int
-    wide_stores: int
-    barriers: int = 0
-    float64: float = 0.0
-    element_bytes: int = 0
-    loop: bool = False
+    loads: int
+    stores: int
+    atomics: int
+    loops: list[Loop]
 
 
 def compiled(each: Variant, target: str) -> Code:
@@ -218,36 +234,78 @@ def compiled(each: Variant, target: str) -> Code:
     names = [name for name, _ in each.types]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in each.aligned}
     source = ASTSource(each.kernel, dict(each.types), dict(each.constants), aligned)
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
-    binary = compile(source, target=gpu, options=dict(each.options))
-    if amd:
-        return _amd(binary.asm["amdgcn"])
-    threads = 32 * binary.metadata.num_warps
-    return _nvidia(binary.asm["cubin"], threads)
+    is_amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target), 32)
+    code = compile(source, target=gpu, options=dict(each.options)).asm
+    return _amd(code["amdgcn"]) if is_amd else _nvidia(code["cubin"])
 
 
 def _amd(text: str) -> Code:
-    counts = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
-    return Code(
-        sum(map(int, counts)), text.count("global_load_dwordx4"), text.count("global_store_dwordx4")
-    )
+    spills = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    assert len(spills) == 3, text[-2000:]
+    count = text.count
+    wide = count("global_load_dwordx4"), count("global_store_dwordx4")
+    return Code(sum(map(int, spills)), *wide, count("global_atomic"), [])
 
 
-def _nvidia(cubin: bytes, threads: int) -> Code:
+def _nvidia(cubin: bytes) -> Code:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        sass = _output([knobs.nvidia.nvdisasm.path, "-c", "-plr", str(file)])
+        sass = _output([knobs.nvidia.nvdisasm.path, "-c", str(file)])
         usage = _output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)])
-    spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
-    return Code(spills, sass.count("LDG.E.128"), sass.count("STG.E.128"))
+    spills = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+    assert len(spills) == 2, usage
+    wide = _count(sass, WIDE_LOAD), _count(sass, WIDE_STORE)
+    return Code(sum(map(int, spills)), *wide, _count(sass, ATOMIC), list(_loops(sass)))
+
+
+WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
+NARROW_LOAD, LOAD = r"\bLDG\.(?![\w.]*128)", r"\bLDG\."
+FLOAT64, BARRIER = r"\bD(?:ADD|MUL|FMA|MNMX|SETP)\b", r"\bBAR\."
+ATOMIC = r"\b(?:ATOM|ATOMG|RED|REDG)\b"
+
+
+def _count(text: str, pattern: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _loops(sass: str) -> Iterator[Loop]:
+    """Innermost loops: from a label to the jump back, without the blocks that load with a mask."""
+    lines = sass.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    spans: list[tuple[int, int]] = []
+    for i, line in enumerate(lines):
+        if (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels[jump[1]] < i:
+            spans.append((labels[jump[1]], i))
+    for first, last in spans:
+        if any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            continue
+        blocks = re.split(
+            r"^\.L_x_\d+:$|\bBRA\b.*$", "\n".join(lines[first : last + 1]), flags=re.M
+        )
+        whole = "\n".join(block for block in blocks if not _is_masked(block))
+        loads, stores = _count(whole, WIDE_LOAD), _count(whole, WIDE_STORE)
+        if loads or stores:
+            yield Loop(loads, stores, _count(whole, FLOAT64), _count(whole, BARRIER))
+
+
+def _is_masked(block: str) -> bool:
+    """Whether it loads elements one by one; addresses and operands are loaded before a loop."""
+    return bool(re.search(r"@!?U?P\d+\s+(?:LDG|STG)\.(?![\w.]*128)", block))
 
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stored_type(each: Variant) -> str:
+    """The dtype of the elements, where the variant is for one: a constant of it is a type."""
+    from triton import language as tl
+
+    return next((str(value) for _, value in each.constants if isinstance(value, tl.dtype)), "")
 
 
 def main(library: str, targets: list[str]) -> None:
@@ -261,10 +319,16 @@ def main(library: str, targets: list[str]) -> None:
             pass
     late = [each.name for each in caught.launched if each not in caught.prepared]
     print(json.dumps({"late": late}))
-    every = [v for each in {**caught.prepared, **caught.launched} for v in each.other_cards()]
     for target in targets:
-        for each in dict.fromkeys(every):
-            print(json.dumps({"target": target, "variant": each.name, **compiled(each, target)._asdict()}), flush=True)
+        for each in dict.fromkeys([*caught.prepared, *caught.launched]):
+            for on_card in of_card(each, target):
+                code = compiled(on_card, target)._asdict()
+                code["loops"] = [loop._asdict() for loop in code["loops"]]
+                about = {"target": target, "name": on_card.name, "dtype": stored_type(on_card)}
+                constants = {k: repr(v) for k, v in on_card.constants}
+                kernel = on_card.kernel.__name__
+                print(json.dumps({**about, "kernel": kernel, "constants": constants, **code}))
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":
