@@ -136,6 +136,25 @@ def waits_of_clipping(backend: str, name: str, mode: str) -> set[Wait]:
     return watched.waits
 
 
+def step_calls(
+    clipper: distclip.Clipper, optimizer: torch.optim.Optimizer, scaler: Any
+) -> dict[str, Callable[[], Any]]:
+    def attached_step() -> None:
+        attached = clipper.attach(optimizer, scaler)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        attached.remove()
+
+    def clip_and_step() -> None:
+        clipper.clip_(optimizer, scaler)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+
+    return {
+        "step": lambda: clipper.step(optimizer, scaler),
+        "attach": attached_step,
+        "clip_": clip_and_step,
+    }
+
+
 def waits_of_steps(name: str, mode: str) -> set[Wait]:
     """With optimizers and scalers, for which it does not matter who runs the kernels."""
     watched, module = Watched(), model()
@@ -143,35 +162,22 @@ def waits_of_steps(name: str, mode: str) -> set[Wait]:
         facts = [name.split(maxsplit=1)[0], mode, *(["overlap"] if overlap else [])]
         clipper = distclip.Clipper(module, POLICIES[name], on_nonfinite=mode, overlap=overlap)
         for fused, scaled in itertools.product((False, True), repeat=2):
+            folds = fused and POLICIES[name].scope is Scope.MODEL and mode != "zero"
+            more = [*facts, "fused" if fused else "not fused", "folded" if folds else "not folded"]
+            more += ["scaler"] if scaled else []
             optimizer = torch.optim.AdamW(module.parameters(), fused=fused)
             scaler = torch.amp.GradScaler(NAME) if scaled else None
-            more = [*facts, "fused" if fused else "not fused", *(["scaler"] if scaled else [])]
-            folds = fused and POLICIES[name].scope is Scope.MODEL and mode != "zero"
-            more.append("folded" if folds else "not folded")
-
-            def attached_step() -> None:
-                attached = clipper.attach(optimizer, scaler)
-                optimizer.step() if scaler is None else scaler.step(optimizer)
-                attached.remove()
-
-            calls: dict[str, Callable[[], Any]] = {
-                "step": lambda: clipper.step(optimizer, scaler),
-                "attach": attached_step,
-            }
-            if scaled:
-                calls["clip_"] = lambda: clipper.clip_(optimizer, scaler)
-            for call, function in calls.items():
-                for watching in (False, True):
+            for call, function in step_calls(clipper, optimizer, scaler).items():
+                for _ in range(2):  # in the first, the optimizer and the scaler make their states
                     backward(module, scaler)
-                    if watching:
-                        with watched.call(call, *more):
-                            function()
-                    else:  # the optimizer and the scaler make their states
-                        function()
+                    function()
                     if scaler is not None:
-                        if call == "clip_":
-                            scaler.step(optimizer)
                         scaler.update()
+                backward(module, scaler)
+                with watched.call(call, *more):
+                    function()
+                if scaler is not None:
+                    scaler.update()
     return watched.waits
 
 

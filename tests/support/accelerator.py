@@ -102,6 +102,9 @@ def _device_module(library: Any) -> types.ModuleType:
     return module
 
 
+by_gloo = dist.all_reduce  # as torch has it
+
+
 def _collectives_by_the_host() -> None:
     """gloo takes no tensors of such a device; here it takes their memory."""
     all_reduce, all_gather = dist.all_reduce, dist.all_gather

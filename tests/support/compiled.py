@@ -58,17 +58,23 @@ class Variant(NamedTuple):
     def name(self) -> str:
         constants = ", ".join(f"{name}={value}" for name, value in self.constants)
         rest = [name for name, kind in self.types if kind != "constexpr"]
-        odd = [name for name in rest if name not in self.aligned]
+        specialized = {p.name for p in self.kernel.params if not p.do_not_specialize}
+        odd = [name for name in rest if name in specialized and name not in self.aligned]
         return f"{self.kernel.__name__}({constants})" + (f" odd: {odd}" if odd else "")
 
 
-def of_card(each: Variant, target: str) -> list[Variant]:
-    """Some variants are for cards whose float64 is weak, and have a constant that says so.
+def of_target(each: Variant, target: str) -> list[Variant]:
+    """What is compiled of a variant for that target.
 
-    These are compiled for "89", and no others; the rest for the other targets.
+    Only "90" gets nearly all. Variants for cards whose float64 is weak have a constant that says
+    so: they are compiled for "89", and no others.
     """
     constants = dict(each.constants)
-    weak = target == WEAK_TARGET
+    power, weak = constants.get("P", 2.0), target == WEAK_TARGET
+    chosen = dict(each.types).get("where", "constexpr") != "constexpr"  # leaves some tensors out
+    usual = power in (2.0, math.inf) and not chosen and constants.get("OPERATION") != 1
+    if power == 1.0 or not (usual or (target == "90" and not (chosen and power != 2.0))):
+        return []
     if "WEAK" not in constants:
         return [] if weak else [each]
     constants["WEAK"] = weak
@@ -321,7 +327,7 @@ def main(library: str, targets: list[str]) -> None:
     print(json.dumps({"late": late}))
     for target in targets:
         for each in dict.fromkeys([*caught.prepared, *caught.launched]):
-            for on_card in of_card(each, target):
+            for on_card in of_target(each, target):
                 code = compiled(on_card, target)._asdict()
                 code["loops"] = [loop._asdict() for loop in code["loops"]]
                 about = {"target": target, "name": on_card.name, "dtype": stored_type(on_card)}
