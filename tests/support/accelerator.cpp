@@ -241,6 +241,17 @@ Tensor reshape_alias(const Tensor& tensor, c10::SymIntArrayRef size, c10::SymInt
                                     C10_AS_INTARRAYREF_SLOW(stride));
 }
 
+Tensor& set_storage(Tensor& tensor, at::Storage storage, c10::SymInt offset,
+                    c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  return at::native::set_storage_cpu_(tensor, std::move(storage), offset.expect_int(),
+                                      C10_AS_INTARRAYREF_SLOW(size),
+                                      C10_AS_INTARRAYREF_SLOW(stride));
+}
+
+Tensor& set_whole_storage(Tensor& tensor, at::Storage storage) {
+  return at::native::set_(tensor, std::move(storage));
+}
+
 // Whether CUDA would wait: for a size that depends on values, or for indices on the host.
 bool waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   const std::string& name = op.schema().name();
@@ -288,6 +299,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
   m.impl("unfold", at::native::unfold);
+  m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", set_whole_storage);
 }
 
 // One launch, as on CUDA: by default each would be an operator for every tensor.
