@@ -1,0 +1,341 @@
+"""Compiles the Triton kernels that the library launches, for a GPU that need not be here.
+
+    python -m tests.support.compiled LIBRARY TARGET...
+
+runs policies and functions on the device of `accelerator.py`, whose LIBRARY is given, and catches
+every launch before it runs; then it compiles these variants, and no copy of their signatures, for
+each TARGET ("80", "gfx942"), and prints what it finds in the machine code: a line of JSON each.
+Triton must not interpret, so it is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+WEAK_TARGET = "89"  # RTX and L4
+
+
+class Variant(NamedTuple):
+    """What Triton compiles once: a kernel with the types of its arguments and its constants.
+
+    Attributes:
+        types: by argument; a type, or "constexpr".
+        constants: by argument; also what Triton takes as constants: None and the integer 1.
+        aligned: the arguments that are multiples of 16.
+        options: such as num_warps.
+    """
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        constants = ", ".join(f"{name}={value}" for name, value in self.constants)
+        rest = [name for name, kind in self.types if kind != "constexpr"]
+        specialized = {p.name for p in self.kernel.params if not p.do_not_specialize}
+        odd = [name for name in rest if name in specialized and name not in self.aligned]
+        return f"{self.kernel.__name__}({constants})" + (f" odd: {odd}" if odd else "")
+
+
+def of_target(each: Variant, target: str) -> list[Variant]:
+    """What is compiled of a variant for that target.
+
+    Only "90" gets nearly all. Variants for cards whose float64 is weak have a constant that says
+    so: they are compiled for "89", and no others.
+    """
+    constants = dict(each.constants)
+    power, weak = constants.get("P", 2.0), target == WEAK_TARGET
+    chosen = dict(each.types).get("where", "constexpr") != "constexpr"  # leaves some tensors out
+    usual = power in (2.0, math.inf) and not chosen and constants.get("OPERATION") != 1
+    if power == 1.0 or not (usual or (target == "90" and not (chosen and power != 2.0))):
+        return []
+    if "WEAK" not in constants:
+        return [] if weak else [each]
+    constants["WEAK"] = weak
+    return [each._replace(constants=tuple(constants.items()))]
+
+
+def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Variant:
+    """As Triton's own specialization of arguments."""
+    names = [param.name for param in kernel.params]
+    given = dict(zip(names, args, strict=False)) | options
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for param in kernel.params:
+        value = given.get(param.name, param.default)
+        value = getattr(value, "value", value) if not isinstance(value, torch.Tensor) else value
+        specialized = not param.do_not_specialize
+        if param.is_constexpr or value is None or (_is_int(value) and value == 1 and specialized):
+            types[param.name], constants[param.name] = "constexpr", value
+            continue
+        types[param.name] = _type(value)
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if specialized and _is_int(address) and address % 16 == 0:
+            aligned.append(param.name)
+    others = {name: value for name, value in options.items() if name not in names}
+    return Variant(
+        kernel,
+        tuple(types.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        tuple(sorted(others.items())),
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+class Caught:
+    """Every launch, instead of running it: the variants in order, without repetition.
+
+    Attributes:
+        prepared, launched: inside `kernels.prepare`, when a plan is made; and in the calls.
+    """
+
+    def __init__(self) -> None:
+        self.prepared: dict[Variant, None] = {}
+        self.launched: dict[Variant, None] = {}
+        self._preparing = 0
+
+    def install(self) -> None:
+        from triton.runtime.jit import JITFunction
+
+        from distclip import kernels
+        from distclip.kernels import cuda
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            into = self.prepared if self._preparing else self.launched
+            into[variant(kernel, args, options)] = None
+
+        JITFunction.run = run
+        choose = kernels._choose
+        kernels._choose = lambda device: choose(device) if device.type == "cpu" else cuda
+        for name in ("prepare", "prepare_units"):
+            if hasattr(kernels, name):
+                setattr(kernels, name, self._as_preparing(getattr(kernels, name)))
+
+    def _as_preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def prepared(*args: Any) -> Any:
+            self._preparing += 1
+            try:
+                return prepare(*args)
+            finally:
+                self._preparing -= 1
+
+        return prepared
+
+
+def calls(dtype: torch.dtype) -> Iterator[str]:
+    """Runs everything that launches kernels for gradients of that dtype; yields what it did.
+
+    The numbers are garbage, since no kernel runs, and no call looks at one.
+    """
+    import distclip
+
+    module = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3), nn.Conv2d(3, 4, 3))
+    module = module.to(dtype).to("toy:0")
+
+    def set_gradients() -> None:
+        for param in module.parameters():
+            param.grad = None
+            param.grad = torch.ones_like(param)
+
+    policies: list[Any] = [distclip.ClipNorm(0.5, p) for p in (2.0, 1.0, 3.0, 8.0, math.inf)]
+    policies += [distclip.ClipValue(0.5), distclip.ClipTensorNorm(0.5), distclip.AGC()]
+    policies += [distclip.AGC(unit_dim=-1), distclip.ZClip(), distclip.AdaGC()]
+    for policy in policies:
+        for mode in ("propagate", "zero"):
+            set_gradients()
+            clipper = distclip.Clipper(module, policy, on_nonfinite=mode)
+            clipper.clip_(scale=0.5)
+            yield f"{policy} {mode} {dtype}"
+    for policy in (distclip.ClipNorm(0.5), distclip.ClipTensorNorm(0.5)):
+        clipper = distclip.Clipper(module, policy, overlap=True)
+        for param in module.parameters():
+            param.grad = None
+        loss = sum(param.sum() for param in module.parameters())
+        loss.backward()
+        clipper.clip_()
+        yield f"{policy} overlap {dtype}"
+    set_gradients()
+    distclip.clip_grad_norm_(module, 0.5)
+    distclip.clip_grad_value_(module, 0.5)
+    yield f"functions {dtype}"
+
+
+class Loop(NamedTuple):
+    """What one turn of an innermost loop does where all elements of its block are there.
+
+    Attributes:
+        loads, stores: of 16 bytes a thread.
+        float64: instructions of a thread that compute in float64.
+        barriers: waits of a block's threads for each other.
+    """
+
+    loads: int
+    stores: int
+    float64: int
+    barriers: int
+
+
+class Code(NamedTuple):
+    """What the machine code of a variant has.
+
+    Attributes:
+        spills: bytes of registers that were put into memory.
+        loads, stores: of 16 bytes.
+        atomics: which add in any order.
+        loops: those with wide loads or stores.
+    """
+
+    spills: int
+    loads: int
+    stores: int
+    atomics: int
+    loops: list[Loop]
+
+
+def compiled(each: Variant, target: str) -> Code:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = [name for name, _ in each.types]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in each.aligned}
+    source = ASTSource(each.kernel, dict(each.types), dict(each.constants), aligned)
+    is_amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target), 32)
+    code = compile(source, target=gpu, options=dict(each.options)).asm
+    return _amd(code["amdgcn"]) if is_amd else _nvidia(code["cubin"])
+
+
+def _amd(text: str) -> Code:
+    spills = re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    assert len(spills) == 3, text[-2000:]
+    count = text.count
+    wide = count("global_load_dwordx4"), count("global_store_dwordx4")
+    return Code(sum(map(int, spills)), *wide, count("global_atomic"), [])
+
+
+def _nvidia(cubin: bytes) -> Code:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        sass = _output([knobs.nvidia.nvdisasm.path, "-c", str(file)])
+        usage = _output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)])
+    spills = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+    assert len(spills) == 2, usage
+    wide = _count(sass, WIDE_LOAD), _count(sass, WIDE_STORE)
+    return Code(sum(map(int, spills)), *wide, _count(sass, ATOMIC), list(_loops(sass)))
+
+
+WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
+NARROW_LOAD, LOAD = r"\bLDG\.(?![\w.]*128)", r"\bLDG\."
+FLOAT64, BARRIER = r"\bD(?:ADD|MUL|FMA|MNMX|SETP)\b", r"\bBAR\."
+ATOMIC = r"\b(?:ATOM|ATOMG|RED|REDG)\b"
+
+
+def _count(text: str, pattern: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _loops(sass: str) -> Iterator[Loop]:
+    """Innermost loops: from a label to the jump back, without the blocks that load with a mask."""
+    lines = sass.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    spans: list[tuple[int, int]] = []
+    for i, line in enumerate(lines):
+        if (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels[jump[1]] < i:
+            spans.append((labels[jump[1]], i))
+    for first, last in spans:
+        if any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            continue
+        blocks = re.split(
+            r"^\.L_x_\d+:$|\bBRA\b.*$", "\n".join(lines[first : last + 1]), flags=re.M
+        )
+        whole = "\n".join(block for block in blocks if not _is_masked(block))
+        loads, stores = _count(whole, WIDE_LOAD), _count(whole, WIDE_STORE)
+        if loads or stores:
+            yield Loop(loads, stores, _count(whole, FLOAT64), _count(whole, BARRIER))
+
+
+def _is_masked(block: str) -> bool:
+    """Whether it loads elements one by one; addresses and operands are loaded before a loop."""
+    return bool(re.search(r"@!?U?P\d+\s+(?:LDG|STG)\.(?![\w.]*128)", block))
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stored_type(each: Variant) -> str:
+    """The dtype of the elements, where the variant is for one: a constant of it is a type."""
+    from triton import language as tl
+
+    return next((str(value) for _, value in each.constants if isinstance(value, tl.dtype)), "")
+
+
+def main(library: str, targets: list[str]) -> None:
+    from tests.support import accelerator
+
+    accelerator.install(library)
+    caught = Caught()
+    caught.install()
+    for dtype in DTYPES:
+        for _ in calls(dtype):
+            pass
+    late = [each.name for each in caught.launched if each not in caught.prepared]
+    print(json.dumps({"late": late}))
+    for target in targets:
+        for each in dict.fromkeys([*caught.prepared, *caught.launched]):
+            for on_card in of_target(each, target):
+                code = compiled(on_card, target)._asdict()
+                code["loops"] = [loop._asdict() for loop in code["loops"]]
+                about = {"target": target, "name": on_card.name, "dtype": stored_type(on_card)}
+                constants = {k: repr(v) for k, v in on_card.constants}
+                kernel = on_card.kernel.__name__
+                print(json.dumps({**about, "kernel": kernel, "constants": constants, **code}))
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
