@@ -356,7 +356,7 @@ def _ask_policy(
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
-    sizes = plan.one if units is None else units.sizes
+    sizes = _one(each, plan) if units is None else units.sizes
     context = NormContext(sizes, norms.weights, norms.total)
     returned, next_state = policy.limit(each, state, context)
     if returned is None:
@@ -365,6 +365,15 @@ def _ask_policy(
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
     return GroupClip(norms.total, limits, kernels.coefficients(each, limits), next_state, valid)
+
+
+def _one(like: Tensor, plan: Plan) -> Tensor:
+    """1, kept on the device; a graph gets its own, which only its replays fill."""
+    if not has_values(like) or kernels.is_capturing(plan.device):
+        return torch.ones_like(like)
+    if plan.calls.one is None:
+        plan.calls.one = torch.ones_like(like)
+    return plan.calls.one
 
 
 def _report(

@@ -71,10 +71,12 @@ class Calls:
     Attributes:
         late: numbers that are read some steps later.
         is_settled: no rank had a gradient that must be reduced first, and none lacked one.
+        one: 1 on the plan's device; a float64 scalar.
     """
 
     late: LateReads = field(default_factory=LateReads)
     is_settled: bool = False
+    one: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,6 @@ class Plan:
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         device: where the partial sums are combined and reduced.
-        one: 1 on `device`; a float64 scalar.
         norm_dtype: in which norms are reported and judged: float32, or float64 where every
             parameter is float64 and no rank may hold others that are not.
         mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
@@ -97,7 +98,6 @@ class Plan:
     reduce_mesh: ReduceMesh | None
     groups: Sequence[ParamGroup]
     device: torch.device
-    one: Tensor
     norm_dtype: torch.dtype = torch.float32
     mesh: ReduceMesh | None = None
     rule: str = ""
@@ -205,8 +205,7 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    one = torch.ones((), dtype=torch.float64, device=device)
-    return Plan(params, mesh, groups, device, one, dtype, sharded.mesh, rule, copied)
+    return Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
 
 
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
