@@ -95,7 +95,7 @@ def other_dtype(tensor: Tensor) -> None:
 
 
 def same_bits_of_another_dtype(tensor: Tensor) -> None:
-    tensor.data = tensor.data.view(torch.float16)[:, :10]
+    tensor.data = tensor.data.view(torch.float16).view(-1)[:100].view(10, 10).fill_(3.0)
 
 
 CHANGES = [swap_storage, set_storage, set_with_gaps, transpose, shrink, grow, other_dtype]
