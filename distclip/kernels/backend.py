@@ -39,7 +39,8 @@ class Backend(Protocol):
         """The memory of `tensors` in lists for the other functions; no tensors give no lists.
 
         Each element is in one list once. On a CPU the tensors of a list have one dtype, and one of
-        them may be a flat view of several neighbours.
+        them may be a flat view of several neighbours. CUDA finds the addresses of a list sooner
+        where the same list is passed again.
         """
         ...
 

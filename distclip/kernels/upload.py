@@ -74,8 +74,7 @@ class _Arena:
 
 
 def _pinned(nbytes: int) -> Tensor:
-    with torch.inference_mode(False):  # else only inference mode could write to it
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 _arena = _Arena()

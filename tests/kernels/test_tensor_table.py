@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def other_dtype(tensor: Tensor) -> None:
 
 
 def same_bits_of_another_dtype(tensor: Tensor) -> None:
-    tensor.data = tensor.data.view(torch.float16)[:, :10]
+    tensor.data = tensor.data.view(torch.float16).view(-1)[:100].view(10, 10).fill_(3.0)
 
 
 CHANGES = [swap_storage, set_storage, set_with_gaps, transpose, shrink, grow, other_dtype]
@@ -195,6 +196,32 @@ def test_streams_share_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         shared: Any = Stream(stream, log)
         kept.order(shared)
     assert log == [("waits", 2), ("uses", 2), ("waits", 3), ("uses", 3)]
+
+
+def test_a_capture_gets_its_own_tables(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in the memory of the graph: nothing may find them later, not even the same list."""
+    key, log = tensor_table._key, list[tuple[str, int]]()
+    on_cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(tensor_table, "_key", lambda t: key(t)._replace(device=on_cuda))
+    monkeypatch.setattr(tensor_table, "_tables", tensor_table._Tables())
+    monkeypatch.setattr(tensor_table, "upload", lambda host, device: host)
+    monkeypatch.setattr(tensor_table, "reserve", lambda nbytes: log.append(("reserve", nbytes)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(3, log))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    (listed,) = cuda.tensor_lists([torch.randn(5), torch.randn(7)])
+    captured = [tensor_table.table(listed) for _ in range(2)]
+    assert made == [2, 2]
+    assert not log
+    capturing = False
+    eager = tensor_table.table(listed)
+    assert tensor_table.table(listed) is tensor_table.table(list(listed)) is eager
+    assert made == [2, 2, 2]
+    assert log == [("reserve", eager.nbytes)] * 3
+    capturing = True
+    tables = [*captured, eager, tensor_table.table(listed)]
+    assert len({id(table) for table in tables}) == 4
 
 
 @pytest.mark.parametrize(
