@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import torch_private
 from distclip.sharding import rank_group
 from distclip.sharding.rank_group import Line, RankGroup, combine, with_index
 from tests.support import reference
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.tolerances import NORM
 
@@ -259,3 +262,31 @@ def test_the_device_is_that_of_the_parameters(
 def test_an_accelerator_that_is_not_there_has_no_index() -> None:
     device = with_index(torch.device("cuda"))
     assert torch.cuda.is_available() or device == torch.device("cuda")
+
+
+def connected() -> None:
+    on_cpu = lines_of(mesh((2, 2), ("a", "b")))
+    on_accelerator = replace(on_cpu, device=torch.device("cuda", 0))
+    zeros = torch.zeros
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+        for ranks, expected in ((on_cpu, 0), (on_accelerator, 2)):
+            with CommDebugMode() as comms:
+                ranks.connect()
+            assert comms.get_total_counts() == expected  # one for each communicator
+    calls: list[RankGroup] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankGroup, "connect", calls.append)
+        layout = LAYOUTS["fsdp"]
+        params = lay_out(random_wholes(layout, seed=1), layout)
+        distclip.clip_grad_norm_(params, 1.0)  # some ranks may know the plan, and make no other
+        assert not calls
+        clipper = distclip.Clipper(params)
+        assert calls == [clipper.plan.reduce_mesh.rank_group]
+        clipper.clip_()
+        distclip.Clipper([nn.Parameter(torch.ones(1))])
+        assert len(calls) == 1
+
+
+def test_a_clipper_connects_its_ranks_before_the_first_step(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(connected)
