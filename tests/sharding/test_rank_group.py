@@ -275,8 +275,12 @@ def connected() -> None:
                 ranks.connect()
             assert comms.get_total_counts() == expected  # one for each communicator
     calls: list[RankGroup] = []
+
+    def connect(ranks: RankGroup) -> None:
+        calls.append(ranks)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankGroup, "connect", calls.append)
+        patch.setattr(RankGroup, "connect", connect)
         layout = LAYOUTS["fsdp"]
         params = lay_out(random_wholes(layout, seed=1), layout)
         distclip.clip_grad_norm_(params, 1.0)  # some ranks may know the plan, and make no other
