@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
@@ -104,6 +104,18 @@ def clip_in_each_way(on: DeviceMesh) -> list[float]:
     return [*found, norm.item()]
 
 
+def partial_gradient(on: DeviceMesh) -> None:
+    """Its ranks say which gradients they have to reduce, along the axes of its mesh too."""
+    weight = torch.zeros(4, 3)
+    param = nn.Parameter(distribute_tensor(weight, on, [S0, R], src_data_rank=None))
+    lines, line = on.get_coordinate()
+    addend = torch.full((2, 3), float(1 + lines + 2 * line))
+    param.grad = DTensor.from_local(addend, on, [S0, Partial()], run_check=False)
+    norm = distclip.Clipper([param], mesh=on).clip_().total_norm
+    rows = torch.tensor([1.0 + 3.0, 2.0 + 4.0])
+    torch.testing.assert_close(norm.double(), (6 * rows.double().square()).sum().sqrt(), **NORM)
+
+
 def fail_in_each_way(on: DeviceMesh) -> list[str]:
     """What every rank of the mesh must find, whatever the others know."""
     first, odd = int(on.mesh.flatten()[0]), int(on.mesh.flatten()[-1])
@@ -139,6 +151,8 @@ def on_a_part(name: str, others: str) -> None:
     before, found = world_of_groups(), []
     if here.get_coordinate() is not None:
         found += clip_in_each_way(here)
+        if name == "two axes":
+            partial_gradient(here)
         found += fail_in_each_way(here)
     elif others == "clip":
         for _ in range(2):
@@ -175,7 +189,11 @@ def along_three_axes() -> None:
         rows = ranks.all_gather(mine)
         assert sorted(rows.tolist()) == sorted(row for _, row in everyone)
         total, largest = mine.clone(), mine.clone()
-        ranks.all_reduce_(total)
+        with CommDebugMode() as comms:
+            ranks.all_reduce_(total)
+        # An all-reduce along each line could add in another order along another line.
+        counts = {str(name): count for name, count in comms.get_comm_counts().items()}
+        assert counts == {"c10d.allreduce_": 1, "c10d.allgather_": 2}
         ranks.all_reduce_(largest, dist.ReduceOp.MAX)
         torch.testing.assert_close(total, rows.sum(0), rtol=1e-14, atol=1e-30)
         assert largest.equal(rows.amax(0))
