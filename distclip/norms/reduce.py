@@ -103,12 +103,13 @@ def _reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tens
 def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan) -> Tensor:
     """The parts of all ranks, one after the other: of some the maxima, of others the sums."""
     assert plan.reduce_mesh is not None
-    message, ranks = torch.cat([*parts]), plan.reduce_mesh.rank_group
-    if plan.one_shot is not None and has_values(message):
-        messages = plan.one_shot.all_gather(message)
+    ranks = plan.reduce_mesh.rank_group
+    if plan.one_shot is not None and has_values(parts[0]):
+        messages = plan.one_shot.all_gather(parts)
     elif any(is_max) and not all(is_max):
-        messages = ranks.all_gather(message)
+        messages = ranks.all_gather(torch.cat([*parts]))
     else:
+        message = torch.cat([*parts])
         ranks.all_reduce_(message, dist.ReduceOp.MAX if is_max[0] else dist.ReduceOp.SUM)
         return message
     runs = [[*run] for _, run in groupby(zip(is_max, parts, strict=True), itemgetter(0))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ class OneShot:
         """How many numbers a message may have."""
         return self._mine.shape[1]
 
-    def all_gather(self, message: Tensor) -> Tensor:
+    def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
         """The messages of all ranks, in the same order on each.
 
-        Shapes: message: [n], with n up to `size`; the result: [ranks, n].
+        Args:
+            parts: what this rank's message consists of.
+
+        Shapes: parts: n numbers together, at most `size`; the result: [ranks, n].
 
         Collective: all ranks of the process group.
         """
@@ -59,9 +63,10 @@ class OneShot:
             self._wait_for_last_call()
             turn = self._calls % _OF_GRAPHS
             self._calls += 1
-        self._mine[turn, : len(message)].copy_(message)
+        length = sum(map(len, parts))
+        torch.cat([*parts], out=self._mine[turn, :length])
         self._handle.barrier(channel=turn)
-        return torch.stack([each[turn, : len(message)] for each in self._of_each])
+        return torch.stack([each[turn, :length] for each in self._of_each])
 
     def _wait_for_last_call(self) -> None:
         """Two turns are enough for calls one after the other, which may be on other streams."""
@@ -138,8 +143,14 @@ def _why_not(ranks: RankGroup, attempt: Callable[[], None]) -> str:
             attempt()
     except (RuntimeError, ImportError, AttributeError) as error:
         mine = str(error).partition("\n")[0][:200] or type(error).__name__
-    found = ranks.all_gather_objects((mine, platform.node()))
+    found = ranks.all_gather_objects((mine, _machine()))
     if reasons := [f"rank {rank}: {reason}" for rank, (reason, _) in found.items() if reason]:
         return reasons[0]
     machines = {machine for _, machine in found.values()}
     return "" if len(machines) == 1 else f"the ranks are on {len(machines)} machines"
+
+
+def _machine() -> str:
+    """Machines may have one name, and containers on one machine several."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot.read_text() if boot.exists() else ''}"

@@ -104,7 +104,10 @@ def at_different_speeds() -> None:
 
         patch.setattr(torch, "stack", slow)
         for step in range(100):
-            found = opened.all_gather(torch.full((8 - step % 3,), float(10 * step + rank)))
+            mine = float(10 * step + rank)
+            found = opened.all_gather(
+                [torch.full((n,), mine, dtype=torch.float64) for n in (2, 6 - step % 3)]
+            )
             expected = [float(10 * step + each) for each in range(4)]
             assert found[:, 0].tolist() == found[:, -1].tolist() == expected, step
 
@@ -131,7 +134,7 @@ def replays_of_graphs() -> None:
         patch.setattr(torch, "stack", slow)
         for step in range(60):
             capturing[0] = step % 5 < 3
-            found = opened.all_gather(torch.full((8,), float(10 * step + rank)))
+            found = opened.all_gather([torch.full((8,), float(10 * step + rank)).double()])
             assert found[:, -1].tolist() == [float(10 * step + each) for each in range(4)], step
 
 
