@@ -24,6 +24,7 @@ from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
 from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import any_unreduced, local_gradients
+from distclip.sharding.one_shot import SymmetricMemory
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.step import Decision
@@ -77,6 +78,10 @@ class Clipper:
             by a sample of the elements: all of a short gradient, else some of each row. One that
             misses the sample, such as one to a single element through `.data`, is not seen. On an
             accelerator, policies with limits per tensor or unit measure after backward.
+        symmetric_memory: send the sums through memory that all ranks read, instead of an
+            all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
+            such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
+            by the all-reduce. Not measured yet. The same on every rank.
 
     Raises:
         LayoutError: it is unknown which ranks hold which elements.
@@ -86,7 +91,9 @@ class Clipper:
         tensor or unit, and one where tensors count as copies along an axis that nothing speaks of
         (see docs/sharding.md), or may do so on other ranks: with `mesh` or pipeline stages. All
         ranks of the mesh must make the clipper, and call it every step. Where its axes are a part
-        of the world, a collective is one along each axis; no process group is made.
+        of the world, a collective is one along each axis; no process group is made. On an
+        accelerator one all-reduce, which makes NCCL's communicators before the first step; and two
+        all-gathers for `symmetric_memory`.
     """
 
     @outside_of_graphs
@@ -103,6 +110,7 @@ class Clipper:
         on_nonfinite: OnNonFinite = "propagate",
         max_consecutive_skips: int = 20,
         overlap: bool = False,
+        symmetric_memory: bool = False,
     ) -> None:
         max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         check_mesh_type(mesh)
@@ -110,6 +118,7 @@ class Clipper:
         check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         check_function("gradient", gradient, "`parameter -> its gradient`, or None")
         overlap = as_flag("overlap", overlap)
+        shared = SymmetricMemory() if as_flag("symmetric_memory", symmetric_memory) else None
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -127,12 +136,13 @@ class Clipper:
 
         def plan_for(read: NamedParameters) -> Plan:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
-            return make_plan(sharded, read.groups, rule)
+            return make_plan(sharded, read.groups, rule, shared)
 
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
         self._hold(param_groups.read_sources(self._sources))
+        self.plan.connect()
         self._rounds = Rounds(self.plan)
 
     def _hold(self, read: NamedParameters) -> None:

@@ -168,6 +168,22 @@ def local_shape_and_offset(
         return compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
 
 
+def symmetric_memory() -> Any:
+    """torch's memory that other ranks read and write. Goes when it has a public name."""
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph, or that of another accelerator, records what is called now."""
+    if device.type in ("cpu", "meta"):
+        return False
+    device_module: Any = torch.get_device_module(device.type)
+    asks = getattr(device_module, "is_current_stream_capturing", None)
+    return asks is not None and bool(asks())
+
+
 def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """How long the collectives of a group wait; only `new_group` names it in public."""
     return cast(Any, group)._get_backend(device).options._timeout

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.upload import upload
-from distclip.norms.late_reads import is_capturing
-from distclip.torch_private import has_values
+from distclip.torch_private import has_values, is_capturing
 
 HEADER_SIZE = 6
 _NUM_JUDGED = 5  # without the last one: that a rank has no gradient is no error by itself

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.sharding.rank_group import on_device
-from distclip.torch_private import has_values
+from distclip.torch_private import has_values, is_capturing
 
 _LAG = 4  # steps
 
@@ -65,15 +65,6 @@ class LateReads:
         if earlier.event is not None:
             earlier.event.synchronize()
         return Late(_listed(earlier.numbers), earlier.about)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph, or that of another accelerator, records what is called now."""
-    if device.type in ("cpu", "meta"):
-        return False
-    device_module: Any = torch.get_device_module(device.type)
-    asks = getattr(device_module, "is_current_stream_capturing", None)
-    return asks is not None and bool(asks())
 
 
 def _listed(numbers: Tensor) -> list[float]:

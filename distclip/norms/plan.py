@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclip import kernels
 from distclip.norms.agreement import message_size
+from distclip.norms.device import reduce_device
 from distclip.norms.late_reads import LateReads
 from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units, prepare_units
@@ -20,8 +21,8 @@ from distclip.policies import GroupSpec, Scope
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
+from distclip.sharding.one_shot import OneShot, SymmetricMemory
 from distclip.sharding.partial_gradients import may_lack_gradient
-from distclip.sharding.rank_group import with_index
 from distclip.sharding.read import ShardedParams
 
 
@@ -92,6 +93,8 @@ class Plan:
         rule: what must be the same on all ranks beside the policies, as text.
         copied_dtensors: the indices of parameters of which another rank may have a gradient that
             must be reduced before it is measured, while this one has none.
+        one_shot: how the sums travel through symmetric memory, where they do.
+        not_one_shot: why they do not, although that was asked for.
     """
 
     params: Sequence[LocalParam]
@@ -102,6 +105,8 @@ class Plan:
     mesh: ReduceMesh | None = None
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
+    one_shot: OneShot | None = field(default=None, compare=False, repr=False)
+    not_one_shot: str = ""
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
 
     @cached_property
@@ -140,6 +145,11 @@ class Plan:
         policies = [f"{group.name}: {group.description}" for group in self.groups]
         verify(self.params, self.mesh, [*policies, self.rule], self.device)
 
+    def connect(self) -> None:
+        """See `RankGroup.connect`. Collective: all ranks of the reduce mesh."""
+        if self.reduce_mesh is not None:
+            self.reduce_mesh.rank_group.connect()
+
     def has_new_copies(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors`, which are laid out as `params`, have yet to be compared as copies."""
         return self.mesh is not None and has_new_copies(self.params, tensors, self.mesh)
@@ -176,25 +186,38 @@ class Plan:
             return "no collective: no rank holds elements that another lacks"
         size = self.message_size
         axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
-        return f"one all-reduce of {size} float64 ({8 * size} bytes) over {axes}, on {self.device}"
+        how = ""
+        if self.one_shot is not None:
+            how = ", through symmetric memory"
+        elif self.not_one_shot:
+            how = f", not through symmetric memory ({self.not_one_shot})"
+        numbers = f"{size} float64 ({8 * size} bytes)"
+        return f"one all-reduce of {numbers} over {axes}, on {self.device}{how}"
 
 
-def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = "") -> Plan:
+def make_plan(
+    sharded: ShardedParams,
+    specs: Sequence[GroupSpec],
+    rule: str = "",
+    symmetric_memory: SymmetricMemory | None = None,
+) -> Plan:
     """The plan for groups of `sharded.params`.
 
     Args:
         rule: see `Plan`.
+        symmetric_memory: where the sums are to travel through it.
 
     Chooses and compiles the kernels for accelerators as well, or the first step would.
 
     Raises:
-        LayoutError, ValueError: it is unknown which elements form the units of a policy.
+        LayoutError, ValueError: it is unknown which elements form the units of a policy; the device
+            has no float64.
 
     Collective: where ranks along a distinct axis have units of their own, an all-gather of a few
-        numbers over the reduce mesh.
+        numbers over the reduce mesh; see `SymmetricMemory.open`.
     """
     params, mesh = sharded.params, sharded.reduce_mesh
-    device = _reduce_device(params, mesh)
+    device = reduce_device(params, mesh)
     dtype = _norm_dtype(params, mesh)
     groups = [_make_group(spec, params[spec.members], device, dtype) for spec in specs]
     for group in groups:
@@ -205,7 +228,13 @@ def make_plan(sharded: ShardedParams, specs: Sequence[GroupSpec], rule: str = ""
     if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    return Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
+    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
+    if mesh is None or symmetric_memory is None:
+        return plan
+    opened = symmetric_memory.open(mesh.rank_group, plan.message_size)
+    if isinstance(opened, str):
+        return replace(plan, not_one_shot=opened)
+    return replace(plan, one_shot=opened)
 
 
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
@@ -250,15 +279,6 @@ def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -
         )
         for i, group in enumerate(groups)
     ]
-
-
-def _reduce_device(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.device:
-    if mesh is not None:
-        return mesh.rank_group.device
-    devices = [param.param.device for param in params if not param.param.is_meta]
-    devices = devices or [param.param.device for param in params]
-    chosen = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-    return with_index(chosen, [])
 
 
 def _sizes(params: Sequence[LocalParam]) -> list[str]:

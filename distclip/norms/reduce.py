@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
@@ -13,11 +15,10 @@ from torch import Tensor
 from distclip.errors import LayoutError
 from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
-from distclip.norms.late_reads import is_capturing
 from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.sharding.rank_group import RankGroup, combine
-from distclip.torch_private import has_values, host_has_values
+from distclip.torch_private import has_values, host_has_values, is_capturing
 
 T = TypeVar("T")
 
@@ -91,25 +92,30 @@ def _reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tens
     num_filled = HEADER_SIZE + sum(map(len, payload))
     call = header, all(is_max), ranks.num_combined
     encoded = encode(*call, plan.message_size - num_filled, payload[0])
-    message = torch.cat([encoded.header, *payload, encoded.filling])
-    if all(is_max) or not any(is_max):
-        ranks.all_reduce_(message, dist.ReduceOp.MAX if all(is_max) else dist.ReduceOp.SUM)
-    else:
-        sizes = [HEADER_SIZE, *map(len, payload), len(encoded.filling)]
-        message = _combined(ranks.all_gather(message), sizes, [False, *is_max, False])
+    parts = [encoded.header, *payload, encoded.filling]
+    message = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)
     first, reduced = message[:HEADER_SIZE], message[HEADER_SIZE:num_filled]
     if not host_has_values(message):
         reduced = reduced.masked_fill(encoded.is_wrong(first), math.nan)
     return reduced, _read(first, plan, *call)
 
 
-def _combined(messages: Tensor, sizes: Sequence[int], is_max: Sequence[bool]) -> Tensor:
-    """The messages of all ranks as one: of some parts the maxima, of others the sums.
-
-    Shapes: messages: [num_ranks, sum of sizes]; the result: [sum of sizes].
-    """
-    parts = torch.split(messages, list(sizes), dim=1)
-    return torch.cat([combine(part, is_) for part, is_ in zip(parts, is_max, strict=True)])
+def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan) -> Tensor:
+    """The parts of all ranks, one after the other: of some the maxima, of others the sums."""
+    assert plan.reduce_mesh is not None
+    ranks = plan.reduce_mesh.rank_group
+    if plan.one_shot is not None and has_values(parts[0]):
+        messages = plan.one_shot.all_gather(parts)
+    elif any(is_max) and not all(is_max):
+        messages = ranks.all_gather(torch.cat([*parts]))
+    else:
+        message = torch.cat([*parts])
+        ranks.all_reduce_(message, dist.ReduceOp.MAX if is_max[0] else dist.ReduceOp.SUM)
+        return message
+    runs = [[*run] for _, run in groupby(zip(is_max, parts, strict=True), itemgetter(0))]
+    columns = torch.split(messages, [sum(len(part) for _, part in run) for run in runs], dim=1)
+    found = [combine(each, run[0][0]) for each, run in zip(columns, runs, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: int) -> _Flags:

@@ -8,10 +8,8 @@ every rank finds the same first difference.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from enum import IntEnum
 from typing import NamedTuple, cast
 
@@ -19,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip import torch_private
 from distclip.errors import LayoutError
+from distclip.sharding.arrivals import missing_ranks
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
-from distclip.sharding.rank_group import Line, RankGroup
+from distclip.sharding.rank_group import RankGroup
 
 
 class Subject(IntEnum):
@@ -59,7 +57,12 @@ def verify(
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     ranks = RankGroup.world(device) if reduce_mesh is None else reduce_mesh.rank_group
-    _wait_for_all_ranks(ranks)
+    if missing := missing_ranks(ranks, "verify"):
+        raise LayoutError(
+            f"cannot verify the plan: the ranks {missing} have not called `verify()` within the "
+            f"timeout of the process group, and the check needs every rank. Call it on all ranks, "
+            f"after the same steps."
+        )
     mine = _fingerprints(params, reduce_mesh, policies)
     digests = {replicas: _digest(sorted(found.items())) for replicas, found in mine.items()}
     first = _first_difference(ranks.all_gather_objects(digests).values())
@@ -139,52 +142,6 @@ def _error(subject: Subject, gathered: dict[int, Fingerprints | None]) -> Layout
 
 def _texts(name: str, reports: dict[int, Fingerprints]) -> list[str]:
     return [", ".join(report.get(name, ["it is missing"])) for report in reports.values()]
-
-
-def _wait_for_all_ranks(ranks: RankGroup) -> None:
-    """Raises LayoutError, naming the missing ranks, unless all ranks arrive within the timeout.
-
-    A collective of NCCL that lacks a rank ends the process, and `monitored_barrier` needs gloo and
-    names the missing ranks on one rank only.
-    """
-    missing: set[int] = set()
-    timeout = timedelta(0)
-    for line in ranks.lines:
-        # The others may have waited as long for ranks of an earlier line.
-        timeout += torch_private.timeout(line.group, ranks.device)
-        missing |= _missing_ranks(line, sorted(missing), timeout)
-    if missing:
-        raise LayoutError(
-            f"cannot verify the plan: the ranks {sorted(missing)} have not called `verify()` "
-            f"within {timeout}, the timeout of the process group, and the check needs every rank. "
-            f"Call it on all ranks, after the same steps."
-        )
-
-
-def _missing_ranks(line: Line, known: list[int], timeout: timedelta) -> set[int]:
-    """The ranks of the line that have not arrived in time, and those that its ranks know of.
-
-    One that arrives later learns so from the others, and may take part in their next call.
-    """
-    store, rank = line.group.get_group_store(), dist.get_rank()
-    key = f"distclip/verify/{store.add(f'distclip/verify/{rank}', 1)}"  # the number of this call
-    store.set(f"{key}/{rank}", json.dumps(known))
-    if known:
-        store.set(f"{key}/some are missing", "")
-    if store.add(f"{key}/number", 1) == len(line.ranks):
-        store.set(f"{key}/all", "")
-    try:
-        store.wait([f"{key}/all"], timeout)
-        if not store.check([f"{key}/some are missing"]):
-            return set()
-    except RuntimeError:
-        store.set(f"{key}/some are missing", "")
-    missing: set[int] = set()
-    for other in line.ranks:
-        arrived = store.check([f"{key}/{other}"])
-        missing |= set(json.loads(store.get(f"{key}/{other}"))) if arrived else {other}
-    store.set(f"{key}/{rank}", json.dumps(sorted(missing)))
-    return missing
 
 
 def _digest(content: object) -> str:

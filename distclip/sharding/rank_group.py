@@ -96,6 +96,14 @@ class RankGroup:
         """Of how many ranks results are: a fake process group leaves each message as it is."""
         return 1 if self.is_fake else prod(len(line.ranks) for line in self.lines)
 
+    def connect(self) -> None:
+        """Makes what NCCL would make in the first step, where memory is at its peak.
+
+        Collective: as `all_reduce_`, on accelerators.
+        """
+        if self.device.type != "cpu" and has_index(self.device) and not self.is_fake:
+            self.all_reduce_(torch.zeros(1, dtype=torch.float64, device=self.device))
+
     def all_reduce_(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         """The sum or the maximum over the ranks, in place; the same bits on each.
 
@@ -156,7 +164,7 @@ def with_index(
     """A device of that type: of the first of `tensors` which lies on one; else the one to which a
     process group is bound, the only one that NCCL takes then; else the current one.
 
-    An accelerator that is not there, as in simulations, has no index.
+    An accelerator that is not there, as in simulations, has no index, and neither has MPS.
     """
     if has_index(device) or device.type in ("cpu", "meta"):
         return device
@@ -166,7 +174,7 @@ def with_index(
         if each is not None and each.type == device.type and has_index(each):
             return each
     device_module: Any = torch.get_device_module(device.type)
-    if not device_module.is_available():
+    if not device_module.is_available() or not hasattr(device_module, "current_device"):
         return device
     return torch.device(device.type, device_module.current_device())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import torch_private
 from distclip.sharding import rank_group
 from distclip.sharding.rank_group import Line, RankGroup, combine, with_index
 from tests.support import reference
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes
 from tests.support.ranks import Ranks, mesh
 from tests.support.tolerances import NORM
 
@@ -101,6 +104,18 @@ def clip_in_each_way(on: DeviceMesh) -> list[float]:
     return [*found, norm.item()]
 
 
+def partial_gradient(on: DeviceMesh) -> None:
+    """Its ranks say which gradients they have to reduce, along the axes of its mesh too."""
+    weight = torch.zeros(4, 3)
+    param = nn.Parameter(distribute_tensor(weight, on, [S0, R], src_data_rank=None))
+    lines, line = on.get_coordinate()
+    addend = torch.full((2, 3), float(1 + lines + 2 * line))
+    param.grad = DTensor.from_local(addend, on, [S0, Partial()], run_check=False)
+    norm = distclip.Clipper([param], mesh=on).clip_().total_norm
+    rows = torch.tensor([1.0 + 3.0, 2.0 + 4.0])
+    torch.testing.assert_close(norm.double(), (6 * rows.double().square()).sum().sqrt(), **NORM)
+
+
 def fail_in_each_way(on: DeviceMesh) -> list[str]:
     """What every rank of the mesh must find, whatever the others know."""
     first, odd = int(on.mesh.flatten()[0]), int(on.mesh.flatten()[-1])
@@ -136,6 +151,8 @@ def on_a_part(name: str, others: str) -> None:
     before, found = world_of_groups(), []
     if here.get_coordinate() is not None:
         found += clip_in_each_way(here)
+        if name == "two axes":
+            partial_gradient(here)
         found += fail_in_each_way(here)
     elif others == "clip":
         for _ in range(2):
@@ -172,7 +189,11 @@ def along_three_axes() -> None:
         rows = ranks.all_gather(mine)
         assert sorted(rows.tolist()) == sorted(row for _, row in everyone)
         total, largest = mine.clone(), mine.clone()
-        ranks.all_reduce_(total)
+        with CommDebugMode() as comms:
+            ranks.all_reduce_(total)
+        # An all-reduce along each line could add in another order along another line.
+        counts = {str(name): count for name, count in comms.get_comm_counts().items()}
+        assert counts == {"c10d.allreduce_": 1, "c10d.allgather_": 2}
         ranks.all_reduce_(largest, dist.ReduceOp.MAX)
         torch.testing.assert_close(total, rows.sum(0), rtol=1e-14, atol=1e-30)
         assert largest.equal(rows.amax(0))
@@ -259,3 +280,35 @@ def test_the_device_is_that_of_the_parameters(
 def test_an_accelerator_that_is_not_there_has_no_index() -> None:
     device = with_index(torch.device("cuda"))
     assert torch.cuda.is_available() or device == torch.device("cuda")
+
+
+def connected() -> None:
+    on_cpu = lines_of(mesh((2, 2), ("a", "b")))
+    on_accelerator = replace(on_cpu, device=torch.device("cuda", 0))
+    zeros = torch.zeros
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+        for ranks, expected in ((on_cpu, 0), (on_accelerator, 2)):
+            with CommDebugMode() as comms:
+                ranks.connect()
+            assert comms.get_total_counts() == expected  # one for each communicator
+    calls: list[RankGroup] = []
+
+    def connect(ranks: RankGroup) -> None:
+        calls.append(ranks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankGroup, "connect", connect)
+        layout = LAYOUTS["fsdp"]
+        params = lay_out(random_wholes(layout, seed=1), layout)
+        distclip.clip_grad_norm_(params, 1.0)  # some ranks may know the plan, and make no other
+        assert not calls
+        clipper = distclip.Clipper(params)
+        assert calls == [clipper.plan.reduce_mesh.rank_group]
+        clipper.clip_()
+        distclip.Clipper([nn.Parameter(torch.ones(1))])
+        assert len(calls) == 1
+
+
+def test_a_clipper_connects_its_ranks_before_the_first_step(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(connected)
