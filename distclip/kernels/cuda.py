@@ -14,10 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import cuda_triton, cuda_triton_rewrite, foreach, naive, tensor_table
+from distclip.kernels import (
+    cuda_triton,
+    cuda_triton_rewrite,
+    cuda_units,
+    foreach,
+    naive,
+    tensor_table,
+)
 from distclip.kernels.backend import Total
 from distclip.kernels.cuda_float64_rate import has_weak_float64
-from distclip.kernels.cuda_units import prepare_units, scale_units_, unit_norms, unit_power_sums
+from distclip.kernels.cuda_units import prepare_units
 
 __all__ = [
     "clamp_",
@@ -171,6 +178,32 @@ def scale_each_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
     """In a launch for each dtype, which writes nothing where a coefficient is 1."""
     for i in _rewrite(tensors, coefficients.contiguous(), _rewriting.SCALE_EACH):
         foreach.scale_([tensors[i]], coefficients[i])
+
+
+def unit_power_sums(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float
+) -> Tensor:
+    """As `power_sums` where all tensors are whole units."""
+    if all(dim is None for dim in dims):
+        return power_sums(tensors, norm_type)
+    return cuda_units.unit_power_sums(tensors, dims, norm_type)
+
+
+def unit_norms(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_type: float) -> Tensor:
+    """As `norms` where all tensors are whole units."""
+    if all(dim is None for dim in dims):
+        return norms(tensors, norm_type)
+    return cuda_units.unit_norms(tensors, dims, norm_type)
+
+
+def scale_units_(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], coefficients: Tensor
+) -> None:
+    """As `scale_each_` where all tensors are whole units."""
+    if all(dim is None for dim in dims):
+        scale_each_(tensors, coefficients)
+    else:
+        cuda_units.scale_units_(tensors, dims, coefficients)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: Tensor) -> None:

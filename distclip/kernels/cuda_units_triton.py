@@ -83,9 +83,10 @@ def partial_norms(
     Of a unit that is one chunk, the norm is stored in `sums`. Reads twice.
     """
     row = rows + tl.load(owners + tl.program_id(0)) * _ROW_SIZE
-    maximum = _sums(row, None, INF, STORED != tl.float64, STORED, OUTER, INNER, READS, COLUMNS)
+    # More reads under way would need more registers than there are: the powers take longest.
+    maximum = _sums(row, None, INF, STORED != tl.float64, STORED, OUTER, INNER, 1, COLUMNS)
     scale = tl.where(maximum == 0, 1.0, maximum)
-    total = _sums(row, scale, P, False, STORED, OUTER, INNER, READS, COLUMNS)
+    total = _sums(row, scale, P, False, STORED, OUTER, INNER, 1, COLUMNS)
     if tl.load(row + _NUM_CHUNKS) == 1:
         _store_partial(row, sums, _norm(maximum, total, P), OUTER, INNER, COLUMNS)
     else:
@@ -190,7 +191,7 @@ def _sums_of(
     )
     STEP: tl.constexpr = OUTER if COLUMNS else INNER
     # Other powers take far longer than loads, and would need more registers than there are.
-    NUM: tl.constexpr = READS if scale is None and (P == 1 or P == 2 or P == INF) else 1
+    NUM: tl.constexpr = READS if P == 1 or P == 2 or P == INF else 1
     total = _zeros(OUTER, INNER, FAST and P == INF, P)
     if scale is not None:
         scale = tl.expand_dims(scale, 0 if COLUMNS else 1)

@@ -128,8 +128,8 @@ def _binned(norms: Tensor, power: Power) -> Tensor:
     nearest = (norms.log2() - lowest) * (len(centers) / (highest - lowest))
     bins = nearest.nan_to_num(nan=0.0).clamp(0, len(centers) - 1).long()
     powers = (norms / centers[bins]) ** power.norm_type
-    binned = norms.new_zeros(len(norms), len(centers))
-    return binned.scatter_(1, bins.unsqueeze(1), powers.unsqueeze(1))
+    each = torch.arange(len(centers), device=norms.device)
+    return torch.where(bins.unsqueeze(1) == each, powers.unsqueeze(1), 0.0)
 
 
 def _centers(power: Power, device: torch.device) -> Tensor:

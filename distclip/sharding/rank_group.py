@@ -184,10 +184,12 @@ def has_index(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one, where it has an index."""
+    """Makes `device` the current one, where it has an index and torch can choose it."""
     if not has_index(device) or device.type == "cpu":
         return contextlib.nullcontext()
     device_module: Any = torch.get_device_module(device.type)
+    if not hasattr(device_module, "device"):
+        return contextlib.nullcontext()
     return cast("AbstractContextManager[Any]", device_module.device(device.index))
 
 

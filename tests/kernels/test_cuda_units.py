@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from tests.support.tolerances import NORM
 
 triton = pytest.importorskip("triton")
 cuda_units = pytest.importorskip("distclip.kernels.cuda_units")
+cuda = pytest.importorskip("distclip.kernels.cuda")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-POWERS = [0.5, 1.0, 2.0, 3.0, math.inf]
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 # By shape and dim: the tile, and whether several programs read a unit.
 SHAPES: dict[tuple[tuple[int, ...], int | None], tuple[unit_table.Tile, bool]] = {
@@ -90,16 +91,23 @@ def test_what_a_table_cannot_hold() -> None:
     assert others == [(8, 4, 3, 3), (12, 14), (3, 4, 5), (3, 4)]
 
 
-@pytest.mark.parametrize("norm_type", POWERS)
-@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "norm_type"),
+    [
+        *itertools.product(unit_table.DTYPES, [2.0, math.inf]),
+        *itertools.product([torch.bfloat16, torch.float32], [0.5, 1.0]),
+    ],
+)
 def test_sums(dtype: torch.dtype, norm_type: float) -> None:
     found, dims = tensors(dtype)
     sums = cuda_units.unit_power_sums(found, dims, norm_type)
     close(sums, naive.unit_power_sums(found, dims, norm_type), dtype, norm_type)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 20.0, 300.0, math.inf])
-@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "norm_type"),
+    [(torch.bfloat16, 20.0), (torch.float32, 300.0), (torch.float64, 2.0), (torch.half, math.inf)],
+)
 def test_norms_whose_powers_have_no_float64(dtype: torch.dtype, norm_type: float) -> None:
     """Each chunk has its own maximum, here far below or far above that of its unit."""
     found, dims = tensors(dtype)
@@ -109,8 +117,8 @@ def test_norms_whose_powers_have_no_float64(dtype: torch.dtype, norm_type: float
     close(norms, naive.unit_norms(found, dims, norm_type), torch.float64, norm_type)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", unit_table.DTYPES)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nan_and_infinity(dtype: torch.dtype, value: float) -> None:
     """In one unit of each tensor, beside one another too."""
     found, dims = tensors(dtype)
@@ -118,15 +126,21 @@ def test_nan_and_infinity(dtype: torch.dtype, value: float) -> None:
         if tensor.numel() > 3:
             tensor[(0,) * tensor.ndim] = value
             tensor[(-1,) * tensor.ndim] = math.inf
-    for norm_type in (1.0, 2.0, math.inf):
+    for norm_type in (2.0, math.inf):
         sums = cuda_units.unit_power_sums(found, dims, norm_type)
         close(sums, naive.unit_power_sums(found, dims, norm_type), dtype, norm_type)
     norms = cuda_units.unit_norms(found, dims, 8.0)
     close(norms, naive.unit_norms(found, dims, 8.0), dtype, 8.0)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-7, 1e30, 3e38])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *[(torch.bfloat16, value) for value in (0.0, 1e-30, 3e38)],
+        (torch.float16, 1e-7),
+        (torch.float32, 1e30),
+    ],
+)
 def test_units_of_any_magnitude(dtype: torch.dtype, value: float) -> None:
     """Beside units of another magnitude, which one program reads as well."""
     found = [torch.randn(6, 700), torch.randn(40, 24), torch.randn(2, 5000)]
@@ -232,7 +246,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[object, .
 def test_a_plan_compiles_what_its_steps_call(
     launched: list[tuple[str, tuple[object, ...]]], norm_type: float
 ) -> None:
-    found, dims = tensors(torch.bfloat16)
+    found = [torch.randn(5, 7).bfloat16().to(DEVICE), torch.randn(520, 19).to(DEVICE)]
+    dims = [0, 1]
     before = [t.clone() for t in found]
     cuda_units.prepare_units(found, dims, norm_type)
     prepared = set(launched)
@@ -248,7 +263,7 @@ def test_a_plan_compiles_what_its_steps_call(
 
 @pytest.mark.parametrize(
     "policy",
-    [distclip.AGC(0.01), distclip.AGC(0.01, unit_dim=-1), distclip.AGC(0.01, 8.0)],
+    [distclip.AGC(0.01), distclip.AGC(0.01, unit_dim=-1), distclip.AGC(0.01, norm_type=8.0)],
     ids=repr,
 )
 def test_a_call_takes_one_launch_for_each_shape_of_units(
@@ -266,7 +281,7 @@ def test_a_call_takes_one_launch_for_each_shape_of_units(
     plain, by_triton = made(), made()
     monkeypatch.setattr(kernels, "backend", lambda device: naive)
     expected = distclip.Clipper(plain, policy).clip_()
-    monkeypatch.setattr(kernels, "backend", lambda device: kernels.cuda)
+    monkeypatch.setattr(kernels, "backend", lambda device: cuda)
     report = distclip.Clipper(by_triton, policy).clip_()
     assert expected.clipped
     torch.testing.assert_close(report.total_norm, expected.total_norm, **NORM)
