@@ -70,14 +70,15 @@ class Clipper:
             them to zero.
         max_consecutive_skips: with "skip" and "zero", how many steps in a row may be non-finite
             before a call raises.
-        overlap: measure each gradient during backward, as soon as it is final: under FSDP2 after
-            its reduce-scatter, under DDP after its bucket's all-reduce (the clipper needs the
-            module, and takes DDP's one communication hook), plain parameters at once. A gradient
-            that has changed since, and any other, is measured when the clipper is called. A write
-            that torch does not count (`GradScaler.unscale_`, a collective, `.data`, NumPy) is found
-            by a sample of the elements: all of a short gradient, else some of each row. One that
-            misses the sample, such as one to a single element through `.data`, is not seen. On an
-            accelerator, policies with limits per tensor or unit measure after backward.
+        overlap: measure large gradients during backward, soon after they are final: under FSDP2
+            after their reduce-scatter, under DDP after their bucket's all-reduce (the clipper needs
+            the module, and takes DDP's one communication hook), plain parameters at once. A
+            gradient that has changed since, and any other, is measured when the clipper is called.
+            A write that torch does not count (`GradScaler.unscale_`, a collective, `.data`, NumPy)
+            is found by a sample of the elements: all of a short gradient, else some of each row.
+            One that misses the sample, such as one to a single element through `.data`, is not
+            seen. On an accelerator, policies with limits per tensor or unit and gradients on the
+            CPU are measured after backward.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes

@@ -1,4 +1,4 @@
-"""Gradients measured during backward, each as soon as it is final.
+"""Large gradients measured during backward, soon after they are final.
 
 Final means what the optimizer will see: summed up over uses and reduced over ranks.
 """
@@ -78,7 +78,7 @@ class BackwardNorms:
         heard = self._large_params()
         self._slots = [
             _BufferSlot(buffer, member)
-            for group in (plan.groups if heard else [])
+            for group in (plan.groups if heard else plan.groups[:0])
             for buffer in [NormBuffer(group, plan)]
             for member in range(len(plan.params[group.members]))
         ]

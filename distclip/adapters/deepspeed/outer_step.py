@@ -44,6 +44,7 @@ class OuterStepHook:
     def __init__(self, optimizer: Any, partitions: Sequence[Partition]) -> None:
         self.weights = [partition.weights() for partition in partitions]
         self._optimizer, self._partitions = optimizer, partitions
+        self._addresses = [partition.stepped.data_ptr() for partition in partitions]
         self._gradients: dict[Tensor, Tensor | None] = {}  # by the weights, during `decide`
         self._decision: Decision | None = None  # during the outer step
         self._loss_scale = loss_scale(optimizer)  # that the decision is for
@@ -88,9 +89,11 @@ class OuterStepHook:
         self._optimizer.clip_grad = 0.0  # load_checkpoint restores it
         wait_for_offload(self._optimizer)
         self._loss_scale = loss_scale(self._optimizer)
-        for partition, views in zip(self._partitions, self.weights, strict=True):
-            for weights, current in zip(views, partition.weights(), strict=True):
-                weights.data = current  # offloading states moves them
+        for i, (partition, views) in enumerate(zip(self._partitions, self.weights, strict=True)):
+            if self._addresses[i] != (address := partition.stepped.data_ptr()):
+                self._addresses[i] = address  # offloading states has moved the weights
+                for weights, current in zip(views, partition.weights(), strict=True):
+                    weights.data = current
             self._gradients.update(zip(views, partition.gradients(), strict=True))
         try:
             scale = None if self._loss_scale == 1.0 else 1 / self._loss_scale

@@ -33,16 +33,19 @@ class ParamSlice(NamedTuple):
         """This slice of a tensor that is laid out as the one that the inner optimizer steps."""
         if stepped.shape == self.shard.global_shape and self.is_whole:
             return stepped
-        return self._shaped(stepped.view(-1).narrow(0, self.shard.offset, self.shard.numel))
+        return self._cut(stepped if stepped.ndim == 1 else stepped.view(-1), self.shard.offset)
 
     def view_in(self, tensors: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
-        """This slice where such a tensor consists of several, which begin at `offsets`."""
+        """This slice where such a tensor consists of flat ones, which begin at `offsets`."""
         index = bisect_right(offsets, self.shard.offset) - 1
-        first = self.shard.offset - offsets[index]
-        return self._shaped(tensors[index].reshape(-1).narrow(0, first, self.shard.numel))
+        return self._cut(tensors[index], self.shard.offset - offsets[index])
 
-    def _shaped(self, values: Tensor) -> Tensor:
-        return values.view(self.shard.global_shape) if self.is_whole else values
+    def _cut(self, flat: Tensor, first: int) -> Tensor:
+        # Thousands of slices in every step: each view takes a microsecond or more.
+        numel, shape = self.shard.numel, self.shard.global_shape
+        if first or flat.numel() != numel:
+            flat = flat.narrow(0, first, numel)
+        return flat.view(shape) if len(shape) != 1 and self.is_whole else flat
 
 
 def offsets_of(params: Sequence[Tensor]) -> list[int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -85,7 +86,8 @@ class BufferedPartition(Partition):
         buffers = self.buffers()
         if buffers is None:
             return [None] * len(self.slices)
-        offsets = [0, *accumulate(buffer.numel() for buffer in buffers)]
+        buffers = [buffer if buffer.ndim == 1 else buffer.reshape(-1) for buffer in buffers]
+        offsets = [0, *accumulate(map(Tensor.numel, buffers))]
         return [
             param_slice.view_in(buffers, offsets) if param_slice.shard.numel else None
             for param_slice in self.slices
@@ -180,6 +182,19 @@ def wait_for_offload(optimizer: Any) -> None:
     """Waits for copies of gradients that are on their way to the CPU."""
     if hasattr(optimizer, "_wait_for_offload_copies"):  # since DeepSpeed 0.19
         optimizer._wait_for_offload_copies()
+    name = _OFFLOAD.get(type(optimizer).__name__)
+    if name is not None and getattr(optimizer, name):
+        # ZeRO-1 and 2 copy to pinned memory. With overlap_comm off nothing has waited for that.
+        stream: Any = import_module("deepspeed.accelerator").get_accelerator().current_stream()
+        if stream is not None:  # a CPU has none
+            stream.synchronize()
+
+
+# What is true where the inner optimizer steps on the CPU, by the class.
+_OFFLOAD = {
+    "DeepSpeedZeroOptimizer": "cpu_offload",
+    "DeepSpeedZeroOptimizer_Stage3": "offload_optimizer",
+}
 
 
 def _read_torch(optimizer: Any) -> Iterator[Partition]:
