@@ -202,7 +202,7 @@ def test_the_exit_code_tells_whether_something_is_wrong(
 def test_a_run_that_is_cut_off_leaves_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {"section": "sums", "check": "one", "right": True, "norm": math.nan, "error_of": 1 / 3}
+    record = {"section": "sums", "check": "one", "right": True, "norm": [math.nan], "of": 1 / 3}
 
     def cut_off(*given: object) -> Iterator[Record]:
         yield record
@@ -212,4 +212,4 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(
     monkeypatch.setattr(gpu, "run_all", cut_off)
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["--device", "cpu", "--out", str(tmp_path)])
-    assert records_in(tmp_path)[1:] == [{**record, "norm": "nan", "error_of": 0.333333}]
+    assert records_in(tmp_path)[1:] == [{**record, "norm": ["nan"], "of": 0.333333}]
