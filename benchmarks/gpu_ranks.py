@@ -78,7 +78,7 @@ def start(session: Session, backend: str, device_id: torch.device | None = None)
         store=dist.FileStore(session.store, session.num_ranks),
         rank=session.rank,
         world_size=session.num_ranks,
-        timeout=timedelta(seconds=20),  # where one rank has raised
+        timeout=timedelta(seconds=session.pick(20, 300)),  # where one rank has raised
         device_id=device_id,
     )
 
