@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,24 +20,22 @@ from distclip import kernels
 
 
 def first_calls(session: Session) -> None:
-    """Seconds of all that is compiled, in an empty cache; and nothing is in a first step."""
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for name, call in compiling(session).items():
-            session.say(what=name, first_call_s=seconds(session, call))
-        if session.is_cuda:
-            by = kernels.backend(session.device).__name__
-            session.check("Triton runs on this card", by.endswith(".cuda"), found=by)
-        for policy in policies():
-            module = model(session)
-            began = time.perf_counter()
-            clipper = distclip.Clipper(module, policy)
-            made_s = time.perf_counter() - began
-            before = compiled(cache)
-            step_s = seconds(session, clipper.clip_)
-            new = compiled(cache) - before
-            what = f"{policy!r}: nothing is compiled in the first step"
-            session.check(what, not new, found=sorted(new), clipper_s=made_s, step_s=step_s)
+    """Seconds of all that is compiled, in a cache of this run; and nothing is in a first step."""
+    for name, call in compiling(session).items():
+        session.say(what=name, first_call_s=seconds(session, call))
+    if session.is_cuda:
+        by = kernels.backend(session.device).__name__
+        session.check("Triton runs on this card", by.endswith(".cuda"), found=by)
+    for policy in policies():
+        module = model(session)
+        began = time.perf_counter()
+        clipper = distclip.Clipper(module, policy)
+        made_s = time.perf_counter() - began
+        before = compiled()
+        step_s = seconds(session, clipper.clip_)
+        new = compiled() - before
+        what = f"{policy!r}: nothing is compiled in the first step"
+        session.check(what, not new, found=sorted(new), clipper_s=made_s, step_s=step_s)
 
 
 def compiling(session: Session) -> dict[str, Callable[[], object]]:
@@ -66,9 +63,10 @@ def seconds(session: Session, call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compiled(cache: str) -> set[str]:
-    """The kernels in a cache of Triton."""
-    files = (path for path in Path(cache).rglob("*") if path.suffix in (".cubin", ".hsaco"))
+def compiled() -> set[str]:
+    """The kernels in the cache of this run."""
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    files = (path for path in cache.rglob("*") if path.suffix in (".cubin", ".hsaco"))
     return {f"{path.parent.name}/{path.name}" for path in files}
 
 

@@ -78,8 +78,11 @@ class Session:
             self.send({"section": self.section, **facts})
 
     def check(self, what: str, right: bool, **facts: Any) -> None:
-        """One that is not right makes the exit code 1."""
-        self.say(check=what, right=bool(right), **facts)
+        """One that is not right makes the exit code 1, and is said by whichever rank finds it."""
+        if self.rank == 0 or not right:
+            rank = {"rank": self.rank} if self.num_ranks > 1 else {}
+            record = {"section": self.section, **rank, "check": what, "right": bool(right)}
+            self.send(record | facts)
 
     def goal(self, what: str, found: float, at_most: float) -> None:
         """A device's number against a goal; in a dry run there is none."""

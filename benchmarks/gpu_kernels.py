@@ -77,6 +77,15 @@ def rewrites(session: Session) -> None:
         ]
         session.check(f"clamp_, {dtype}", all(same))
         session.check(f"zero_, {dtype}", not any(bool(t.any()) for t in zeroed))
+    odd = [torch.tensor([math.nan, math.inf, -math.inf, 1.0], dtype=dtype) for dtype in DTYPES]
+    got = moved(session, odd)
+    kernels.scale_(got, session.number(0.5))
+    right = all(
+        g.cpu().isnan()[0] and g.cpu().tolist()[1:] == [math.inf, -math.inf, 0.5] for g in got
+    )
+    session.check("scale_ of NaN and infinity", right)
+    kernels.zero_(got, session.number(1) > 0)
+    session.check("zero_ of NaN and infinity", not any(g.cpu().any() for g in got))
     whole = torch.ones(session.pick(100_000, 2000), device=session.device)
     kernels.scale_([whole[3:-5]], session.number(0.5))
     outside = torch.cat([whole[:3], whole[-5:]])

@@ -31,6 +31,8 @@ def write(record: Record, file: IO[str]) -> None:
 
 def _plain(value: Any) -> Any:
     """Six digits; JSON has neither NaN nor infinity."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)

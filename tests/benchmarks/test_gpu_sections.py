@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_kernels, gpu_report, gpu_times, gpu_training
+import distclip
+from benchmarks import gpu_kernels, gpu_ranks, gpu_report, gpu_times, gpu_training
 from benchmarks.baselines import CLIPPER, TORCH
 from benchmarks.gpu_device import Launches, Record, Session, count_launches, triton_kernels
 from distclip import kernels
@@ -112,6 +113,30 @@ def test_gradients_that_do_not_fit_are_said_not_to(
         gpu_times.gradients_of(session, "8B", shapes, (torch.bfloat16,))
     assert [named["weights"] for named in made] == [False]
     assert found[0]["note"] == "does not fit: 47.8 GiB of 40.0 that are free"
+
+
+def test_what_a_rank_alone_finds_wrong_is_said(found: list[Record]) -> None:
+    session = Session("ranks", torch.device("cpu"), True, found.append, rank=1, num_ranks=2)
+    session.say(what="for rank 0 to say")
+    session.check("right", True)
+    session.check("wrong", False, norm=2.0)
+    assert found == [{"section": "ranks", "rank": 1, "check": "wrong", "right": False, "norm": 2.0}]
+
+
+def test_what_torch_cannot_do_is_noted_and_what_distclip_raises_is_wrong(
+    session: Session, found: list[Record]
+) -> None:
+    cases = {
+        "torch": lambda: torch.ones(2) @ torch.ones(3),
+        "distclip": lambda: distclip.ClipNorm(-1.0),
+        "neither": lambda: session.check("one", True),
+    }
+    gpu_ranks.each(session, cases)
+    assert found[0]["note"].startswith("torch does not run this: RuntimeError")
+    assert found[1]["check"] == "distclip"
+    assert not found[1]["right"]
+    assert "ValueError" in found[1]["found"]
+    assert found[2]["right"]
 
 
 # Clocks and counters ------------------------------------------------------------------------------
