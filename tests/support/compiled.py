@@ -95,9 +95,10 @@ def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Varian
         if param.is_constexpr or value is None or (_is_int(value) and value == 1 and specialized):
             types[param.name], constants[param.name] = "constexpr", value
             continue
-        types[param.name] = _type(value)
+        types[param.name] = param.annotation_type or _type(value)
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if specialized and _is_int(address) and address % 16 == 0:
+        by_alignment = specialized and not param.do_not_specialize_on_alignment
+        if by_alignment and _is_int(address) and address % 16 == 0:
             aligned.append(param.name)
     others = {name: value for name, value in options.items() if name not in names}
     return Variant(
