@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def _device_module(library: Any) -> types.ModuleType:
     module.device_count = lambda: 2
     module.current_device = library.current_device
     module.set_device = lambda device: library.set_current_device(torch.device(device).index or 0)
+    module.device = functools.partial(_on_device, module)
     module.synchronize = lambda device=None: library.synchronize()
     module._library = library
     module.Event = functools.partial(torch.Event, NAME)
@@ -100,6 +102,16 @@ def _device_module(library: Any) -> types.ModuleType:
     module.manual_seed_all = lambda seed: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return module
+
+
+@contextmanager
+def _on_device(module: Any, device: Any) -> Iterator[None]:
+    before = module.current_device()
+    module._library.set_current_device(torch.device(NAME, device).index)
+    try:
+        yield
+    finally:
+        module._library.set_current_device(before)
 
 
 by_gloo = dist.all_reduce  # as torch has it

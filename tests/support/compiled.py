@@ -95,9 +95,10 @@ def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Varian
         if param.is_constexpr or value is None or (_is_int(value) and value == 1 and specialized):
             types[param.name], constants[param.name] = "constexpr", value
             continue
-        types[param.name] = _type(value)
+        types[param.name] = param.annotation_type or _type(value)
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if specialized and _is_int(address) and address % 16 == 0:
+        by_alignment = specialized and not param.do_not_specialize_on_alignment
+        if by_alignment and _is_int(address) and address % 16 == 0:
             aligned.append(param.name)
     others = {name: value for name, value in options.items() if name not in names}
     return Variant(
@@ -221,7 +222,7 @@ class Code(NamedTuple):
 
     Attributes:
         spills: bytes of registers that were put into memory.
-        loads, stores: of 16 bytes.
+        loads, stores: of 16 bytes; half_loads, half_stores: of 8.
         atomics: which add in any order.
         loops: those with wide loads or stores.
     """
@@ -229,6 +230,8 @@ class Code(NamedTuple):
     spills: int
     loads: int
     stores: int
+    half_loads: int
+    half_stores: int
     atomics: int
     loops: list[Loop]
 
@@ -251,7 +254,8 @@ def _amd(text: str) -> Code:
     assert len(spills) == 3, text[-2000:]
     count = text.count
     wide = count("global_load_dwordx4"), count("global_store_dwordx4")
-    return Code(sum(map(int, spills)), *wide, count("global_atomic"), [])
+    half = count("global_load_dwordx2"), count("global_store_dwordx2")
+    return Code(sum(map(int, spills)), *wide, *half, count("global_atomic"), [])
 
 
 def _nvidia(cubin: bytes) -> Code:
@@ -265,11 +269,12 @@ def _nvidia(cubin: bytes) -> Code:
     spills = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
     assert len(spills) == 2, usage
     wide = _count(sass, WIDE_LOAD), _count(sass, WIDE_STORE)
-    return Code(sum(map(int, spills)), *wide, _count(sass, ATOMIC), list(_loops(sass)))
+    half = _count(sass, HALF_LOAD), _count(sass, HALF_STORE)
+    return Code(sum(map(int, spills)), *wide, *half, _count(sass, ATOMIC), list(_loops(sass)))
 
 
 WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.(?:\w+\.)*128\b", r"\bSTG\.E\.(?:\w+\.)*128\b"
-NARROW_LOAD, LOAD = r"\bLDG\.(?![\w.]*128)", r"\bLDG\."
+HALF_LOAD, HALF_STORE = r"\bLDG\.E\.(?:\w+\.)*64\b", r"\bSTG\.E\.(?:\w+\.)*64\b"
 FLOAT64, BARRIER = r"\bD(?:ADD|MUL|FMA|MNMX|SETP)\b", r"\bBAR\."
 ATOMIC = r"\b(?:ATOM|ATOMG|RED|REDG)\b"
 

@@ -1,0 +1,86 @@
+"""How many kernels a call launches on CUDA: the table in docs/accelerators.md, counted.
+
+Counted are Triton's launches and torch's operators that would launch a kernel there, in the second
+of two equal calls on the device of tests/support/accelerator.py. What backward and an optimizer
+launch themselves is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distclip
+from tests.support import accelerator
+from tests.support.accelerator import NAME, Accelerator
+from tests.support.host_waits import Seen, Watch, table, use_triton
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not accelerator.can_be_built(), reason=f"no compiler ({accelerator.COMPILER}) here"
+    ),
+]
+
+NAMES = {**vars(distclip), "inf": math.inf}
+ROWS = table("launches of")
+
+
+def launches(call: str, policy: str, num_tensors: int) -> dict[str, int]:
+    if not hasattr(torch, "_by_triton"):
+        use_triton()
+        torch._by_triton = True  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(3, 5, generator=generator).to(NAME)) for _ in range(num_tensors)
+    ]
+    kind, _, option = call.partition(" with ")
+    clipper = distclip.Clipper(params, eval(policy, NAMES), overlap=option == "overlap")
+    optimizer = torch.optim.AdamW(params, fused=option == "a fused optimizer")
+
+    def backward() -> None:
+        loss: Any = sum(param.square().sum() for param in params)
+        loss.backward()
+
+    def take() -> list[Seen]:
+        with Watch() as in_backward:
+            backward()
+        with Watch() as in_call:
+            if kind == "step":
+                clipper.step(optimizer)
+            elif kind == "clip_grad_norm_":
+                distclip.clip_grad_norm_(params, 1.0)
+            elif kind != "backward":
+                clipper.clip_()
+        seen = in_backward if kind == "backward" else in_call
+        return [s for s in seen.launches if s.where]
+
+    take()
+    return dict(Counter(seen.what for seen in take()))
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Accelerator]:
+    process = Accelerator(1)
+    yield process
+    process.stop()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['launches of']} {row['policy']}")
+def test_as_the_page_says(row: dict[str, str], one: Accelerator) -> None:
+    call, policy = row["launches of"].replace("`", ""), row["policy"].strip("`")
+    [few] = one.run(launches, call, policy, 3)
+    [more] = one.run(launches, call, policy, 12)
+    found = [sum(few.values()), sum(more.values())]
+    once, _, each = row["number"].removesuffix(" for each tensor").partition(" + ")
+    expected = [int(once) + int(each or 0) * number for number in (3, 12)]
+    assert found == expected, (
+        f"docs/accelerators.md says {row['number']}; found {found} for 3 and 12 tensors: {more}"
+    )
