@@ -42,15 +42,15 @@ empty = [torch.zeros(1, dtype=dtype) for dtype in DTYPES]
 cuda.prepare(empty, p)
 print(len(variants))
 number = torch.zeros(9, dtype=torch.float64)
-for n in (1, 2, 3, 15, 16, 17, 32, 160, 1024, 1025):
-    for size in (0, 1, 16, 17, 70_000):
+for n in (1, 2, 16, 17, 160):
+    for size in (0, 1, 17, 70_000):
         tensors = [torch.empty(size + 1, dtype=DTYPES[i % len(DTYPES)])[i % 2 :] for i in range(n)]
         sums = cuda.power_sums(tensors, p)
         where = torch.ones(n + 1, dtype=torch.bool)[1:]
         cuda.power_sums_where(tensors, p, where, sums)
         if p > 6:
             cuda.norms(tensors, p)
-        for scalar in number:  # at every multiple of 8 bytes
+        for scalar in number[:3]:  # aligned to 16 bytes or not
             norm = cuda.total(sums, p).norm
             cuda.coefficients(scalar, norm)
             cuda.scale_(tensors, scalar)
