@@ -179,11 +179,12 @@ class Plan:
             return "no collective: no rank holds elements that another lacks"
         size = self.message_size
         axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
-        how = ""
+        num_lines = len(self.reduce_mesh.rank_group.lines)
+        how = f", in {num_lines} steps, one along each axis" if num_lines > 1 else ""
         if self.one_shot is not None:
             how = ", through symmetric memory"
         elif self.not_one_shot:
-            how = f", not through symmetric memory ({self.not_one_shot})"
+            how += f", not through symmetric memory ({self.not_one_shot})"
         numbers = f"{size} float64 ({8 * size} bytes)"
         return f"one all-reduce of {numbers} over {axes}, on {self.device}{how}"
 

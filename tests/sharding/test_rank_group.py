@@ -85,6 +85,7 @@ def clip_in_each_way(on: DeviceMesh) -> list[float]:
     for policy in policies:
         clipper = distclip.Clipper(parameters(on), policy, mesh=on)
         clipper.plan.verify()
+        assert str(clipper.plan).endswith("on cpu, in 2 steps, one along each axis")
         report = clipper.clip_(step=1)
         of_type = reference.total_norm(wholes(0), policy.norm_type)
         torch.testing.assert_close(report.total_norm.double(), of_type, **NORM)
