@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip import kernels
+from distclip.errors import LayoutError
 from distclip.norms.agreement import message_size
 from distclip.norms.device import reduce_device
 from distclip.norms.late_reads import LateReads
@@ -18,6 +19,7 @@ from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units, prepare_units
 from distclip.norms.verify import verify
 from distclip.policies import GroupSpec, Scope
+from distclip.sharding.arrivals import missing_ranks
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
@@ -146,9 +148,23 @@ class Plan:
         verify(self.params, self.mesh, [*policies, self.rule], self.device)
 
     def connect(self) -> None:
-        """See `RankGroup.connect`. Collective: all ranks of the reduce mesh."""
-        if self.reduce_mesh is not None:
-            self.reduce_mesh.rank_group.connect()
+        """Makes NCCL's communicators, or the first step would, where memory is at its peak.
+
+        Raises:
+            LayoutError: some rank does not call.
+
+        Collective: on accelerators all ranks of the reduce mesh.
+        """
+        if self.reduce_mesh is None or not self.reduce_mesh.rank_group.connects_late:
+            return
+        ranks = self.reduce_mesh.rank_group
+        if missing := missing_ranks(ranks, "connect"):
+            raise LayoutError(
+                f"cannot make a Clipper: the ranks {missing} of its mesh have not made theirs "
+                f"within the timeout of the process group, and the steps would wait for them. Make "
+                f"it on all ranks of the mesh, with the same `mesh=`, and on no others."
+            )
+        ranks.connect()
 
     def has_new_copies(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors`, which are laid out as `params`, have yet to be compared as copies."""
@@ -186,11 +202,12 @@ class Plan:
             return "no collective: no rank holds elements that another lacks"
         size = self.message_size
         axes = " x ".join(f"{axis}={self.reduce_mesh.size(axis)}" for axis in self.reduce_mesh.axes)
-        how = ""
+        num_lines = len(self.reduce_mesh.rank_group.lines)
+        how = f", in {num_lines} steps, one along each axis" if num_lines > 1 else ""
         if self.one_shot is not None:
             how = ", through symmetric memory"
         elif self.not_one_shot:
-            how = f", not through symmetric memory ({self.not_one_shot})"
+            how += f", not through symmetric memory ({self.not_one_shot})"
         numbers = f"{size} float64 ({8 * size} bytes)"
         return f"one all-reduce of {numbers} over {axes}, on {self.device}{how}"
 

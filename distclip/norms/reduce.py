@@ -63,7 +63,8 @@ def total_norms(measured: Sequence[GroupMeasurement], plan: Plan, header: Header
             norms are NaN in this step, and the error follows some steps later.
 
     Collective: one over the reduce mesh: an all-reduce, or an all-gather where some groups take
-        sums and others maxima; none if the plan has no reduce mesh.
+        sums and others maxima; one along each axis where no process group has exactly its ranks;
+        none if the plan has no reduce mesh.
     """
     payload = [group.payload for group in measured]
     if plan.reduce_mesh is None:

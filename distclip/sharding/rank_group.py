@@ -96,13 +96,14 @@ class RankGroup:
         """Of how many ranks results are: a fake process group leaves each message as it is."""
         return 1 if self.is_fake else prod(len(line.ranks) for line in self.lines)
 
-    def connect(self) -> None:
-        """Makes what NCCL would make in the first step, where memory is at its peak.
+    @property
+    def connects_late(self) -> bool:
+        """Whether the first collective makes communicators, which take memory, as NCCL's do."""
+        return self.device.type != "cpu" and has_index(self.device) and not self.is_fake
 
-        Collective: as `all_reduce_`, on accelerators.
-        """
-        if self.device.type != "cpu" and has_index(self.device) and not self.is_fake:
-            self.all_reduce_(torch.zeros(1, dtype=torch.float64, device=self.device))
+    def connect(self) -> None:
+        """Makes them now. Collective: as `all_reduce_`."""
+        self.all_reduce_(torch.zeros(1, dtype=torch.float64, device=self.device))
 
     def all_reduce_(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         """The sum or the maximum over the ranks, in place; the same bits on each.

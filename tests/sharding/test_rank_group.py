@@ -85,6 +85,7 @@ def clip_in_each_way(on: DeviceMesh) -> list[float]:
     for policy in policies:
         clipper = distclip.Clipper(parameters(on), policy, mesh=on)
         clipper.plan.verify()
+        assert str(clipper.plan).endswith("on cpu, in 2 steps, one along each axis")
         report = clipper.clip_(step=1)
         of_type = reference.total_norm(wholes(0), policy.norm_type)
         torch.testing.assert_close(report.total_norm.double(), of_type, **NORM)
@@ -284,31 +285,34 @@ def test_an_accelerator_that_is_not_there_has_no_index() -> None:
 
 def connected() -> None:
     on_cpu = lines_of(mesh((2, 2), ("a", "b")))
-    on_accelerator = replace(on_cpu, device=torch.device("cuda", 0))
-    zeros = torch.zeros
+    assert not on_cpu.connects_late
+    assert replace(on_cpu, device=torch.device("cuda", 0)).connects_late
+    assert not replace(on_cpu, device=torch.device("cuda")).connects_late  # it is not there
+    with CommDebugMode() as comms:
+        on_cpu.connect()
+    assert comms.get_total_counts() == 2  # one for each communicator
+    layout = LAYOUTS["fsdp"]
+    params = lay_out(random_wholes(layout, seed=1), layout)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
-        for ranks, expected in ((on_cpu, 0), (on_accelerator, 2)):
-            with CommDebugMode() as comms:
-                ranks.connect()
-            assert comms.get_total_counts() == expected  # one for each communicator
-    calls: list[RankGroup] = []
-
-    def connect(ranks: RankGroup) -> None:
-        calls.append(ranks)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankGroup, "connect", connect)
-        layout = LAYOUTS["fsdp"]
-        params = lay_out(random_wholes(layout, seed=1), layout)
-        distclip.clip_grad_norm_(params, 1.0)  # some ranks may know the plan, and make no other
-        assert not calls
-        clipper = distclip.Clipper(params)
-        assert calls == [clipper.plan.reduce_mesh.rank_group]
-        clipper.clip_()
-        distclip.Clipper([nn.Parameter(torch.ones(1))])
-        assert len(calls) == 1
+        patch.setattr(RankGroup, "connects_late", True)
+        distclip.get_total_norm(params)  # compares copies, once
+        with CommDebugMode() as comms:
+            distclip.clip_grad_norm_(params, 1.0, 3.0)  # a new plan, which others may know
+        assert comms.get_total_counts() == 1
+        with CommDebugMode() as comms:
+            clipper = distclip.Clipper(params)
+            distclip.Clipper([nn.Parameter(torch.ones(1))])
+        assert comms.get_total_counts() == 1
+        with CommDebugMode() as comms:
+            clipper.clip_()
+        assert comms.get_total_counts() == 1
+        patch.setattr(torch_private, "timeout", lambda *_: timedelta(seconds=1))
+        if dist.get_rank() != 2:
+            with pytest.raises(distclip.LayoutError, match=r"ranks \[2\] of its mesh have not"):
+                distclip.Clipper(params)
+    dist.barrier()
 
 
 def test_a_clipper_connects_its_ranks_before_the_first_step(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(connected)
+    four_on_cpus.stop()  # the count of calls is another on rank 2
