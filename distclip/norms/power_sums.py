@@ -91,9 +91,10 @@ def gathered(partials: Tensor, index: Tensor | None, norm_type: float) -> Tensor
     if index is None:
         return partials
     of_parts = torch.cat([partials, partials.new_zeros(1, partials.shape[1])])[index]
-    if len(index) == 1:
-        return of_parts[0]
-    return of_parts.amax(0) if math.isinf(norm_type) else of_parts.sum(0)
+    combined, *others = of_parts.unbind()
+    for more in others:  # two at most; `sum` may add in another order for another number of units
+        combine_rows_(combined, more, norm_type)
+    return combined
 
 
 def norm_from_partials(partials: Tensor, power: Power) -> Tensor:

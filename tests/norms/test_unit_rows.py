@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def expected(rows: tuple[Rows, ...], more: Tensor, norm_type: float) -> Tensor:
     return found
 
 
+@settings(deadline=None)
 @given(lists, st.sampled_from([2.0, math.inf]))
 def test_gathered_as_added_one_by_one(rows: tuple[Rows, ...], norm_type: float) -> None:
     num = sum(each.count for each in rows)
@@ -44,6 +45,7 @@ def test_gathered_as_added_one_by_one(rows: tuple[Rows, ...], norm_type: float) 
     assert torch.equal(power_sums.gathered(more, some, norm_type), found[first:])
 
 
+@settings(deadline=None)
 @given(lists)
 def test_each_number_has_its_row(rows: tuple[Rows, ...]) -> None:
     index = RowIndexes(CPU).of_numbers(rows, ROWS)
