@@ -507,6 +507,32 @@ def test_ranks_measure_what_was_reduced(four_ranks: Ranks, kind: str, policy: st
     four_ranks.run(measures_reduced_gradients, kind, policy, four_ranks.device)
 
 
+def collects_reduced_gradients(kind: str, policy: str, device: str) -> None:
+    for together in (50, 400, 10**9):
+        model = make(kind, device)
+        with sizes(together=together):
+            clipper = distclip.Clipper(model, POLICIES[policy], overlap=True)
+        plain = distclip.Clipper(model, distclip.ClipNorm(math.inf, POLICIES[policy].norm_type))
+        for count, reduce_all in [(1, True), (2, False), (2, True), (1, True)]:
+            for batch in (micro := batches(count))[:-1]:
+                with nullcontext() if reduce_all else without_reduction(model):
+                    backward(model, batch)
+            with_reduction(model)
+            backward(model, micro[-1])
+            norm = plain.clip_().total_norm
+            report = clipper.clip_()
+            torch.testing.assert_close(report.total_norm, norm, rtol=2e-7, atol=0)
+            assert same_bits_everywhere(report.total_norm)
+            assert report.clipped
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "tensor", "unit"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_collect_what_was_reduced(four_ranks: Ranks, kind: str, policy: str) -> None:
+    four_ranks.run(collects_reduced_gradients, kind, policy, four_ranks.device)
+
+
 @of_any_size
 def clips_as_without(kind: str, policy: str, device: str) -> None:
     results = []
