@@ -376,6 +376,18 @@ def test_a_gradient_that_was_replaced_while_it_was_collected() -> None:
         torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
 
+def test_a_gradient_that_comes_again_counts_as_changed() -> None:
+    """Even if neither the version nor the sample shows it."""
+    param = square(5000)
+    clipper = distclip.Clipper([param], overlap=True)
+    param.square().sum().backward()
+    param.grad.data[1] = 1000.0  # between two elements of the sample
+    clipper._backward._together = 10**9
+    clipper._backward.accumulated(param)
+    norm = reference.total_norm([param.grad])
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
 def test_short_gradients_are_left_to_the_call() -> None:
     long, short = params = [square(300), square(299)]
     with sizes(large=300):
