@@ -145,8 +145,10 @@ class BackwardNorms:
     def written(self, params: Sequence[Tensor]) -> None:
         """`.grad` has the values that were measured."""
         for param in params:
-            i, values = self._index.get(id(param)), final_gradient(param)
-            if i is not None and values is not None and self._samples.has(i):
+            i = self._index.get(id(param))
+            if i is None or not self._samples.has(i):
+                continue
+            if (values := final_gradient(param)) is not None:
                 self._samples.move(i, values)
                 self._known[i] = _Known.of(param, values)
 

@@ -376,6 +376,18 @@ def test_a_gradient_that_was_replaced_while_it_was_collected() -> None:
         torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
 
+def test_a_gradient_that_comes_again_counts_as_changed() -> None:
+    """Even if neither the version nor the sample shows it."""
+    param = square(5000)
+    clipper = distclip.Clipper([param], overlap=True)
+    param.square().sum().backward()
+    param.grad.data[1] = 1000.0  # between two elements of the sample
+    clipper._backward._together = 10**9
+    clipper._backward.accumulated(param)
+    norm = reference.total_norm([param.grad])
+    torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
+
+
 def test_short_gradients_are_left_to_the_call() -> None:
     long, short = params = [square(300), square(299)]
     with sizes(large=300):
@@ -505,6 +517,32 @@ def measures_reduced_gradients(kind: str, policy: str, device: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp"])
 def test_ranks_measure_what_was_reduced(four_ranks: Ranks, kind: str, policy: str) -> None:
     four_ranks.run(measures_reduced_gradients, kind, policy, four_ranks.device)
+
+
+def collects_reduced_gradients(kind: str, policy: str, device: str) -> None:
+    for together in (50, 400, 10**9):
+        model = make(kind, device)
+        with sizes(together=together):
+            clipper = distclip.Clipper(model, POLICIES[policy], overlap=True)
+        plain = distclip.Clipper(model, distclip.ClipNorm(math.inf, POLICIES[policy].norm_type))
+        for count, reduce_all in [(1, True), (2, False), (2, True), (1, True)]:
+            for batch in (micro := batches(count))[:-1]:
+                with nullcontext() if reduce_all else without_reduction(model):
+                    backward(model, batch)
+            with_reduction(model)
+            backward(model, micro[-1])
+            norm = plain.clip_().total_norm
+            report = clipper.clip_()
+            torch.testing.assert_close(report.total_norm, norm, rtol=2e-7, atol=0)
+            assert same_bits_everywhere(report.total_norm)
+            assert report.clipped
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("policy", ["2", "inf", "tensor", "unit"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_collect_what_was_reduced(four_ranks: Ranks, kind: str, policy: str) -> None:
+    four_ranks.run(collects_reduced_gradients, kind, policy, four_ranks.device)
 
 
 @of_any_size
