@@ -65,8 +65,8 @@ class Wait(NamedTuple):
 
 
 def is_listed(wait: Wait, row: dict[str, str]) -> bool:
-    """`a or b, c`: one of the first two, and the third."""
-    if wait.where != row["where"].strip("`"):
+    """`a or b, c`: one of the first two, and the third. `where` is a function or a module."""
+    if not f"{wait.where}.".startswith(f"{row['where'].strip('`')}."):
         return False
     calls = [call.strip(" `") for call in row["calls"].split(",")]
     if "all" not in calls and wait.case.call not in calls:
