@@ -37,11 +37,9 @@ def launches(call: str, policy: str, num_tensors: int) -> dict[str, int]:
     if not hasattr(torch, "_by_triton"):
         use_triton()
         torch._by_triton = True  # type: ignore[attr-defined]
-    generator = torch.Generator().manual_seed(0)
-    params = [
-        nn.Parameter(torch.randn(3, 5, generator=generator).to(NAME)) for _ in range(num_tensors)
-    ]
     kind, _, option = call.partition(" with ")
+    shape = (512, 512) if option == "overlap" else (3, 5)  # it measures large gradients alone
+    params = [nn.Parameter(torch.ones(shape).to(NAME)) for _ in range(num_tensors)]
     clipper = distclip.Clipper(params, eval(policy, NAMES), overlap=option == "overlap")
     optimizer = torch.optim.AdamW(params, fused=option == "a fused optimizer")
 
