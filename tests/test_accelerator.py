@@ -164,6 +164,8 @@ def step_parameters(
     fused: bool, attached: bool, overlap: bool, mode: str, dtype: torch.dtype
 ) -> None:
     params = parameters(dtype)
+    if overlap:  # of which one is so large that it is measured in backward
+        params.append(nn.Parameter(torch.ones(512, 513, device=DEVICE, dtype=dtype)))
     clipper = distclip.Clipper(params, distclip.ClipNorm(2.0), overlap=overlap, on_nonfinite=mode)
     optimizer = torch.optim.SGD(params, 0.1, fused=fused)
     if attached:
