@@ -167,15 +167,17 @@ def with_index(
 
     An accelerator that is not there, as in simulations, has no index, and neither has MPS.
     """
-    if has_index(device) or device.type in ("cpu", "meta"):
+    if device.type in ("cpu", "meta"):
         return device
+    device_module: Any = torch.get_device_module(device.type)
+    if not device_module.is_available():
+        return torch.device(device.type)
     locals_ = (local_tensor(each) if isinstance(each, DTensor) else each for each in tensors)
     bound = (line.group.bound_device_id for line in lines)
-    for each in chain((local.device for local in locals_), bound):
+    for each in chain([device], (local.device for local in locals_), bound):
         if each is not None and each.type == device.type and has_index(each):
             return each
-    device_module: Any = torch.get_device_module(device.type)
-    if not device_module.is_available() or not hasattr(device_module, "current_device"):
+    if not hasattr(device_module, "current_device"):
         return device
     return torch.device(device.type, device_module.current_device())
 
