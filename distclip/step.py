@@ -41,7 +41,7 @@ from distclip.scaling import (
     zero_,
 )
 from distclip.sharding.local_tensors import reducible, unreduced_text
-from distclip.torch_private import has_values, outside_of_graphs
+from distclip.torch_private import has_values, is_capturing, outside_of_graphs
 
 
 class ReduceGradients(Protocol):
@@ -293,7 +293,7 @@ def decide(
     each = zip(norms, plan.groups, policies, states, strict=True)
     clips = [_ask_policy(*one, plan, lambda: _is_finite(total, plan)) for one in each]
     # Where nothing asks for it, an accelerator need not compute it. A graph must contain it.
-    captures = kernels.is_capturing(plan.device)
+    captures = is_capturing(plan.device)
     finite = None
     if (
         mode != "propagate"
@@ -369,7 +369,7 @@ def _ask_policy(
 
 def _one(like: Tensor, plan: Plan) -> Tensor:
     """1, kept on the device; a graph gets its own, which only its replays fill."""
-    if not has_values(like) or kernels.is_capturing(plan.device):
+    if not has_values(like) or is_capturing(plan.device):
         return torch.ones_like(like)
     if plan.calls.one is None:
         plan.calls.one = torch.ones_like(like)

@@ -26,7 +26,7 @@ from distclip import (
     ClipValue,
     Decision,
     Policy,
-    kernels,
+    step,
 )
 from tests.support import reference
 from tests.support.ranks import Ranks, mesh
@@ -345,7 +345,7 @@ def test_figures_in_a_graph_stay_the_same_tensors(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each replay writes the tensors that were there when the graph was captured."""
-    monkeypatch.setattr(kernels, "is_capturing", lambda device: True)
+    monkeypatch.setattr(step, "is_capturing", lambda device: True)
     param = nn.Parameter(torch.ones(3, 2))
     param.grad = torch.full_like(param, 3.0)
     clipper = Clipper([param], policy)

@@ -19,7 +19,6 @@ from torch import Tensor
 from distclip.kernels import cpu, foreach, naive
 from distclip.kernels.backend import Backend as Backend
 from distclip.kernels.backend import Total as Total
-from distclip.kernels.capture import is_capturing as is_capturing
 from distclip.kernels.contiguous import grouped
 from distclip.torch_private import has_values, is_transformed
 

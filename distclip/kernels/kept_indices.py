@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.upload import upload
+from distclip.torch_private import is_capturing
 
 _MOST = 64  # lists: where the gradients of a step are never the same ones twice
 
@@ -31,7 +32,7 @@ class KeptIndices:
         if self._device.type == "meta":
             return torch.empty(len(key), dtype=torch.int64, device="meta")
         uploaded = upload(torch.tensor(key, dtype=torch.int64, device="cpu"), self._device)
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             return uploaded  # has values only while the graph is replayed
         if len(self._kept) >= _MOST:
             del self._kept[next(iter(self._kept))]
