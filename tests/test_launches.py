@@ -20,6 +20,7 @@ import distclip
 from tests.support import accelerator
 from tests.support.accelerator import NAME, Accelerator
 from tests.support.host_waits import Seen, Watch, table, use_triton
+from tests.support.overlap import sizes
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -38,9 +39,10 @@ def launches(call: str, policy: str, num_tensors: int) -> dict[str, int]:
         use_triton()
         torch._by_triton = True  # type: ignore[attr-defined]
     kind, _, option = call.partition(" with ")
-    shape = (512, 512) if option == "overlap" else (3, 5)  # it measures large gradients alone
+    shape = (3, 5)
     params = [nn.Parameter(torch.ones(shape).to(NAME)) for _ in range(num_tensors)]
-    clipper = distclip.Clipper(params, eval(policy, NAMES), overlap=option == "overlap")
+    with sizes(large=1, together=15 * num_tensors):
+        clipper = distclip.Clipper(params, eval(policy, NAMES), overlap=option == "overlap")
     optimizer = torch.optim.AdamW(params, fused=option == "a fused optimizer")
 
     def backward() -> None:
