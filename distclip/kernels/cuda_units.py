@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import cuda_units_triton, naive
+from distclip.kernels import cuda_triton_units, naive
 from distclip.kernels.unit_table import (
     BROAD,
     LONG,
@@ -26,7 +26,7 @@ from distclip.kernels.unit_table import (
     unit_table,
 )
 
-_triton = cast(Any, cuda_units_triton)  # what `@triton.jit` makes has no types
+_triton = cast(Any, cuda_triton_units)  # what `@triton.jit` makes has no types
 # The smallest tensors with such units, which several programs read where that may be.
 _SMALLEST = {SHORT: (1, 1), MEDIUM: (1, 129), LONG: (1, 32769), NARROW: (4097, 2), BROAD: (513, 17)}
 

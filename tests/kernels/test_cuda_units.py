@@ -300,7 +300,7 @@ COMPILED = """
 import re, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from distclip.kernels import cuda_units_triton as device, unit_table
+from distclip.kernels import cuda_triton_units as device, unit_table
 
 sums = {"rows": "*i64", "owners": "*i32", "partials": "*fp64"}
 factors = {"rows": "*i64", "owners": "*i32", "coefficients": "*fp64"}
