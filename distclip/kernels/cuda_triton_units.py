@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from distclip.kernels import naive, unit_table
+from distclip.kernels.cuda_triton_elements import INF, narrow, plus, root, term, wide
 
-INF = tl.constexpr(float("inf"))
 # How the kernels read each dtype; bfloat16 by its bits, which old hardware knows too.
 STORED = {
     torch.float32: tl.float32,
@@ -35,7 +35,7 @@ _LEAST_FLOAT32 = tl.constexpr(naive.LEAST_FLOAT32)
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(3))
 def partial_sums(
     rows,
     owners,
@@ -56,16 +56,16 @@ def partial_sums(
     row = rows + tl.load(owners + tl.program_id(0)) * _ROW_SIZE
     total = _sums(row, None, P, FAST, STORED, OUTER, INNER, READS, COLUMNS)
     if FAST and P != INF:
-        # Zero has to be read again as well: squares may have been too small for float32.
-        in_range = (total >= _LOWEST) & (total <= _HIGHEST)
-        units, _ = _place(row, OUTER, INNER, COLUMNS)
-        in_range |= units >= tl.load(row + _NUM_UNITS)
-        if tl.min(in_range.to(tl.int32), 0) == 0:
-            total = _sums(row, None, P, False, STORED, OUTER, INNER, READS, COLUMNS)
+        again = ~((total >= _LOWEST) & (total <= _HIGHEST))
+        if tl.max(again.to(tl.int32), 0) != 0:
+            # Zeros are frequent, and no squares that float32 lost: embeddings without a token.
+            again &= _sums(row, None, INF, True, STORED, OUTER, INNER, 1, COLUMNS) != 0
+            if tl.max(again.to(tl.int32), 0) != 0:
+                total = _sums(row, None, P, False, STORED, OUTER, INNER, READS, COLUMNS)
     _store_partial(row, partials, total, OUTER, INNER, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(4))
 def partial_norms(
     rows,
     owners,
@@ -94,7 +94,7 @@ def partial_norms(
         _store_partial(row, sums, total, OUTER, INNER, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(3))
 def finish(rows, split, partials, P: tl.constexpr):
     """Combines the chunks of each split unit, always in one order: P is 1 for sums, or inf."""
     row, unit, first, last = _split_unit(rows, split)
@@ -102,7 +102,7 @@ def finish(rows, split, partials, P: tl.constexpr):
     tl.store(partials + tl.load(row + _FIRST_UNIT) + unit, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(4))
 def finish_norms(rows, split, maxima, sums, P: tl.constexpr):
     """The norm of each split unit, stored in `sums`, always in one order."""
     row, unit, first, last = _split_unit(rows, split)
@@ -111,7 +111,7 @@ def finish_norms(rows, split, maxima, sums, P: tl.constexpr):
     tl.store(sums + tl.load(row + _FIRST_UNIT) + unit, _norm(maximum, total, P))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(3))
 def scale(
     rows,
     owners,
@@ -199,15 +199,15 @@ def _sums_of(
         pointers, mask = _block(
             base, stride, units, num_units, start, stop, OUTER, INNER, COLUMNS, ALIGNED
         )
-        short = _term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
+        short = term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
         for i in tl.static_range(1, NUM):
             at = start + i * STEP
             pointers, mask = _block(
                 base, stride, units, num_units, at, stop, OUTER, INNER, COLUMNS, ALIGNED
             )
-            more = _term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
-            short = _plus(short, more, P)
-        total = _plus(total, short.to(total.dtype), P)
+            more = term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
+            short = plus(short, more, P)
+        total = plus(total, short.to(total.dtype), P)
         start += NUM * STEP
     return _reduced(total, 0 if COLUMNS else 1, P)
 
@@ -251,10 +251,10 @@ def _scale_block(
         if not COLUMNS:
             mask &= changed
         stored = tl.load(pointers, mask=mask)
-        product = _wide(stored) * factors
+        product = wide(stored) * factors
         if STORED != tl.float64:
             product = product.to(tl.float32)
-        product = _narrow(product, STORED)
+        product = narrow(product, STORED)
         if COLUMNS:  # a mask for each column would make stores as narrow as an element
             product = tl.where(changed, product, stored)
         tl.store(pointers, product, mask=mask)
@@ -332,22 +332,21 @@ def _split_unit(rows, split):
 
 @triton.jit
 def _combined(partials, scale, weights, first, last, P: tl.constexpr):
-    """The sum or maximum of `_term` of partial numbers, each times its weight if any."""
+    """The sum or maximum of `term` of partial numbers, each times its weight if any."""
     total = _zeros(1, _FINISHED, False, P)
     while first < last:
         offsets = (first + tl.arange(0, _FINISHED))[None, :]
-        term = _term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
+        one = term(tl.load(partials + offsets, mask=offsets < last, other=0.0), scale, False, P)
         if weights is not None:
-            term *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
-        total = _plus(total, term, P)
+            one *= tl.load(weights + offsets, mask=offsets < last, other=0.0)
+        total = plus(total, one, P)
         first += _FINISHED
     return tl.sum(_reduced(total, 1, P), 0)  # of one number
 
 
 @triton.jit
 def _norm(maximum, total, P: tl.constexpr):
-    norm = maximum * tl.exp2(tl.log2(total) / P)
-    return tl.where(maximum == INF, maximum, norm)
+    return tl.where(maximum == INF, maximum, maximum * root(total, P))
 
 
 @triton.jit
@@ -359,36 +358,6 @@ def _zeros(OUTER: tl.constexpr, INNER: tl.constexpr, NARROW: tl.constexpr, P: tl
 
 
 @triton.jit
-def _term(stored, scale, FAST: tl.constexpr, P: tl.constexpr):
-    """|x|**P, or (|x| / scale)**P. For P = inf the bits of |x| as an integer.
-
-    Such integers have the order of the floats, and NaN is above infinity. A maximum of floats would
-    drop NaN on the device, though not in the interpreter.
-    """
-    x = _wide(stored).to(tl.float32 if FAST else tl.float64)
-    if scale is not None:
-        x = x / scale
-    if P == 2:
-        return x * x
-    elif P == 1:
-        return tl.abs(x)
-    elif P != INF:
-        return tl.exp2(P * tl.log2(tl.abs(x)))
-    elif FAST:
-        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    else:
-        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-
-
-@triton.jit
-def _plus(total, more, P: tl.constexpr):
-    if P == INF:
-        return tl.maximum(total, more)
-    else:
-        return total + more
-
-
-@triton.jit
 def _reduced(total, AXIS: tl.constexpr, P: tl.constexpr):
     if P != INF:
         return tl.sum(total, AXIS)
@@ -396,23 +365,3 @@ def _reduced(total, AXIS: tl.constexpr, P: tl.constexpr):
         return tl.max(total, AXIS).to(tl.float64, bitcast=True)
     else:
         return tl.max(total, AXIS).to(tl.float32, bitcast=True).to(tl.float64)
-
-
-@triton.jit
-def _wide(stored):
-    """bfloat16 is read by its bits, which old hardware and the interpreter know too."""
-    if stored.dtype == tl.uint16:
-        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif stored.dtype == tl.float16:
-        return stored.to(tl.float32)
-    else:
-        return stored
-
-
-@triton.jit
-def _narrow(x, STORED: tl.constexpr):
-    if STORED == tl.uint16:  # to the nearest, ties to even
-        bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-    else:
-        return x.to(STORED)
