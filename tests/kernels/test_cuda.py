@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -524,69 +520,3 @@ def test_whole_powers_by_products(norm_type: float) -> None:
         torch.testing.assert_close(found, naive.power_sums([tensor], norm_type), rtol=2e-15, atol=0)
         found = cuda.norms([tensor], norm_type)
         torch.testing.assert_close(found, naive.norms([tensor], norm_type), rtol=2e-15, atol=0)
-
-
-COMPILED = """
-import re, subprocess, sys, pathlib, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from distclip.kernels import cuda_triton as norms, cuda_triton_rewrite as writes
-
-TYPES = dict.fromkeys(["rows", "owners"], "*i64") | {"where": "*i1", "first_chunk": "i32"}
-TYPES |= {"count": "i32", "bits": "i64"}
-inf = float("inf")
-for kernel, constants, types in [
-    *[
-        (norms.partial_sums, {"where": None, "STORED": stored, "P": 2.0, "WEAK": weak}, {})
-        for stored in norms.STORED for weak in (False, True)
-    ],
-    (norms.partial_sums, {"STORED": norms.STORED[0], "P": 2.0, "WEAK": False}, {}),
-    *[
-        (norms.partial_sums, {"where": None, "STORED": stored, "P": inf, "WEAK": False}, {})
-        for stored in norms.STORED
-    ],
-    (norms.partial_norms, {"STORED": norms.STORED[0], "P": 8.0}, {}),
-    *[
-        (writes.rewrite, {"STORED": stored, "OPERATION": writes.SCALE.value}, {})
-        for stored in norms.STORED
-    ],
-    (writes.rewrite, {"STORED": norms.STORED[0], "OPERATION": 3}, {"operands": "*i1"}),
-    (norms.finish, {"P": 1.0}, {}),
-    (norms.finish_norms, {"P": 8.0}, {}),
-    (norms.total, {"P": 2.0}, {}),
-    (norms.total, {"P": inf}, {}),
-    (norms.coefficients, {"limits": None}, {}),
-    (norms.coefficients, {}, {}),
-]:
-    types = {**TYPES, **types, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: types.get(name, "*fp64") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants, {})
-    ptx = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
-    wide = [len(re.findall(rf"{op}[.]global[.](?:v4[.]b32|v2[.]b64)", ptx)) for op in ("ld", "st")]
-    print(kernel.__name__, constants, *wide, bool(re.search(r"\\b(atom|red)[.]", ptx)))
-"""
-
-
-@pytest.mark.slow
-def test_compiled_for_a_gpu(tmp_path: Path) -> None:
-    """On any machine. Loads and stores are 16 bytes wide, without atomics, whose order varies."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED, "90"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = run.stdout.splitlines()
-    assert len(lines) == 25
-    for line in lines:
-        name, *_, reads, writes, atomics = line.split()
-        zeroes = "'OPERATION': 3" in line
-        reads_elements = name in {"partial_sums", "partial_norms", "rewrite"} and not zeroes
-        assert (int(reads) > 0) == reads_elements, line
-        assert (int(writes) > 0) == (name == "rewrite"), line
-        assert atomics == "False"

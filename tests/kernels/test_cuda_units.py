@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,46 +290,3 @@ def test_a_call_takes_one_launch_for_each_shape_of_units(
     numbers = "partial_norms" if policy.norm_type == 8 else "partial_sums"
     shapes = 2 if policy.unit_dim else 1  # columns beside the biases, which are rows
     assert Counter(name for name, _ in launched) == {numbers: 2 * shapes, "scale": shapes}
-
-
-COMPILED = """
-import re, sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from distclip.kernels import cuda_triton_units as device, unit_table
-
-sums = {"rows": "*i64", "owners": "*i32", "partials": "*fp64"}
-factors = {"rows": "*i64", "owners": "*i32", "coefficients": "*fp64"}
-for name in ("MEDIUM", "LONG", "BROAD"):
-    tile = getattr(unit_table, name)
-    of_tile = dict(zip(("OUTER", "INNER", "READS", "COLUMNS"), tile))
-    for kernel, pointers, constants in [
-        (device.partial_sums, sums, {"P": 2.0, "FAST": True}), (device.scale, factors, {})
-    ]:
-        constants |= {"STORED": device.STORED[torch.bfloat16], **of_tile}
-        signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-        aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-        source = ASTSource(kernel, signature, constants, aligned)
-        ptx = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
-        wide = [bool(re.search(rf"{op}[.]global[.]v4[.]b32", ptx)) for op in ("ld", "st")]
-        print(kernel.__name__, *wide, bool(re.search(r"\\b(atom|red)[.]", ptx)))
-"""
-
-
-@pytest.mark.slow
-def test_compiled_for_a_gpu(tmp_path: Path) -> None:
-    """On any machine. Loads and stores are 16 bytes wide, without atomics, whose order varies."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED, "90"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = [line.split() for line in run.stdout.splitlines()]
-    expected = [["partial_sums", "True", "False", "False"], ["scale", "True", "True", "False"]]
-    assert found == 3 * expected
