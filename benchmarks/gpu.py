@@ -41,7 +41,7 @@ from benchmarks import (
 from benchmarks.gpu_device import Record, Session, use_triton_on_cpu
 
 NO_DEVICE = "torch sees no CUDA device on this machine, so nothing was measured"
-SECONDS = 500.0  # a command on a borrowed device often has ten minutes
+SECONDS = 500.0  # under the ten minutes that a shared device may give
 START_S = 5.0  # a process, torch, the device, kernels from Triton's cache
 PRELOADED = ["benchmarks.gpu_times", "benchmarks.gpu_training", "benchmarks.gpu_ranks", "triton"]
 SLOWEST = 4  # times the expected seconds: then a section is ended

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -157,9 +156,6 @@ def norm(model: nn.Module) -> float:
 
 def symmetric_memory(session: Session, mesh: DeviceMesh) -> None:
     """The norm that comes through it, or by the all-reduce, and then the plan says why."""
-    if "symmetric_memory" not in inspect.signature(distclip.Clipper).parameters:
-        session.say(what="symmetric memory", note="this distclip has no such option")
-        return
     param = nn.Parameter(distribute_tensor(torch.ones(64, device=session.device), mesh, [Shard(0)]))
     clipper = distclip.Clipper([param], distclip.ClipNorm(LIMIT), symmetric_memory=True)
     for _ in range(3):
