@@ -186,4 +186,8 @@ def is_capturing(device: torch.device) -> bool:
 
 def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """How long the collectives of a group wait; only `new_group` names it in public."""
-    return cast(Any, group)._get_backend(device).options._timeout
+    backend_of = cast(Any, group)._get_backend
+    try:
+        return backend_of(device).options._timeout
+    except RuntimeError:  # it has none for the device, and gloo may be all that there is
+        return backend_of(torch.device("cpu")).options._timeout

@@ -139,7 +139,8 @@ def scale(
         else:
             # In float64, products with the rounded factors have the same bits.
             exact = tl.where(tiny, factors, rounded.to(tl.float64))
-            _scale_units(row, exact, factors != 1, STORED, OUTER, INNER, COLUMNS)
+            FEWER: tl.constexpr = INNER if COLUMNS else INNER // 2  # float64 takes two registers
+            _scale_units(row, exact, factors != 1, STORED, OUTER, FEWER, COLUMNS)
 
 
 # Triton compiles a branch that is not taken, unless it is an `else`. Hence `else` after a return.

@@ -41,7 +41,7 @@ def prepare_units(tensors: Sequence[Tensor], dims: Sequence[int | None], norm_ty
     small = [torch.ones(_SMALLEST[tile], dtype=dtype, device=device) for dtype, tile in kinds]
     small_dims = [int(tile.columns) for _, tile in kinds]
     sums = unit_power_sums(small, small_dims, norm_type)
-    if norm_type not in (1, 2, math.inf):
+    if norm_type > 6 or any(t.dtype is torch.float64 for t in small):  # else sums are in range
         unit_norms(small, small_dims, norm_type)
     scale_units_(small, small_dims, torch.ones_like(sums))
 

@@ -137,6 +137,9 @@ def test_float64_instructions_for_each_element(codes: list[dict[str, Any]]) -> N
     for code in sums:
         limits = FLOAT64_ON_WEAK if code["target"] == WEAK else FLOAT64
         number = float64_of_each(code)
-        if number is not None and number > limits[code["dtype"]]:
+        # Of short units, a thread has few elements of each, and float64 adds every one of them.
+        short = {"OUTER": "32", "INNER": "32"}.items() <= code["constants"].items()
+        limit = FLOAT64["fp32"] if short else limits[code["dtype"]]
+        if number is not None and number > limit:
             too_many.append(f"{code['target']}: {code['name']}: {number:.3f}")
     assert not too_many, "\n".join(too_many)

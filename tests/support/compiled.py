@@ -66,15 +66,22 @@ class Variant(NamedTuple):
 def of_target(each: Variant, target: str) -> list[Variant]:
     """What is compiled of a variant for that target.
 
-    Only "90" gets nearly all. Variants for cards whose float64 is weak have a constant that says
-    so: they are compiled for "89", and no others.
+    Only "90" gets most, the others each kernel for one norm and the usual dtypes of gradients.
+    Variants for cards whose float64 is weak have a constant that says so: they are compiled for
+    "89", and no others.
     """
     constants = dict(each.constants)
     power, weak = constants.get("P", 2.0), target == WEAK_TARGET
     chosen = dict(each.types).get("where", "constexpr") != "constexpr"  # leaves some tensors out
-    usual = power in (2.0, math.inf) and not chosen and constants.get("OPERATION") != 1
-    if power == 1.0 or not (usual or (target == "90" and not (chosen and power != 2.0))):
+    usual_power = {"finish": 1.0, "finish_norms": 8.0, "partial_norms": 8.0}
+    one_norm = power == usual_power.get(each.kernel.__name__, 2.0)
+    if (power == 1.0 and not one_norm) or (chosen and power != 2.0):
         return []
+    usual = one_norm and not chosen and stored_type(each) in ("", "fp32", "uint16")
+    if not (usual and constants.get("OPERATION", 0) in (0, 2)):
+        rare = stored_type(each) in ("fp16", "fp64") and not one_norm
+        if target != "90" or rare:
+            return []
     if "WEAK" not in constants:
         return [] if weak else [each]
     constants["WEAK"] = weak

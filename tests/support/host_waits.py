@@ -80,7 +80,10 @@ def _functions(frame: FrameType | None) -> Iterator[str]:
 
 
 def use_triton() -> None:
-    """Gives the accelerator the kernels of CUDA in this process; Triton interprets them."""
+    """Gives the accelerator the kernels of CUDA in this process; Triton interprets them.
+
+    Nothing is prepared, because an interpreter compiles nothing.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     from distclip import kernels
@@ -95,6 +98,7 @@ def use_triton() -> None:
 
     kernels._choose = lambda device: cuda if device.type == accelerator.NAME else choose(device)
     InterpretedFunction.run = launch
+    cuda.prepare = cuda.prepare_units = lambda *_: None
 
 
 def _on_host(argument: Any) -> Any:
