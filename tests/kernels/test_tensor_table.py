@@ -134,9 +134,7 @@ def test_a_list_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 1
 
 
-def test_a_table_for_each_tensor_is_kept(
-    made: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_for_each_tensor_is_kept(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one measures while a backward runs."""
     monkeypatch.setattr(tensor_table, "_tables", tensor_table._Tables())
     tensors = [torch.randn(5, device=DEVICE) for _ in range(300)]
