@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 import distclip
 from distclip.norms.agreement import Header
@@ -37,3 +38,14 @@ def one_number_for_each_tensor(device: str) -> None:
 
 def test_one_number_for_each_tensor(four_ranks: Ranks) -> None:
     four_ranks.run(one_number_for_each_tensor, four_ranks.device)
+
+
+def test_numbers_belong_to_names_wherever_gradients_lie() -> None:
+    """Lists of a CPU's backend are in the order of addresses."""
+    buffer = torch.ones(30)
+    first, second = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+    first.grad, second.grad = buffer[20:25], buffer[3:8]
+    first.grad[1] = math.nan
+    named = [("first", first), ("second", second)]
+    report = distclip.Clipper(named, distclip.ClipNorm(1.0, 8.0)).clip_()
+    assert report.nonfinite_parameters() == {"first": [0]}
