@@ -79,7 +79,7 @@ def of_target(each: Variant, target: str) -> list[Variant]:
         return []
     usual = one_norm and not chosen and stored_type(each) in ("", "fp32", "uint16")
     if not (usual and constants.get("OPERATION", 0) in (0, 2)):
-        rare = stored_type(each) in ("fp16", "fp64") and not one_norm
+        rare = stored_type(each) in ("fp16", "fp64") and (not one_norm or "OUTER" in constants)
         if target != "90" or rare:
             return []
     if "WEAK" not in constants:
