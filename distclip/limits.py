@@ -61,7 +61,8 @@ def read_limits(
     limits = returned.double()
     on_host = host_has_values(limits)
     if bool((limits >= 0).all()) if on_host else never_negative(policy):
-        return Limits(limits, None)
+        # A policy of one's own may write to its tensor later, and the report would show that.
+        return Limits(limits.clone() if on_host else limits, None)
     is_limit, finite = limits >= 0, is_finite()
     valid = is_limit.all() | ~finite
     if not is_shared(group, plan):

@@ -35,9 +35,8 @@ class Report:
     Numbers are float32, and float64 where every parameter is float64 on every rank: but float32
     along the `distinct` axes, where other ranks may hold any.
 
-    On an accelerator each reading of a figure converts it, so that a step launches nothing for
-    figures that nobody reads. In a CUDA graph they are converted in the graph, and each replay
-    writes them anew.
+    A figure is converted when it is read: a step launches nothing on an accelerator for figures
+    that nobody reads. In a CUDA graph they are converted in the graph, and each replay writes them.
 
     Attributes:
         total_norm: before clipping.

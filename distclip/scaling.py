@@ -26,7 +26,7 @@ def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
 def zero_(tensor_lists: TensorLists, where: Tensor) -> None:
     """Sets everything to zero if the bool scalar `where` is true, NaN and infinities too."""
     for tensors in tensor_lists:
-        kernels.zero_(tensors, where.to(tensors[0].device))
+        kernels.zero_(tensors, on_device(where, tensors[0].device))
 
 
 def clamp_(tensor_lists: TensorLists, bound: Tensor) -> None:

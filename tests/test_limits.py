@@ -235,3 +235,27 @@ def test_limits_are_read_without_a_wait_for_the_device() -> None:
     assert found.valid is not None
     ours = read_limits(norms, norms, group, clipper.plan, ClipNorm(1.0), lambda: norms > 0)
     assert ours.valid is None  # known, and costs nothing
+
+
+@dataclass(frozen=True)
+class OwnTensor(StatelessPolicy):
+    """Returns a tensor that its user writes to between the steps."""
+
+    max_norm: Tensor
+    scope = Scope.MODEL
+    norm_type = 2.0
+
+    def limit(self, norms: Tensor, state: Any, context: Any) -> tuple[Tensor, Any]:
+        return self.max_norm, state
+
+
+def test_a_report_keeps_the_limit_of_its_step() -> None:
+    (param,) = parameters([3.0, 4.0])
+    policy = OwnTensor(torch.tensor(2.0, dtype=torch.float64))
+    clipper = Clipper([param], policy)
+    first = clipper.clip_()
+    policy.max_norm.mul_(0.5)
+    param.grad = torch.tensor([3.0, 4.0])
+    second = clipper.clip_()
+    assert [first.limit.item(), second.limit.item()] == [2.0, 1.0]
+    assert second.coefficient.item() == pytest.approx(0.2)

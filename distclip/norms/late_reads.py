@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from distclip.sharding.rank_group import on_device
+from distclip.sharding.rank_group import as_current
 from distclip.torch_private import has_values, is_capturing
 
 _LAG = 4  # steps
@@ -56,7 +56,7 @@ class LateReads:
         event = device_module.Event() if hasattr(device_module, "Event") else None
         copy = numbers.to("cpu", non_blocking=event is not None)
         if event is not None:
-            with on_device(numbers.device):  # an event is recorded on the current device
+            with as_current(numbers.device):  # an event is recorded on the current device
                 event.record()
         self._in_flight.append(_Copy(event, copy, about))
         if len(self._in_flight) <= _LAG:

@@ -6,14 +6,13 @@ device. Numbers are gathered, never scattered: the result has the same bits on e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distclip.kernels.upload import upload
-from distclip.torch_private import has_values
+from distclip.kernels.kept_indices import KeptIndices
 
 _KEPT = 8  # indexes: of gradients and of weights, and of a few sets of each that take turns
 
@@ -30,13 +29,13 @@ class RowIndexes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kept: dict[object, Tensor] = {}
+        self._kept = KeptIndices(device, _KEPT)
 
     def of_numbers(self, rows: tuple[Rows, ...], num_rows: int) -> Tensor | None:
         """The row of each number, [number of numbers]; None if it is all rows in order."""
         if _is_all_in_order(rows, 0, num_rows):
             return None
-        return self._index(rows, lambda: self._uploaded(_shifts_to_rows(rows)))
+        return self._kept.get(rows, lambda: self._uploaded(_shifts_to_rows(rows)))
 
     def of_rows(self, rows: tuple[Rows, ...], first: int, num_rows: int) -> Tensor | None:
         """For `num_rows` rows from `first`, the indices of their numbers.
@@ -54,28 +53,15 @@ class RowIndexes:
             shifts = _shifts_to_numbers(rows, first, num_rows)
             return self._uploaded(shifts).clamp_(max=num_numbers).view(-1, num_rows)
 
-        return self._index((rows, first, num_rows), make)
+        return self._kept.get((rows, first, num_rows), make)
 
     def _uploaded(self, shifts: list[tuple[int, int]]) -> Tensor:
         """0, 1, 2, ... plus a shift for each run of so many of them. shifts: (count, shift)."""
         host = torch.tensor(shifts, dtype=torch.int64, device="cpu").t().contiguous()
         num = sum(count for count, _ in shifts)
-        there = host.to(self._device) if self._device.type == "meta" else upload(host, self._device)
-        counts, shift = there.unbind()
+        counts, shift = self._kept.upload(host).unbind()
         shift = shift.repeat_interleave(counts, output_size=num)
         return shift.add_(torch.arange(num, device=self._device))
-
-    def _index(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        kept = self._kept
-        if _is_capturing(self._device):
-            return make()  # it has no values before the graph runs
-        if (index := kept.get(key)) is None:
-            index = make()
-            if has_values(index):
-                while len(kept) >= _KEPT:
-                    kept.pop(next(iter(kept)), None)
-                kept[key] = index
-        return index
 
 
 def _is_all_in_order(rows: Sequence[Rows], first: int, num_rows: int) -> bool:
@@ -137,7 +123,3 @@ def _layers(rows: Sequence[Rows]) -> list[list[tuple[Rows, int]]]:
         layers[layer].append((rows[i], starts[i]))
         ends[layer] = rows[i].first + rows[i].count
     return layers
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,7 @@ from torch import Tensor
 from distclip import torch_private
 from distclip.errors import LayoutError
 from distclip.sharding.arrivals import missing_ranks
-from distclip.sharding.rank_group import RankGroup, on_device
+from distclip.sharding.rank_group import RankGroup, as_current
 
 _OF_GRAPHS = 2  # the buffer behind those in turn
 
@@ -139,7 +139,7 @@ def _why_not(ranks: RankGroup, attempt: Callable[[], None]) -> str:
     """Why some rank cannot, the same text on all; "" where all can."""
     mine = ""
     try:
-        with on_device(ranks.device):
+        with as_current(ranks.device):
             attempt()
     except (RuntimeError, ImportError, AttributeError) as error:
         mine = str(error).partition("\n")[0][:200] or type(error).__name__

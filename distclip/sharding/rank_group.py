@@ -137,7 +137,7 @@ class RankGroup:
         Collective: an all-gather of objects for each line. For setup, and for what happens rarely.
         """
         found = {dist.get_rank(): mine}
-        with on_device(self.device):  # torch takes the current device, which NCCL may not know
+        with as_current(self.device):  # torch takes the current device, which NCCL may not know
             for line in self.lines:
                 parts: list[Any] = [None] * len(line.ranks)
                 dist.all_gather_object(parts, found, group=line.group)
@@ -186,7 +186,7 @@ def has_index(device: torch.device) -> bool:
     return cast("int | None", device.index) is not None
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
+def as_current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` the current one, where it has an index and torch can choose it."""
     if not has_index(device) or device.type == "cpu":
         return contextlib.nullcontext()

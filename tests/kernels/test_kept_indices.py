@@ -34,8 +34,8 @@ def test_it_does_not_grow_without_end() -> None:
     assert len(kept._kept) <= 64
 
 
-def test_what_a_graph_uploads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its values while the graph is replayed, and not before."""
+def test_a_graph_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads it at each replay, also when others have been forgotten."""
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(kept_indices, "upload", lambda host, _: host)
@@ -44,5 +44,6 @@ def test_what_a_graph_uploads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert kept.on_device([1, 2]) is not first
     capturing = False
     second = kept.on_device([1, 2])
-    capturing = True
     assert kept.on_device([1, 2]) is second
+    capturing = True
+    assert kept.on_device([1, 2]) is not second

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distclip.kernels import kept_indices
 from distclip.norms import power_sums, unit_rows
 from distclip.norms.unit_rows import RowIndexes, Rows
 
@@ -63,9 +64,9 @@ def test_no_index_where_rows_are_in_order() -> None:
 
 def test_an_index_is_kept_for_the_sets_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads: list[Tensor] = []
-    upload = unit_rows.upload
+    upload = kept_indices.upload
     monkeypatch.setattr(
-        unit_rows, "upload", lambda host, device: uploads.append(host) or upload(host, device)
+        kept_indices, "upload", lambda host, device: uploads.append(host) or upload(host, device)
     )
     indexes = RowIndexes(CPU)
     for _ in range(4):
@@ -75,4 +76,4 @@ def test_an_index_is_kept_for_the_sets_that_take_turns(monkeypatch: pytest.Monke
     assert len(uploads) == 4
     for last in range(1, 9):  # as many again push out the first
         indexes.of_rows((Rows(0, last),), 0, ROWS)
-    assert len(indexes._kept) == unit_rows._KEPT
+    assert len(indexes._kept._kept) == unit_rows._KEPT
