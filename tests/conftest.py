@@ -124,6 +124,24 @@ def pool(size: int, device: str = "cpu") -> Ranks:
     return _pools.setdefault((size, device), Ranks(size, device))
 
 
+@pytest.fixture(scope="module")
+def on_accelerator() -> Iterator[Any]:
+    """A process that has the device of tests/support/accelerator.py."""
+    yield from _accelerators(1)
+
+
+@pytest.fixture(scope="module")
+def on_two_accelerators() -> Iterator[Any]:
+    """Two ranks."""
+    yield from _accelerators(2)
+
+
+def _accelerators(size: int) -> Iterator[Any]:
+    from tests.support.accelerator import running  # its imports take a second
+
+    yield from running(size)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end() -> Iterator[None]:
     yield

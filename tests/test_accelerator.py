@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,20 +36,6 @@ pytestmark = [
 DEVICE = f"{NAME}:1"
 SHAPES = [(5, 7), (5,), (3, 5), (3,)]
 CLOSE = {"rtol": 3e-7, "atol": 1e-9}
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Accelerator]:
-    process = Accelerator(1)
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Accelerator]:
-    processes = Accelerator(2)
-    yield processes
-    processes.stop()
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -146,18 +132,18 @@ def clip_some_steps(name: str, mode: str, saved_after: int) -> None:
 
 @pytest.mark.parametrize("mode", ["propagate", "raise", "skip", "zero"])
 @pytest.mark.parametrize("name", CASES)
-def test_policies(name: str, mode: str, one: Accelerator) -> None:
+def test_policies(name: str, mode: str, on_accelerator: Accelerator) -> None:
     """With a checkpoint on the way."""
-    one.run(clip_some_steps, name, mode, 4)
+    on_accelerator.run(clip_some_steps, name, mode, 4)
 
 
 def device_of_a_plan() -> str:
     return str(distclip.Clipper(parameters()).plan.device)
 
 
-def test_the_device_of_the_parameters(one: Accelerator) -> None:
+def test_the_device_of_the_parameters(on_accelerator: Accelerator) -> None:
     """Not the current one."""
-    assert one.run(device_of_a_plan) == [DEVICE]
+    assert on_accelerator.run(device_of_a_plan) == [DEVICE]
 
 
 def step_parameters(
@@ -193,8 +179,10 @@ def step_parameters(
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps(fused: bool, attached: bool, overlap: bool, mode: str, one: Accelerator) -> None:
-    one.run(step_parameters, fused, attached, overlap, mode, torch.float32)
+def test_steps(
+    fused: bool, attached: bool, overlap: bool, mode: str, on_accelerator: Accelerator
+) -> None:
+    on_accelerator.run(step_parameters, fused, attached, overlap, mode, torch.float32)
 
 
 def step_on_both(fused: bool, mode: str) -> None:
@@ -212,9 +200,9 @@ def step_on_both(fused: bool, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["propagate", "skip"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_offloaded_parameters(fused: bool, mode: str, one: Accelerator) -> None:
+def test_offloaded_parameters(fused: bool, mode: str, on_accelerator: Accelerator) -> None:
     """A fused step on the CPU reads the factor at once, wherever it was computed."""
-    one.run(step_on_both, fused, mode)
+    on_accelerator.run(step_on_both, fused, mode)
 
 
 def scaler_as_torch(fused: bool) -> None:
@@ -243,8 +231,8 @@ def scaler_as_torch(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaler(fused: bool, one: Accelerator) -> None:
-    one.run(scaler_as_torch, fused)
+def test_scaler(fused: bool, on_accelerator: Accelerator) -> None:
+    on_accelerator.run(scaler_as_torch, fused)
 
 
 def take_steps(
@@ -287,8 +275,8 @@ def meet_nan(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["propagate", "raise", "skip", "zero"])
-def test_nan(mode: str, one: Accelerator) -> None:
-    one.run(meet_nan, mode)
+def test_nan(mode: str, on_accelerator: Accelerator) -> None:
+    on_accelerator.run(meet_nan, mode)
 
 
 def meet_nan_without_events() -> None:
@@ -301,8 +289,8 @@ def meet_nan_without_events() -> None:
         module.Event = event
 
 
-def test_a_device_module_without_events(one: Accelerator) -> None:
-    one.run(meet_nan_without_events)
+def test_a_device_module_without_events(on_accelerator: Accelerator) -> None:
+    on_accelerator.run(meet_nan_without_events)
 
 
 def call_functions() -> None:
@@ -335,8 +323,8 @@ def call_functions() -> None:
     check(reference.clip_value(grads, 0.5), grad())
 
 
-def test_functions(one: Accelerator) -> None:
-    one.run(call_functions)
+def test_functions(on_accelerator: Accelerator) -> None:
+    on_accelerator.run(call_functions)
 
 
 def clip_on_a_mesh(name: str) -> None:
@@ -379,8 +367,8 @@ def clip_on_a_mesh(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ClipNorm", "ClipNorm p=inf", "ClipTensorNorm", "AGC", "ZClip"])
-def test_on_a_mesh(name: str, two: Accelerator) -> None:
-    two.run(clip_on_a_mesh, name)
+def test_on_a_mesh(name: str, on_two_accelerators: Accelerator) -> None:
+    on_two_accelerators.run(clip_on_a_mesh, name)
 
 
 def refused_by_gloo() -> str:
@@ -391,6 +379,6 @@ def refused_by_gloo() -> str:
     return ""
 
 
-def test_gloo_takes_no_such_tensors(one: Accelerator) -> None:
+def test_gloo_takes_no_such_tensors(on_accelerator: Accelerator) -> None:
     """If it does one day, the collectives need not go by the host's view of the memory."""
-    assert one.run(refused_by_gloo) != [""]
+    assert on_accelerator.run(refused_by_gloo) != [""]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,18 +65,11 @@ def launches(call: str, policy: str, num_tensors: int) -> dict[str, int]:
     return dict(Counter(seen.what for seen in take()))
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Accelerator]:
-    process = Accelerator(1)
-    yield process
-    process.stop()
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['launches of']} {row['policy']}")
-def test_as_the_page_says(row: dict[str, str], one: Accelerator) -> None:
+def test_as_the_page_says(row: dict[str, str], on_accelerator: Accelerator) -> None:
     call, policy = row["launches of"].replace("`", ""), row["policy"].strip("`")
-    [few] = one.run(launches, call, policy, 3)
-    [more] = one.run(launches, call, policy, 12)
+    [few] = on_accelerator.run(launches, call, policy, 3)
+    [more] = on_accelerator.run(launches, call, policy, 12)
     found = [sum(few.values()), sum(more.values())]
     once, _, each = row["number"].removesuffix(" for each tensor").partition(" + ")
     expected = [int(once) + int(each or 0) * number for number in (3, 12)]

@@ -49,6 +49,13 @@ class Accelerator:
         self._ranks.stop()
 
 
+def running(size: int) -> Iterator[Accelerator]:
+    """For a fixture."""
+    processes = Accelerator(size)
+    yield processes
+    processes.stop()
+
+
 def can_be_built() -> bool:
     return shutil.which(COMPILER) is not None
 
