@@ -8,6 +8,7 @@ from distclip.api import clip_grad_value_ as clip_grad_value_
 from distclip.api import clip_grads_with_norm_ as clip_grads_with_norm_
 from distclip.api import get_total_norm as get_total_norm
 from distclip.clipper import Clipper as Clipper
+from distclip.decision import Decision as Decision
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.norms.plan import Plan as Plan
@@ -28,6 +29,5 @@ from distclip.policies import StatelessPolicy as StatelessPolicy
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
 from distclip.sharding import Layout as Layout
-from distclip.step import Decision as Decision
 
 __version__ = "0.1.0"

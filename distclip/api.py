@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import kernels, nonfinite, scaling, step
 from distclip.arguments import as_axes, as_flag, as_number, check_mesh_type
+from distclip.decision import Decision
 from distclip.norms.agreement import policy_text
 from distclip.norms.kept_plans import plans_of
 from distclip.norms.plan import Plan, make_plan
@@ -55,7 +56,6 @@ from distclip.sharding.partial_gradients import (
     reduced_values,
 )
 from distclip.sharding.read import read_layouts
-from distclip.step import Decision
 from distclip.torch_private import outside_of_graphs
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from distclip import nonfinite, param_groups, parameters, step
 from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
@@ -27,7 +28,6 @@ from distclip.sharding.local_tensors import any_unreduced, local_gradients
 from distclip.sharding.one_shot import SymmetricMemory
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
-from distclip.step import Decision
 from distclip.torch_private import on_device, outside_of_graphs
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ast
+import faulthandler
 import importlib.util
 import os
 import re
@@ -100,6 +101,7 @@ def _run_script(folder: Path, rank: int, num_ranks: int, port: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LIMIT_S - GRACE_S, file=output)  # where a rank hangs
     if num_ranks:
         os.environ |= {
             "RANK": str(rank),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import distclip
-from distclip import step as clipping_step
+from distclip import decision as clipping_decision
 from tests.support import reference
 from tests.support.training import (
     MAX_NORM,
@@ -94,9 +94,9 @@ def counted_writes() -> Iterator[list[int]]:
     """How many gradients distclip multiplies itself."""
     written: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        scale_ = clipping_step.scale_
+        scale_ = clipping_decision.scale_
         patch.setattr(
-            clipping_step,
+            clipping_decision,
             "scale_",
             lambda values, factor: (written.append(len(values)), scale_(values, factor)),
         )

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from distclip.kernels import naive, unit_table
-from distclip.kernels.cuda_triton_elements import INF, narrow, plus, root, term, wide
+from distclip.kernels import unit_table
+from distclip.kernels.cuda_triton_elements import INF, plus, root, term
 
 # How the kernels read each dtype; bfloat16 by its bits, which old hardware knows too.
 STORED = {
@@ -30,7 +30,6 @@ _FIRST_UNIT, _FIRST_SPLIT = (
 _ALIGNED, _WIDEST = tl.constexpr(unit_table.ALIGNED), tl.constexpr(unit_table.WIDEST)
 _PER_PROGRAM = tl.constexpr(unit_table.PER_PROGRAM)
 _FINISHED = tl.constexpr(512)  # partial numbers of a unit that are read at a time
-_LEAST_FLOAT32 = tl.constexpr(naive.LEAST_FLOAT32)
 # For a sum between these, float32 loses less than 2**-50 of the squares in one chunk.
 _LOWEST, _HIGHEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**120)
 
@@ -111,41 +110,9 @@ def finish_norms(rows, split, maxima, sums, P: tl.constexpr):
     tl.store(sums + tl.load(row + _FIRST_UNIT) + unit, _norm(maximum, total, P))
 
 
-@triton.jit(do_not_specialize=range(3))
-def scale(
-    rows,
-    owners,
-    coefficients,
-    STORED: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    READS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Multiplies each unit by its coefficient, unless that is 1."""
-    row = rows + tl.load(owners + tl.program_id(0)) * _ROW_SIZE
-    units, _ = _place(row, OUTER, INNER, COLUMNS)
-    pointers = coefficients + tl.load(row + _FIRST_UNIT) + units
-    factors = tl.load(pointers, mask=units < tl.load(row + _NUM_UNITS), other=1.0)
-    if tl.max((factors != 1).to(tl.int32), 0) == 0:
-        return
-    if STORED == tl.float64:
-        _scale_units(row, factors, factors != 1, STORED, OUTER, INNER, COLUMNS)
-    else:
-        rounded = factors.to(tl.float32)
-        tiny = (tl.abs(factors) < _LEAST_FLOAT32) & (factors != 0)
-        if tl.max(tiny.to(tl.int32), 0) == 0:
-            _scale_units(row, rounded, factors != 1, STORED, OUTER, INNER, COLUMNS)
-        else:
-            # In float64, products with the rounded factors have the same bits.
-            exact = tl.where(tiny, factors, rounded.to(tl.float64))
-            FEWER: tl.constexpr = INNER if COLUMNS else INNER // 2  # float64 takes two registers
-            _scale_units(row, exact, factors != 1, STORED, OUTER, FEWER, COLUMNS)
-
-
 # Triton compiles a branch that is not taken, unless it is an `else`. Hence `else` after a return.
 @triton.jit
-def _place(row, OUTER: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr):
+def place(row, OUTER: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr):
     """The units of this program, and which chunk of each it reads."""
     program = tl.program_id(0) - tl.load(row + _FIRST_PROGRAM)
     num_chunks = tl.load(row + _NUM_CHUNKS)
@@ -187,7 +154,7 @@ def _sums_of(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    base, stride, units, num_units, start, stop = _located(
+    base, stride, units, num_units, start, stop = located(
         row, STORED, OUTER, INNER, COLUMNS, ALIGNED
     )
     STEP: tl.constexpr = OUTER if COLUMNS else INNER
@@ -197,13 +164,13 @@ def _sums_of(
     if scale is not None:
         scale = tl.expand_dims(scale, 0 if COLUMNS else 1)
     while start < stop:
-        pointers, mask = _block(
+        pointers, mask = block(
             base, stride, units, num_units, start, stop, OUTER, INNER, COLUMNS, ALIGNED
         )
         short = term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
         for i in tl.static_range(1, NUM):
             at = start + i * STEP
-            pointers, mask = _block(
+            pointers, mask = block(
                 base, stride, units, num_units, at, stop, OUTER, INNER, COLUMNS, ALIGNED
             )
             more = term(tl.load(pointers, mask=mask, other=0), scale, FAST, P)
@@ -214,56 +181,7 @@ def _sums_of(
 
 
 @triton.jit
-def _scale_units(
-    row,
-    factors,
-    changed,
-    STORED: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    AXIS: tl.constexpr = 0 if COLUMNS else 1
-    factors, changed = tl.expand_dims(factors, AXIS), tl.expand_dims(changed, AXIS)
-    if tl.load(row + _ALIGNED) != 0:
-        _scale_block(row, factors, changed, STORED, OUTER, INNER, COLUMNS, True)
-    else:
-        _scale_block(row, factors, changed, STORED, OUTER, INNER, COLUMNS, False)
-
-
-@triton.jit
-def _scale_block(
-    row,
-    factors,
-    changed,
-    STORED: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    base, stride, units, num_units, start, stop = _located(
-        row, STORED, OUTER, INNER, COLUMNS, ALIGNED
-    )
-    while start < stop:
-        pointers, mask = _block(
-            base, stride, units, num_units, start, stop, OUTER, INNER, COLUMNS, ALIGNED
-        )
-        if not COLUMNS:
-            mask &= changed
-        stored = tl.load(pointers, mask=mask)
-        product = wide(stored) * factors
-        if STORED != tl.float64:
-            product = product.to(tl.float32)
-        product = narrow(product, STORED)
-        if COLUMNS:  # a mask for each column would make stores as narrow as an element
-            product = tl.where(changed, product, stored)
-        tl.store(pointers, product, mask=mask)
-        start += OUTER if COLUMNS else INNER
-
-
-@triton.jit
-def _located(
+def located(
     row,
     STORED: tl.constexpr,
     OUTER: tl.constexpr,
@@ -273,7 +191,7 @@ def _located(
 ):
     """The matrix's address and stride, this program's units, and the bounds of what it reads."""
     base, stride = tl.load(row + _ADDRESS).to(tl.pointer_type(STORED)), tl.load(row + _STRIDE)
-    units, chunk = _place(row, OUTER, INNER, COLUMNS)
+    units, chunk = place(row, OUTER, INNER, COLUMNS)
     num_units = tl.load(row + _NUM_UNITS)  # here, because what a function returns takes no hint
     CHUNK: tl.constexpr = _PER_PROGRAM // (INNER if COLUMNS else OUTER)
     start = chunk * CHUNK
@@ -288,7 +206,7 @@ def _located(
 
 
 @triton.jit
-def _block(
+def block(
     base,
     stride,
     units,
@@ -316,7 +234,7 @@ def _block(
 def _store_partial(
     row, numbers, found, OUTER: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    units, chunk = _place(row, OUTER, INNER, COLUMNS)
+    units, chunk = place(row, OUTER, INNER, COLUMNS)
     pointers = numbers + tl.load(row + _FIRST_PARTIAL) + units * tl.load(row + _NUM_CHUNKS) + chunk
     tl.store(pointers, found, mask=units < tl.load(row + _NUM_UNITS))
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import cuda_triton_units, naive
+from distclip.kernels import cuda_triton_unit_scale, cuda_triton_units, naive
 from distclip.kernels.unit_table import (
     BROAD,
     LONG,
@@ -26,7 +26,8 @@ from distclip.kernels.unit_table import (
     unit_table,
 )
 
-_triton = cast(Any, cuda_triton_units)  # what `@triton.jit` makes has no types
+# What `@triton.jit` makes has no types.
+_triton, _scaling = cast(Any, cuda_triton_units), cast(Any, cuda_triton_unit_scale)
 # The smallest tensors with such units, which several programs read where that may be.
 _SMALLEST = {SHORT: (1, 1), MEDIUM: (1, 129), LONG: (1, 32769), NARROW: (4097, 2), BROAD: (513, 17)}
 
@@ -93,7 +94,7 @@ def scale_units_(
     table = unit_table(tensors, dims)
     with torch.cuda.device_of(coefficients):
         for launch in table.launches:
-            _run(_triton.scale, table, launch, coefficients.contiguous())
+            _run(_scaling.scale, table, launch, coefficients.contiguous())
     for i in table.others:
         naive.scale_units_([tensors[i]], [dims[i]], coefficients[table.units[i]])
     torch.autograd.graph.increment_version(tensors)  # autograd cannot see the addresses

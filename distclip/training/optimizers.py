@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.arguments import kind_of, shown
+from distclip.decision import Decision
 from distclip.norms.plan import Plan
-from distclip.step import Decision
 from distclip.torch_private import host_has_values
 from distclip.training.wrappers import params_of
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip import torch_private
+from distclip.decision import Decision
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import maximum_of_ranks
 from distclip.sharding.local_tensors import final_gradient
-from distclip.step import Decision
 from distclip.training import samples
 from distclip.training.wrappers import params_of
 

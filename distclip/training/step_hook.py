@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from distclip.decision import Decision
 from distclip.report import Report
-from distclip.step import Decision
 from distclip.torch_private import has_values, outside_of_graphs
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.optimizers import HiddenGradients

@@ -18,7 +18,8 @@ BOTTOM = {"errors", "torch_private", "arguments"}
 NORMS = BOTTOM | {"sharding", "kernels", "policies"}
 NONFINITE = NORMS | {"norms", "report"}
 LIMITS = NONFINITE | {"nonfinite"}
-STEP = LIMITS | {"limits", "parameters", "scaling"}
+DECISION = NONFINITE | {"nonfinite", "parameters", "scaling"}
+STEP = LIMITS | DECISION | {"limits", "decision"}
 GROUPS = BOTTOM | {"sharding", "policies", "parameters"}
 TRAINING = STEP | {"step", "param_groups"}
 CLIPPER = TRAINING | {"training"}
@@ -37,13 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nonfinite": NONFINITE,
     "limits": LIMITS,
     "scaling": BOTTOM | {"sharding", "kernels", "norms"},
+    "decision": DECISION,
     "step": STEP,
     "training": TRAINING,
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
     # And the public names of every room.
-    "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "step", "training"},
+    "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -62,6 +64,7 @@ LOCAL = {
     "norms.power_sums",
     "norms.measure",
     "step",
+    "decision",
     "scaling",
 }
 # A part of torch.distributed -> where it may be named.

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import distclip
 from distclip import step, torch_private
-from distclip.step import Decision
+from distclip.decision import Decision
 from distclip.training import grad_scaler, optimizers
 
 FUSED = [SGD, Adam, AdamW, Adagrad]

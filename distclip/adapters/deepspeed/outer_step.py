@@ -15,8 +15,8 @@ from distclip.adapters.deepspeed.partitions import (
     loss_scale,
     wait_for_offload,
 )
+from distclip.decision import Decision
 from distclip.report import Report
-from distclip.step import Decision
 from distclip.training.optimizers import HiddenGradients
 
 

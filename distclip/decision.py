@@ -1,0 +1,210 @@
+"""What one step found, and what is to happen to the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip import kernels
+from distclip.arguments import check_function
+from distclip.nonfinite import OnNonFinite, coefficient_under, limit_under
+from distclip.norms.measure import TensorLists
+from distclip.norms.plan import ParamGroup, Plan
+from distclip.parameters import as_scalar, gradients_from
+from distclip.policies import Scope
+from distclip.report import Report
+from distclip.scaling import check_real, clamp_, scale_, scale_units_, zero_
+from distclip.torch_private import has_values, outside_of_graphs
+
+
+class GroupClip(NamedTuple):
+    """What a policy says about its parameter group.
+
+    Attributes:
+        norm: of the whole group, float64.
+        limits, coefficients: float64; [] or [num_units]. Limits are None where the policy only
+            measures.
+        next_state: of the policy, if this step counts.
+        valid: whether the limits are some; see `limits.Limits`.
+    """
+
+    norm: Tensor
+    limits: Tensor | None
+    coefficients: Tensor
+    next_state: Any
+    valid: Tensor | None = None
+
+
+@dataclass
+class Decision:
+    """What one step found, and what is to happen to the gradients. `Clipper.decide` makes it.
+
+    Attributes:
+        report: the figures of the step; see `Report`.
+        total_norm: over all groups, before clipping; float64 scalar.
+    """
+
+    plan: Plan = field(repr=False)
+    gradients: Sequence[Tensor | None] = field(repr=False)
+    tensor_lists: Sequence[TensorLists | None] = field(repr=False)
+    clips: Sequence[GroupClip] = field(repr=False)
+    total_norm: Tensor
+    scale: Tensor | None
+    mode: OnNonFinite
+    report: Report
+    in_grad: bool = True  # the gradients are those in `.grad`
+    on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
+    known_finite: Tensor | None = field(default=None, repr=False)
+    _applied: bool = field(default=False, repr=False)
+
+    @outside_of_graphs
+    @torch.no_grad()
+    def apply_(
+        self,
+        gradient: Callable[[Tensor], Tensor | None] | None = None,
+        scale: float | Tensor | None = None,
+    ) -> None:
+        """Multiplies the gradients by what was decided, in place. Call it once, before they change.
+
+        Args:
+            gradient: where the gradient of a parameter lies now, for trainers that move or copy
+                gradients after `decide`; None for parameters to leave out. With it, `apply_` may
+                be called for some of the parameters after the others.
+            scale: with `gradient`, a factor that these gradients still need.
+
+        Raises:
+            RuntimeError: the gradients were scaled before.
+            ValueError: `scale` without `gradient`, a complex gradient that would be clamped, or one
+                that `gradient` returns and whose elements share memory.
+        """
+        check_function("gradient", gradient, "`parameter -> its gradient now`, or None")
+        if gradient is None:
+            if scale is not None:
+                raise ValueError(
+                    "cannot apply a decision with scale= alone: the gradients that were measured "
+                    "get the scale that `decide` was given. Pass `scale` to `decide`, or pass "
+                    "`gradient=` as well if other tensors need another factor."
+                )
+            if self._applied:
+                raise RuntimeError(
+                    "cannot apply this decision twice: the gradients have been multiplied by its "
+                    "coefficient already, and would be scaled down again. Call `decide` for each "
+                    "step."
+                )
+            self._write_(self.gradients, self.tensor_lists, self.scale)
+            self.take_effect()
+            return
+        factor = None if scale is None else as_scalar(scale, self.plan.device)
+        gradients = gradients_from(gradient, self.plan.params)
+        self._write_(gradients, [None] * len(self.clips), factor)
+
+    def take_effect(self) -> None:
+        """Marks the gradients as scaled, for a scaler too: `apply_` or an optimizer did it."""
+        self._applied = True
+        if self.on_apply is not None:
+            self.on_apply(self.found_inf)
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether the total norm is neither NaN nor infinite; a bool scalar on the device."""
+        known = self.known_finite
+        return norm_is_finite(self.total_norm, self.plan) if known is None else known
+
+    @property
+    def found_inf(self) -> Tensor:
+        """1 where the total norm is not finite, as GradScaler has it; float32."""
+        return (~self.finite).float()
+
+    @property
+    def is_known_nonfinite(self) -> bool:
+        """Whether the total norm is NaN or infinite, which waits for it; not if it has no value."""
+        return has_values(self.finite) and not bool(self.finite)
+
+    def skip(self, scaled: bool) -> Tensor | None:
+        """1 where the optimizer's step is to be left out; None where it never is.
+
+        Args:
+            scaled: a scaler, which skips such steps, is in use.
+        """
+        return self.found_inf if scaled or self.mode == "skip" else None
+
+    @property
+    def has_one_factor(self) -> bool:
+        """Whether every `.grad` is multiplied by `factor`: an optimizer can do that itself."""
+        is_whole = len(self.clips) == 1 and self.plan.groups[0].scope is Scope.MODEL
+        fits = self.plan.norm_dtype is torch.float32  # as the factor that fused optimizers take
+        return is_whole and fits and self.in_grad and self.mode != "zero"
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What all gradients are multiplied by; None where they stay as they are."""
+        return self._factor(self.clips[0], self.scale)
+
+    def next_policy_states(self, states: Sequence[Any]) -> list[Any]:
+        """The policies' states after the step: the old ones where the norm is not finite."""
+        if not any(states):  # none has a field
+            return list(states)
+        finite, pairs = self.finite, zip(self.clips, states, strict=True)
+        return [_where(finite, clip.next_state, state) for clip, state in pairs]
+
+    def _factor(self, clip: GroupClip, scale: Tensor | None) -> Tensor | None:
+        if clip.limits is None and scale is None:
+            return None
+        factor = clip.coefficients if scale is None else clip.coefficients * scale
+        return self._under_mode(factor)
+
+    def _under_mode(self, factor: Tensor) -> Tensor:
+        if self.mode == "propagate":
+            return factor
+        return coefficient_under(self.mode, factor, self.finite)
+
+    def _write_(
+        self,
+        gradients: Sequence[Tensor | None],
+        tensor_lists: Sequence[TensorLists | None],
+        scale: Tensor | None,
+    ) -> None:
+        for group, clip in zip(self.plan.groups, self.clips, strict=True):
+            if group.scope is Scope.ELEMENT and clip.limits is not None:
+                check_real(gradients[group.members])
+        for group, clip, known in zip(self.plan.groups, self.clips, tensor_lists, strict=True):
+            if group.units is None:
+                lists = _tensor_lists(gradients[group.members]) if known is None else known
+                self._write_lists_(lists, group, clip, scale)
+            elif (factors := self._factor(clip, scale)) is not None:
+                scale_units_(group.units, gradients[group.members], factors)
+        if self.mode == "zero":
+            zero_(_tensor_lists(gradients), ~self.finite)
+
+    def _write_lists_(
+        self, lists: TensorLists, group: ParamGroup, clip: GroupClip, scale: Tensor | None
+    ) -> None:
+        if group.scope is not Scope.ELEMENT:
+            if (factor := self._factor(clip, scale)) is not None:
+                scale_(lists, factor)
+            return
+        if scale is not None:
+            scale_(lists, self._under_mode(scale))
+        if clip.limits is not None:
+            finite = None if self.mode == "propagate" else self.finite
+            clamp_(lists, limit_under(self.mode, clip.limits, finite))
+
+
+def norm_is_finite(total: Tensor, plan: Plan) -> Tensor:
+    """Whether the norm is, in the dtype in which it is reported; a bool scalar."""
+    return total.to(plan.norm_dtype) < math.inf  # two operations; `isfinite` is four
+
+
+def _tensor_lists(gradients: Sequence[Tensor | None]) -> TensorLists:
+    return kernels.tensor_lists([grad for grad in gradients if grad is not None])
+
+
+def _where(finite: Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return torch.where(finite.to(new.device), new, old)
+    return type(new)(*(_where(finite, a, b) for a, b in zip(new, old, strict=True)))
