@@ -115,6 +115,9 @@ def _run_script(folder: Path, rank: int, num_ranks: int, port: int) -> None:
         }
     sys.argv = ["block.py"]
     runpy.run_path("block.py", run_name="__main__")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def missing(bash: str) -> list[str]:
