@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,16 @@ def test_goals_are_for_a_device_alone(found: list[Record]) -> None:
     for device, tiny in (("cpu", False), ("cuda", True), ("cuda", False)):
         Session("public", torch.device(device), tiny, found.append).goal("us", 2.0, 3.0)
     assert [record["reached"] for record in found] == [True]
+
+
+def test_the_public_figures_are_of_these_shapes() -> None:
+    """Issue 3685 of NeMo Automodel: one tensor of 1.536e9 elements, 500 matrices of 225e6."""
+    (_, (one,), dtypes), (_, matrices, mixed) = gpu_times.ONE, gpu_times.MATRICES
+    assert (math.prod(one), dtypes) == (1_536_000_000, (torch.bfloat16,))
+    assert (len(matrices), sum(map(math.prod, matrices))) == (500, 225_000_000)
+    assert len(mixed) == 2
+
+
+def test_a_test_may_look_for_host_waits() -> None:
+    """torch warns of its debug mode when it is switched on, and warnings are errors here."""
+    warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
