@@ -52,7 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What is not torch, the standard library or distclip -> where it may be imported.
 THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"kernels"} for name in ("triton", "numba", "llvmlite", "numpy")},
-    **{name: {"adapters"} for name in ("deepspeed", "lightning", "accelerate", "transformers")},
+    **{
+        name: {"adapters"}
+        for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]
+    },
+    "megatron": {"adapters"},
 }
 
 # What works on local tensors alone: no part of torch.distributed.

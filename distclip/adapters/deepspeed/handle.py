@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
-from importlib import import_module
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,14 +22,16 @@ from distclip.adapters.deepspeed.model_shards import (
 )
 from distclip.adapters.deepspeed.outer_step import OuterStepHook
 from distclip.adapters.deepspeed.partitions import read_partitions
+from distclip.adapters.frameworks import Framework, claim, import_framework, release
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Minimum, Policy, check_policy
 from distclip.report import Report
 from distclip.sharding.layout import Layout, LayoutFunction
 
-TESTED = ("0.16.9", "0.19.8")
-_attached: WeakSet[Any] = WeakSet()
+DEEPSPEED = Framework(
+    "deepspeed", "0.16.9", "0.19.8", install="--no-build-isolation deepspeed==0.19.8"
+)
 
 
 def attach(
@@ -64,10 +63,15 @@ def attach(
         none where nothing is sharded.
     """
     _check_engine(engine)
-    _warn_if_untested()
+    import_framework(DEEPSPEED, "deepspeed")
     policy = ClipNorm(1.0) if policy is None else policy
     check_policy(policy)
-    return Handle(engine, policy, on_nonfinite)
+    claim(engine, "distclip.adapters.deepspeed")
+    try:
+        return Handle(engine, policy, on_nonfinite)
+    except BaseException:
+        release(engine)
+        raise
 
 
 class Handle:
@@ -98,7 +102,6 @@ class Handle:
             self._hook = outer
         self._own_clipping: float = engine._config.gradient_clipping
         engine._config.gradient_clipping = 0.0
-        _attached.add(engine)
 
     @property
     def report(self) -> Report | None:
@@ -124,7 +127,7 @@ class Handle:
         """Ends it. The engine clips by its own rule again."""
         self._hook.remove()
         self._engine._config.gradient_clipping = self._own_clipping
-        _attached.discard(self._engine)
+        release(self._engine)
 
     def _warn_if_clipped_twice(self) -> None:
         config = self._engine._config
@@ -195,22 +198,3 @@ def _check_engine(engine: Any) -> None:
             "ever apply a gradient. Give `deepspeed.initialize` an optimizer, or one in its "
             "config, and attach afterwards."
         )
-    if engine in _attached:
-        raise ValueError(
-            "cannot attach to this engine of DeepSpeed again: it has a handle already, and its "
-            "gradients would be clipped twice. Call `.detach()` on the first handle."
-        )
-
-
-def _warn_if_untested() -> None:
-    version: str = import_module("deepspeed").__version__
-    if not _numbers(TESTED[0]) <= _numbers(version) <= _numbers(TESTED[1]):
-        warnings.warn(
-            f"distclip is tested with DeepSpeed {TESTED[0]} to {TESTED[1]}, and this is {version}: "
-            f"compare `handle.report.total_norm` with a run without sharding before you trust it.",
-            stacklevel=3,
-        )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
