@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": API | {"api"},
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
+    "run": {"adapters"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
