@@ -1,4 +1,4 @@
-"""Ranks that load DeepSpeed: for its tests alone, because it keeps state in the process."""
+"""Ranks that load a framework: for its tests alone, because it keeps state in the process."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def two_engine_ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="package")
 def four_engine_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def four_titan_ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.stop()
