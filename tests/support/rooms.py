@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
+    "parity": BOTTOM | {"sharding", "policies", "clipper", "api"},
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
