@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
+ETP = "expert_tensor_parallel_size"
+
+
 class CudaIsCpu(TorchFunctionMode):
     """Megatron has no switch for the CPU: what it makes on "cuda" lies on the CPU.
 
@@ -251,6 +254,7 @@ def _model(case: Case, state: Any) -> Any:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
+    tensor = case.sizes["tensor_model_parallel_size"]
     config = TransformerConfig(
         num_layers=2,
         hidden_size=8,
@@ -262,7 +266,10 @@ def _model(case: Case, state: Any) -> Any:
         bf16=case.dtype is torch.bfloat16,
         fp16=case.dtype is torch.float16,
         params_dtype=case.dtype,
-        **case.sizes,
+        # Bias in experts is an error where tensor-parallel ranks split them.
+        add_bias_linear=case.num_experts is None or case.sizes.get(ETP) == 1 or tensor == 1,
+        # Only Transformer Engine's attention is split over context-parallel ranks.
+        **{name: size for name, size in case.sizes.items() if name != "context_parallel_size"},
     )
     model: nn.Module = GPTModel(
         config,

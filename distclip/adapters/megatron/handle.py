@@ -21,7 +21,6 @@ from distclip.decision import Decision
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
-from distclip.sharding.layout import Layout
 
 MEGATRON = Framework("megatron-core", "0.16.1", "0.16.1", install="megatron-core==0.16.1")
 _DEFAULT_CLIP_GRAD = 1.0  # of OptimizerConfig

@@ -1,18 +1,18 @@
 """What each optimizer class of Megatron-core steps on this rank.
 
-| optimizer class                    | steps                       | its gradient, before the step   |
-|------------------------------------|-----------------------------|---------------------------------|
-| `FP32Optimizer`                    | the model's parameters      | `.grad`, which is `main_grad`   |
-| `Float16OptimizerWithFloat16Params`| float32 copies, whole       | `.grad`                         |
-| `DistributedOptimizer`             | flat parts of float32 copies| `.grad`                         |
-| the same, precision-aware          | flat parts of parameters    | `.decoupled_grad`               |
-| `ChainedOptimizer`                 | what its optimizers step    |                                 |
-| `LayerWiseDistributedOptimizer`    | whole ones, some on a rank  |                                 |
+| optimizer class                     | steps                        | gradient before it steps |
+|-------------------------------------|------------------------------|--------------------------|
+| `FP32Optimizer`                     | the model's parameters       | `.grad` (= `main_grad`)  |
+| `Float16OptimizerWithFloat16Params` | float32 copies, whole        | `.grad`                  |
+| `DistributedOptimizer`              | flat parts of float32 copies | `.grad`                  |
+| the same, precision-aware           | flat parts of parameters     | `.decoupled_grad`        |
+| `LayerWiseDistributedOptimizer`     | as the first two, each       | `.grad`                  |
+|                                     | parameter on one rank        |                          |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -101,25 +101,14 @@ def held_params(optimizer: Any, groups: RankGroups) -> list[HeldParam]:
     return found
 
 
-def _held_by(
-    optimizer: Any, index: int, groups: RankGroups, is_owned: bool
-) -> Iterator[HeldParam]:
+def _held_by(optimizer: Any, index: int, groups: RankGroups, is_owned: bool) -> Iterator[HeldParam]:
     classes: Any = import_module("megatron.core.optimizer")
     if isinstance(optimizer, classes.DistributedOptimizer):
         _check_no_fsdp(optimizer.ddp_config.use_megatron_fsdp)
         yield from _flat_params(optimizer, index)
         return
     if isinstance(optimizer, classes.Float16OptimizerWithFloat16Params):
-        pairs = [
-            pair
-            for i in range(len(optimizer.float16_groups))
-            for pair in (
-                *zip(
-                    optimizer.float16_groups[i], optimizer.fp32_from_float16_groups[i], strict=True
-                ),
-                *((param, param) for param in optimizer.fp32_from_fp32_groups[i]),
-            )
-        ]
+        pairs = list(_float16_pairs(optimizer))
     elif isinstance(optimizer, classes.FP32Optimizer):
         pairs = [(param, param) for group in optimizer.param_groups for param in group["params"]]
     else:
@@ -134,6 +123,18 @@ def _held_by(
         is_expert = not getattr(param, "allreduce", True)
         is_first = is_owned or groups.data_ranks(is_expert)[0] == dist.get_rank()
         yield HeldParam(param, stepped, None, is_first, is_owned, f"#{index}.{i}")
+
+
+def _float16_pairs(optimizer: Any) -> Iterator[tuple[Any, Tensor]]:
+    """The parameters of the model, and what is stepped for them."""
+    for params, mains, wide in zip(
+        optimizer.float16_groups,
+        optimizer.fp32_from_float16_groups,
+        optimizer.fp32_from_fp32_groups,
+        strict=True,
+    ):
+        yield from zip(params, mains, strict=True)
+        yield from zip(wide, wide, strict=True)
 
 
 def _flat_params(optimizer: Any, index: int) -> Iterator[HeldParam]:
@@ -194,4 +195,3 @@ def _check_no_fsdp(is_fsdp: bool) -> None:
             "looked at. Use Megatron's DistributedDataParallel; the distributed optimizer shards "
             "too."
         )
-

@@ -21,9 +21,7 @@ _EXPERT = re.compile(
 )
 
 
-def global_names(
-    held: Sequence[HeldParam], chunks: Iterable[Any], groups: RankGroups
-) -> list[str]:
+def global_names(held: Sequence[HeldParam], chunks: Iterable[Any], groups: RankGroups) -> list[str]:
     """A name for each parameter: that of the whole model, or a position where it is unknown."""
     local = _local_names(chunks)
     names = [local.get(one.param) for one in held]
@@ -48,17 +46,22 @@ def _local_names(chunks: Iterable[Any]) -> dict[Any, str]:
             for name, module in chunk.named_modules()
             if isinstance(number := getattr(module, "layer_number", None), int)
         }
-        for name, param in chunk.named_parameters():
-            found = _LAYER.match(name)
-            # Layers of multi-token prediction are numbered by themselves, and lie on one stage.
-            if found is not None and found[0] in layers and "mtp" not in name:
-                name = f"{found['layers']}.{layers[found[0]]}{name[found.end() :]}"
+        for local, param in chunk.named_parameters():
+            name = _with_global_layer(local, layers)
             while name.startswith("module."):
                 name = name.removeprefix("module.")
-            name = f"{name}@chunk{index}" if name in taken else name
+            names[param] = f"{name}@chunk{index}" if name in taken else name
             taken.add(name)
-            names[param] = name
     return names
+
+
+def _with_global_layer(name: str, layers: dict[str, int]) -> str:
+    """Args: layers: the number in the whole model of each layer of a chunk, by its local name."""
+    found = _LAYER.match(name)
+    # Layers of multi-token prediction are numbered by themselves, and lie on one stage.
+    if found is None or found[0] not in layers or "mtp" in name:
+        return name
+    return f"{found['layers']}.{layers[found[0]]}{name[found.end() :]}"
 
 
 def _experts_per_rank(names: Iterable[str]) -> dict[str, int]:

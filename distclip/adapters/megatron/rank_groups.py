@@ -1,4 +1,4 @@
-"""The process groups of Megatron's parallel state: which ranks differ from this one, and in what."""
+"""The process groups of Megatron: which ranks differ from this one, and in what."""
 
 from __future__ import annotations
 
