@@ -31,6 +31,12 @@ CASES = {
     "distributed bfloat16, tp x dp, buckets": Case(sizes(2), torch.bfloat16, True, ddp=BUCKETS),
     "distributed float32, pp x dp, tied": Case(sizes(1, 2), torch.float32, True),
     "distributed float16, dp": Case(sizes(), torch.float16, True),
+    "distributed bfloat16, two instances": Case(
+        sizes(num_distributed_optimizer_instances=2),
+        torch.bfloat16,
+        True,
+        ddp={"num_distributed_optimizer_instances": 2},
+    ),
     "experts in float32, tp x ep x etp": Case(sizes(2, **EXPERTS), num_experts=4),
     "experts in float32, tp x ep": Case(
         sizes(2, **EXPERTS, expert_tensor_parallel_size=1), num_experts=4

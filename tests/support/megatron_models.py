@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-
 ETP = "expert_tensor_parallel_size"
+# Only Transformer Engine's attention is split over context-parallel ranks.
+NOT_OF_MODELS = ("context_parallel_size", "num_distributed_optimizer_instances")
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -42,7 +44,8 @@ class CudaIsCpu(TorchFunctionMode):
 @contextmanager
 def on_cpu() -> Iterator[None]:
     here = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
-    with warnings.catch_warnings(), CudaIsCpu(), here:
+    stream = mock.patch.object(torch.cuda, "Stream")
+    with warnings.catch_warnings(), CudaIsCpu(), here, stream:
         warnings.simplefilter("ignore")  # Transformer Engine and Apex are not installed
         yield
 
@@ -104,6 +107,8 @@ class Run:
         self.model.zero_grad_buffer()
         mine: dict[str, Whole] = {}
         for name, param in self.model.named_parameters():
+            if not param.requires_grad:
+                continue
             key = self.key(name, param)
             whole = _whole(seed, key, shape=self.whole_shape(param)) * scale
             param.main_grad.copy_(self.local_part(whole, param))
@@ -122,12 +127,18 @@ class Run:
         return [one.weight for one in self.wholes.values()]
 
     def key(self, name: str, param: Any) -> str:
+        """The same for a tensor on whatever rank it lies, and however the model is sharded."""
         if getattr(param, "shared_embedding", False):
-            return "tied"
-        key = f"stage {self.state.get_pipeline_model_parallel_rank()} {name}"
+            return "embedding.word_embeddings.weight"
+        name = re.sub(r"^(module\.)+", "", name)
+        stage = self.state.get_pipeline_model_parallel_rank()
+        first_layer = stage * (2 // self.state.get_pipeline_model_parallel_world_size())
+        name = _with_number_after("layers.", first_layer, name)
         if self.is_expert(param):
-            key += f" expert rank {self.state.get_expert_model_parallel_rank()}"
-        return key
+            ranks = self.state.get_expert_model_parallel_world_size()
+            first = self.state.get_expert_model_parallel_rank() * (4 // ranks)
+            name = _with_number_after("local_experts.", first, name)
+        return name
 
     def is_expert(self, param: Any) -> bool:
         return not getattr(param, "allreduce", True)
@@ -205,8 +216,12 @@ def _pairs(member: Any) -> Iterator[tuple[Any, Tensor]]:
 
 
 @contextmanager
-def running(case: Case, before_optimizer: Callable[[Any], None] | None = None) -> Iterator[Run]:
-    """The model on this rank, Megatron's parallel state, and an optimizer that has not stepped."""
+def running(case: Case, prepare: Callable[[Any], None] | None = None) -> Iterator[Run]:
+    """The model on this rank, Megatron's parallel state, and an optimizer that has not stepped.
+
+    Args:
+        prepare: called with the model before it is wrapped.
+    """
     with on_cpu():
         from megatron.core import parallel_state
         from megatron.core.distributed import (
@@ -218,6 +233,8 @@ def running(case: Case, before_optimizer: Callable[[Any], None] | None = None) -
         parallel_state.initialize_model_parallel(**case.sizes, create_gloo_process_groups=False)
         try:
             model = _model(case, parallel_state)
+            if prepare is not None:
+                prepare(model)
             model = DistributedDataParallel(
                 model.config,
                 DistributedDataParallelConfig(
@@ -259,7 +276,7 @@ def _model(case: Case, state: Any) -> Any:
         num_layers=2,
         hidden_size=8,
         ffn_hidden_size=12,
-        num_attention_heads=2,
+        num_attention_heads=4,
         use_cpu_initialization=True,
         pipeline_dtype=torch.float32,
         num_moe_experts=case.num_experts,
@@ -268,8 +285,7 @@ def _model(case: Case, state: Any) -> Any:
         params_dtype=case.dtype,
         # Bias in experts is an error where tensor-parallel ranks split them.
         add_bias_linear=case.num_experts is None or case.sizes.get(ETP) == 1 or tensor == 1,
-        # Only Transformer Engine's attention is split over context-parallel ranks.
-        **{name: size for name, size in case.sizes.items() if name != "context_parallel_size"},
+        **{name: size for name, size in case.sizes.items() if name not in NOT_OF_MODELS},
     )
     model: nn.Module = GPTModel(
         config,
@@ -281,6 +297,10 @@ def _model(case: Case, state: Any) -> Any:
         post_process=state.is_pipeline_last_stage(),
     )
     return model if case.dtype is torch.float32 else Float16Module(config, model)
+
+
+def _with_number_after(word: str, first: int, name: str) -> str:
+    return re.sub(rf"(?<={re.escape(word)})\d+", lambda found: str(int(found[0]) + first), name)
 
 
 def _whole_weight(key: str, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -199,7 +199,7 @@ class Handle:
         return stepped.grad
 
     @contextmanager
-    def _own_clipping_off(self) -> Iterator[None]:
+    def _own_clipping_off(self) -> Generator[None]:
         """During a step alone: other optimizers may share the config."""
         before = [config.clip_grad for config in self._configs]
         try:
