@@ -7,13 +7,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite, param_groups, parameters, step
-from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.arguments import (
+    as_axes,
+    as_flag,
+    check_function,
+    check_mesh_type,
+    kind_of,
+    shown,
+)
 from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
@@ -79,6 +86,9 @@ class Clipper:
             One that misses the sample, such as one to a single element through `.data`, is not
             seen. On an accelerator, policies with limits per tensor or unit and gradients on the
             CPU are measured after backward.
+        module: with a list of parameters, the model that they are from, wrapped as it is trained:
+            parameters without a name have their names in it, those that the optimizer gets later
+            too, and FSDP1 keeps its layout there. Nothing but the list is clipped.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -112,12 +122,14 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
         symmetric_memory: bool = False,
+        module: nn.Module | None = None,
     ) -> None:
         max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         check_mesh_type(mesh)
         distinct = as_axes("distinct", distinct)
         check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         check_function("gradient", gradient, "`parameter -> its gradient`, or None")
+        _check_module(module)
         overlap = as_flag("overlap", overlap)
         shared = SymmetricMemory() if as_flag("symmetric_memory", symmetric_memory) else None
         if overlap and gradient is not None:
@@ -129,6 +141,7 @@ class Clipper:
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._skips = nonfinite.SkipCounter(max_skips)
         self._sources = param_groups.list_sources(model_or_parameters, policy)
+        self._module = module
         check_policy(policy)
         for group in self._sources:
             check_policy(group.policy, group.name)
@@ -142,9 +155,12 @@ class Clipper:
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
-        self._hold(param_groups.read_sources(self._sources))
+        self._hold(self._read_sources())
         self.plan.connect()
         self._rounds = Rounds(self.plan)
+
+    def _read_sources(self) -> NamedParameters:
+        return param_groups.read_sources(self._sources, self._module)
 
     def _hold(self, read: NamedParameters) -> None:
         """Makes the plan for these parameters, and the policies' states before the first step."""
@@ -329,6 +345,8 @@ class Clipper:
         if self._gradient is None:
             for each in given:
                 wrappers.check_wrapped(each, self.plan)
+        for each in wrappers.unwrapped(given):  # before it gets others
+            self._checked.new_params([each], self.plan.params, scaled=False)
         return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     @_kept_between_calls
@@ -395,12 +413,12 @@ class Clipper:
         """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
         try:
             if self._changes.any():
-                self._hold_again(param_groups.read_sources(self._sources))
+                self._hold_again(self._read_sources())
             if stepped:
                 added = self._checked.new_params(stepped, self.plan.params, scaled)
                 if added:
                     self._sources = param_groups.with_params(self._sources, added)
-                    self._hold_again(param_groups.read_sources(self._sources))
+                    self._hold_again(self._read_sources())
         except ValueError as error:
             return error
         return None
@@ -494,3 +512,11 @@ class Clipper:
             )
             for group, policy, state in zip(self.plan.groups, self._policies, states, strict=True)
         ]
+
+
+def _check_module(module: Any) -> None:
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(
+            f"cannot look for names and layouts in module={shown(module)}: it is "
+            f"{kind_of(module)}, no module. Pass the model that the parameters are from, or None."
+        )
