@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,10 +16,9 @@ from distclip import nonfinite, param_groups, parameters, step
 from distclip.arguments import (
     as_axes,
     as_flag,
+    as_modules,
     check_function,
     check_mesh_type,
-    kind_of,
-    shown,
 )
 from distclip.decision import Decision
 from distclip.limits import LimitChecks
@@ -86,9 +85,10 @@ class Clipper:
             One that misses the sample, such as one to a single element through `.data`, is not
             seen. On an accelerator, policies with limits per tensor or unit and gradients on the
             CPU are measured after backward.
-        module: with a list of parameters, the model that they are from, wrapped as it is trained:
-            parameters without a name have their names in it, those that the optimizer gets later
-            too, and FSDP1 keeps its layout there. Nothing but the list is clipped.
+        modules: with a list of parameters, the model that they are from, or several, wrapped as
+            they are trained: parameters without a name have their names in it, those that the
+            optimizer gets later too, and FSDP1 keeps its layout there. Nothing but the list is
+            clipped.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -122,14 +122,13 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
         symmetric_memory: bool = False,
-        module: nn.Module | None = None,
+        modules: nn.Module | Iterable[nn.Module] = (),
     ) -> None:
         max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         check_mesh_type(mesh)
         distinct = as_axes("distinct", distinct)
         check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         check_function("gradient", gradient, "`parameter -> its gradient`, or None")
-        _check_module(module)
         overlap = as_flag("overlap", overlap)
         shared = SymmetricMemory() if as_flag("symmetric_memory", symmetric_memory) else None
         if overlap and gradient is not None:
@@ -141,7 +140,7 @@ class Clipper:
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._skips = nonfinite.SkipCounter(max_skips)
         self._sources = param_groups.list_sources(model_or_parameters, policy)
-        self._module = module
+        self._modules = as_modules("modules", modules)
         check_policy(policy)
         for group in self._sources:
             check_policy(group.policy, group.name)
@@ -160,7 +159,7 @@ class Clipper:
         self._rounds = Rounds(self.plan)
 
     def _read_sources(self) -> NamedParameters:
-        return param_groups.read_sources(self._sources, self._module)
+        return param_groups.read_sources(self._sources, self._modules)
 
     def _hold(self, read: NamedParameters) -> None:
         """Makes the plan for these parameters, and the policies' states before the first step."""
@@ -512,11 +511,3 @@ class Clipper:
             )
             for group, policy, state in zip(self.plan.groups, self._policies, states, strict=True)
         ]
-
-
-def _check_module(module: Any) -> None:
-    if module is not None and not isinstance(module, nn.Module):
-        raise TypeError(
-            f"cannot look for names and layouts in module={shown(module)}: it is "
-            f"{kind_of(module)}, no module. Pass the model that the parameters are from, or None."
-        )

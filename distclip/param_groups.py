@@ -24,9 +24,8 @@ from distclip.sharding.read import named_parameters
 
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
 
-_NUMBER = re.compile(
-    r"(^|\.)#\d+$|^added\.\d+$"
-)  # the names that `list_tensors` gives, and those below
+# The names that `list_tensors` gives, and those of parameters that are added.
+_NUMBER = re.compile(r"(^|\.)#\d+$|^added\.\d+$")
 _TO_CALLER = 7  # frames from `list_sources` to who makes a Clipper, whose decorators are frames too
 
 
@@ -103,18 +102,18 @@ def _source(given: Parameters) -> nn.Module | list[tuple[str, Tensor]]:
 
 
 def read_sources(
-    sources: Sequence[GroupSource], module: nn.Module | None = None
+    sources: Sequence[GroupSource], modules: Sequence[nn.Module] = ()
 ) -> NamedParameters:
     """The parameters that groups have now.
 
     Args:
-        module: what parameters that were given without a name are from.
+        modules: what parameters that were given without a name are from.
 
     Raises:
         ValueError: a parameter or a name is in two groups.
     """
-    read = NamedParameters([], [], [] if module is None else [module], [])
-    name_of = _names_in(module)
+    read = NamedParameters([], [], [*modules], [])
+    name_of = _names_in(modules)
     seen: set[int] = set()
     for group in sources:
         params = group.params
@@ -147,12 +146,14 @@ def read_sources(
     return read
 
 
-def _names_in(module: nn.Module | None) -> Callable[[str, Tensor], str]:
-    """A function to the name of a tensor in the module, where it has only a number so far."""
-    if module is None:
-        return lambda name, _: name
-    reshard(module)
-    names = {id(tensor): name for name, tensor in named_parameters(module)}
+def _names_in(modules: Sequence[nn.Module]) -> Callable[[str, Tensor], str]:
+    """A function to the name of a tensor in the modules, where it has only a number so far."""
+    names: dict[int, str] = {}
+    for index, module in enumerate(modules):
+        reshard(module)
+        prefix = f"{index}." if len(modules) > 1 else ""
+        for name, tensor in named_parameters(module):
+            names.setdefault(id(tensor), prefix + name)
     return lambda name, tensor: names.get(id(tensor), name) if _NUMBER.search(name) else name
 
 

@@ -138,7 +138,9 @@ def own_steps_on_every_layout() -> None:
 
     own_errors: dict[str, float] = {}
     for name, layout in LAYOUTS.items():
-        import time; print('T', name, time.process_time(), time.time(), flush=True)
+        import time
+
+        print("T", name, time.process_time(), time.time(), flush=True)
         try:
             ours = steps_with_distclip(layout)
         except AssertionError as error:
