@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_ as from_the_module
 
 import distclip
 from distclip.adapters import replacing_torch
+from tests.adapters.test_torchtitan import DEGREES, dims_of, parameters
 from tests.support import reference
 from tests.support.ranks import Ranks, same_bits_everywhere
 from tests.support.tolerances import NORM
@@ -205,6 +207,31 @@ def pipelines() -> None:
 
 def test_a_trainer_that_adds_up_the_pipeline_counts_each_stage_once(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(pipelines)
+
+
+def torchtitans_own() -> None:
+    from torchtitan.distributed.utils import clip_grad_norm_
+
+    for kind in DEGREES:
+        dims = dims_of(kind, "cpu")
+        params, wholes = parameters(kind, "cpu")
+        expected = reference.total_norm(wholes)
+        with replacing_torch() as replaced:
+            norm = clip_grad_norm_(
+                params,
+                0.3,
+                foreach=True,
+                pp_mesh=dims.get_optional_mesh("pp"),
+                ep_enabled=dims.ep_enabled,
+            )
+        assert replaced.num_calls["get_total_norm"] == 1 + dims.ep_enabled, kind
+        torch.testing.assert_close(norm.double(), expected, **NORM, msg=kind)
+        assert same_bits_everywhere(norm)
+
+
+@pytest.mark.skipif(find_spec("torchtitan") is None, reason="torchtitan is not installed")
+def test_torchtitans_function_reduces_over_its_pipeline_itself(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(torchtitans_own)
 
 
 def two_meshes() -> None:
