@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import distclip
-from tests.support import reference, trainers
+from tests.support import trainers
 from tests.support.ranks import Ranks
-from tests.support.trainers import LR, MAX_NORM, everyone, norms_of, trainer, whole
+from tests.support.trainers import MAX_NORM, everyone, norms_of, trainer, whole
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers"

@@ -113,6 +113,10 @@ def quiet() -> Any:
         gc.collect()
 
 
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def norms_of(trained: Any) -> list[float]:
     return [log["grad_norm"] for log in trained.state.log_history if "loss" in log]
 
@@ -147,7 +151,7 @@ def whole(
         norms.append(reference.total_norm(grads).item())
         with torch.no_grad():
             for param, grad in zip(params, clip(grads), strict=True):
-                param -= lr * grad
+                param.sub_(lr * grad)
         model.zero_grad()
     return model, norms
 
