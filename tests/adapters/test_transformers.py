@@ -104,10 +104,11 @@ def test_the_trainer_neither_clips_nor_measures(
 
 def test_one_warning_where_max_grad_norm_was_chosen(tmp_path: Path) -> None:
     made = trainer(str(tmp_path), [dist_clip(ClipNorm(MAX_NORM))], max_grad_norm=0.3)
-    with pytest.warns(UserWarning, match=r"max_grad_norm=0.3 beside the policy ClipNorm") as seen:
+    with pytest.warns(UserWarning, match=r"max_grad_norm=0.3 beside the policy ClipNorm"):
         made.train()
-        made.train()
-    assert len([each for each in seen if "beside the policy" in str(each.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*beside the policy")
+        made.train()  # once is enough
     for chosen, policy in ((1.0, ClipNorm(MAX_NORM)), (0, ClipNorm(MAX_NORM)), (0.3, None)):
         made = trainer(str(tmp_path), [dist_clip(policy)], max_grad_norm=chosen, max_steps=1)
         with warnings.catch_warnings(record=True) as seen:
@@ -306,8 +307,6 @@ def test_under_a_grad_scaler(tmp_path: Path, optim: str) -> None:
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-            self.accelerator.native_amp = True
-            self.accelerator.state._mixed_precision = "fp16"
 
     ends, models = [], []
     for make in (Scaled, Trainer):

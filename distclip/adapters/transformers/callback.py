@@ -19,7 +19,6 @@ from distclip import nonfinite
 from distclip.adapters.frameworks import Framework, import_framework
 from distclip.adapters.transformers import checkpoints
 from distclip.adapters.transformers.clipping import Clipping, InEngine, InOptimizer
-from distclip.arguments import check_function, check_mesh_type
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, StatelessPolicy, check_policy
@@ -30,8 +29,7 @@ from distclip.training.wrappers import unwrapped
 TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0", install="'distclip[transformers]'")
 import_framework(TRANSFORMERS, "transformers", stacklevel=4)
 
-from transformers import Trainer, TrainerCallback  # noqa: E402
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint  # noqa: E402
+from transformers import Trainer, TrainerCallback, trainer_utils  # noqa: E402
 
 DEFAULT_SKIPS = 20
 # Of TrainingArguments, which do not say whether somebody chose it.
@@ -86,8 +84,6 @@ class DistClip(TrainerCallback):
         layouts: LayoutFunction | None = None,
     ) -> None:
         nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
-        check_mesh_type(mesh)
-        check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         if policy is not None:
             check_policy(policy)
         self.policy = policy
@@ -149,7 +145,11 @@ class DistClip(TrainerCallback):
     def _make_clipping(self, trainer: Any, optimizer: Optimizer, policy: Policy[Any]) -> Clipping:
         if trainer.is_deepspeed_enabled:
             self._check_options_of_engine()
-            return InEngine(trainer.model_wrapped, policy, self._on_nonfinite)
+            engine, args = trainer.model_wrapped, trainer.args
+            with warnings.catch_warnings():
+                if engine.gradient_clipping() == args.max_grad_norm:  # "auto": see _warn_if_chosen
+                    warnings.filterwarnings("ignore", "The config of DeepSpeed has gradient_clip")
+                return InEngine(engine, policy, self._on_nonfinite)
         clipper = Clipper(
             trainer.model_wrapped,
             policy,
@@ -178,7 +178,7 @@ class DistClip(TrainerCallback):
         def save_both(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
             saved = save_model(output_dir, *args, **kwargs)
             folder = os.path.basename(os.path.normpath(output_dir or ""))
-            if folder.startswith(PREFIX_CHECKPOINT_DIR) and trainer.args.should_save:
+            if folder.startswith(trainer_utils.PREFIX_CHECKPOINT_DIR) and trainer.args.should_save:
                 checkpoints.save(clipping, cast(str, output_dir))
             return saved
 
@@ -313,6 +313,6 @@ def _checkpoint_of(
     given = inspect.signature(train).bind_partial(*args, **kwargs).arguments
     checkpoint = given.get("resume_from_checkpoint")
     if checkpoint is True:
-        find = cast("Callable[[str], str | None]", get_last_checkpoint)
-        return find(trainer.args.output_dir)  # None: the Trainer raises
+        # None: the Trainer raises.
+        return cast(Any, trainer_utils).get_last_checkpoint(trainer.args.output_dir)
     return checkpoint or None
