@@ -31,7 +31,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "fsdp, full_dtensor": {"spmd_backend": "full_dtensor"},
     "hsdp": {HSDP: 2},
-    "fsdp x tp": {TP: 2},
     "fsdp x tp, full_dtensor": {TP: 2, "spmd_backend": "full_dtensor"},
     "fsdp x cp": {CP: 2},
     "hsdp x ep": {"model": "moe", "layers": 2, HSDP: 2, EP: 2},
