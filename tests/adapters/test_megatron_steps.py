@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from distclip import AdaGC, AutoClip, ClipNorm, NonFiniteGradientError
+from distclip import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, NonFiniteGradientError
 from distclip.adapters.megatron import attach
 from tests.conftest import pool
 from tests.support import reference
@@ -44,7 +44,7 @@ def poison(run: Run, number: float) -> None:
     if state.is_pipeline_last_stage() and (
         state.get_tensor_model_parallel_rank() == state.get_tensor_model_parallel_world_size() - 1
     ):
-        run.model.buffers[0].grad_data[0] = number
+        run.chunks[0].buffers[0].grad_data[0] = number
 
 
 def total(run: Run) -> float:
@@ -151,12 +151,12 @@ def the_policy_alone_clips() -> None:
         with running(case) as run:
             run.record()
             run.fill(0)
-            for buffer in run.model.buffers:
+            for buffer in run.chunks[0].buffers:
                 buffer.grad_data[:5] = 0.0
             assert run.optimizer.prepare_grads() is False
             zeros = run.optimizer.count_zeros()
             assert zeros >= 5
-            handle = attach(run.optimizer, ClipNorm(2.0), model=run.model)
+            handle = attach(run.optimizer, ClipNorm(2.0), model=run.chunks)
             norm = run.optimizer.get_grad_norm()
             assert norm > 4
             assert run.optimizer.step() == (True, norm, zeros)
@@ -259,7 +259,7 @@ def a_state_moves_between_layouts() -> None:
     names: list[str] = []
     for step, case in enumerate(RESUMED):
         with running(case) as run:
-            handle = attach(run.optimizer, AdaGC(1.01, 10.0, 0.9, 2), model=run.model)
+            handle = attach(run.optimizer, AdaGC(1.01, 10.0, 0.9, 2), model=run.chunks)
             if saved is not None:
                 handle.load_state_dict(saved)
             run.fill(0, 1.0 + step % 3)
@@ -325,6 +325,38 @@ def ranks_that_train_nothing_take_part() -> None:
 
 def test_ranks_that_train_nothing_take_part() -> None:
     pool(4).run(ranks_that_train_nothing_take_part)
+
+
+def the_layer_wise_optimizer_is_clipped() -> None:
+    """Each data-parallel rank steps some of the parameters."""
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    for case in (PLAIN._replace(sizes=sizes(2)), EXPERTS):
+        with running(case) as run:
+            groups = ProcessGroupCollection.use_mpu_process_groups(["dp_cp", "expt_dp"])
+            config = run.optimizer.config
+            run.optimizer = LayerWiseDistributedOptimizer(run.members(), config, groups)
+            run.optimizer.allgather_params = lambda: None  # gloo gathers equal sizes alone
+            run.record()
+            run.fill(0)
+            mine = {param for member in run.members() for param in member.get_parameters()}
+            assert len(mine) < len(list(run.named_parameters()))
+            limit = 0.1 * total(run)
+            handle = attach(run.optimizer, ClipTensorNorm(limit), model=run.chunks)
+            success, norm, _ = run.optimizer.step()
+            assert success
+            assert norm == pytest.approx(total(run), rel=1e-7)
+            clipped = reference.clip_tensor_norm(run.grads, limit)
+            expected = run.expected_steps(dict(zip(run.wholes, clipped, strict=True)))
+            assert expected.keys() == run.stepped_with.keys() == mine
+            for stepped, grad in run.stepped_with.items():
+                torch.testing.assert_close(grad.double(), expected[stepped], rtol=2.5e-7, atol=0)
+            handle.detach()
+
+
+def test_the_layer_wise_optimizer_is_clipped() -> None:
+    pool(4).run(the_layer_wise_optimizer_is_clipped)
 
 
 def other_optimizers_are_refused() -> None:
