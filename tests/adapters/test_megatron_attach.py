@@ -112,7 +112,7 @@ def train(case: Case) -> tuple[list[float], dict[str, Tensor]]:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     # There is no dropout, and no generator of CUDA's for it.
-    no_fork = mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
+    no_fork = mock.patch.object(CudaRNGStatesTracker, "fork", return_value=nullcontext())
     with running(case) as run, no_fork:
         handle = attach(run.optimizer, AdaGC(1.0, 0.5, 0.5, 1))
         ranks = run.state.get_data_parallel_world_size()

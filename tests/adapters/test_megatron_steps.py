@@ -359,16 +359,41 @@ def test_the_layer_wise_optimizer_is_clipped() -> None:
     pool(4).run(the_layer_wise_optimizer_is_clipped)
 
 
-def other_optimizers_are_refused() -> None:
+def what_cannot_be_clipped_is_refused() -> None:
     weight = torch.zeros(2, requires_grad=True)
     for wrong in (torch.optim.SGD([weight]), None, nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="it is no optimizer of Megatron-core"):
             attach(wrong)
-    with running(PLAIN) as run:
+    with running(SHARDED) as run:
+        (member,) = run.members()
         with pytest.raises(TypeError):
             attach(run.optimizer, 1.0)
+        with pytest.raises(TypeError, match="from model=3: it is no model"):
+            attach(run.optimizer, model=3)
+        with pytest.raises(ValueError, match="cannot find 28 of the 28 parameters"):
+            attach(run.optimizer, model=nn.Linear(2, 2))
+        own, member.tp_group = member.tp_group, run.state.get_data_parallel_group()
+        with pytest.raises(ValueError, match="its groups were passed by hand"):
+            attach(run.optimizer)
+        member.tp_group = own
+        member.ddp_config.use_megatron_fsdp = True
+        with pytest.raises(ValueError, match="over FSDP inside Megatron"):
+            attach(run.optimizer)
+        member.ddp_config.use_megatron_fsdp = False
+        with pytest.raises(ValueError, match="cannot clip what Unknown steps"):
+            attach(unknown_optimizer(run.optimizer.config))
         attach(run.optimizer).detach()  # nothing was claimed
+    with pytest.raises(ValueError, match="its parallel state is not initialized"):
+        attach(run.optimizer)
 
 
-def test_other_optimizers_are_refused() -> None:
-    pool(4).run(other_optimizers_are_refused)
+def unknown_optimizer(config: Any) -> Any:
+    from megatron.core.optimizer import MegatronOptimizer
+
+    abstract = MegatronOptimizer.__abstractmethods__
+    unknown = type("Unknown", (MegatronOptimizer,), dict.fromkeys(abstract, lambda *_: None))
+    return unknown(torch.optim.SGD([torch.zeros(2)]), config)
+
+
+def test_what_cannot_be_clipped_is_refused() -> None:
+    pool(4).run(what_cannot_be_clipped_is_refused)
