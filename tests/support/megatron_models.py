@@ -190,6 +190,15 @@ class Run:
                 grad = getattr(param, "decoupled_grad", param.grad)
                 self.stepped_with[param] = grad.clone()
 
+    def check_steps(self, clipped: list[Tensor]) -> None:
+        """That the inner optimizers have stepped with `clipped`, of all tensors of `wholes`."""
+        expected = self.expected_steps(dict(zip(self.wholes, clipped, strict=True)))
+        assert expected.keys() == self.stepped_with.keys()
+        for stepped, grad in self.stepped_with.items():
+            # A coefficient in float32, one product, and one rounding of an unscaled gradient.
+            torch.testing.assert_close(grad.double(), expected[stepped], rtol=2.5e-7, atol=1e-12)
+        self.stepped_with.clear()
+
     def expected_steps(self, clipped: dict[str, Tensor]) -> dict[Tensor, Tensor]:
         """Of whole tensors, what each inner optimizer should step with."""
         names = {param: name for name, param in self.named_parameters()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
-from distclip.adapters.megatron.held_params import chained, held_params, is_layer_wise
+from distclip.adapters.megatron.held_params import HeldParam, chained, held_params, is_layer_wise
 from distclip.adapters.megatron.model_shards import AXIS, ModelShard, model_shards
 from distclip.adapters.megatron.rank_groups import RankGroups
 from distclip.arguments import shown
@@ -24,7 +24,7 @@ from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-MEGATRON = Framework("megatron-core", "0.16.1", "0.16.1", install="megatron-core==0.16.1")
+MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1", install="megatron-core==0.16.1")
 _DEFAULT_CLIP_GRAD = 1.0  # of OptimizerConfig
 
 
@@ -104,8 +104,7 @@ class Handle:
         claimed: Sequence[Any],
     ) -> None:
         members = chained(optimizer)
-        groups = RankGroups.of(members)
-        held = held_params(optimizer, groups)
+        groups, held = _read(optimizer)
         shards = model_shards(held, chunks, groups, is_layer_wise(optimizer))
         self._optimizer, self._claimed = optimizer, claimed
         self._configs = list({id(one.config): one.config for one in members}.values())
@@ -224,6 +223,18 @@ class Handle:
                 f"{policy}: the policy holds, and Megatron's own rule is off until `.detach()`.",
                 stacklevel=4,
             )
+
+
+def _read(optimizer: Any) -> tuple[RankGroups, list[HeldParam]]:
+    try:
+        groups = RankGroups.of(chained(optimizer))
+        return groups, held_params(optimizer, groups)
+    except AttributeError as error:
+        raise ValueError(
+            f"cannot attach to this {type(optimizer).__name__}: {error}, and its gradients cannot "
+            f"be found without. Use megatron-core {MEGATRON.lowest} to {MEGATRON.highest}, which "
+            f"distclip is tested with."
+        ) from error
 
 
 def _chunks(model: Any, optimizer: Any) -> list[nn.Module]:
