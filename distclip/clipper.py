@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite, param_groups, parameters, step
-from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.arguments import (
+    as_axes,
+    as_flag,
+    as_modules,
+    check_function,
+    check_mesh_type,
+)
 from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
@@ -79,6 +85,8 @@ class Clipper:
             One that misses the sample, such as one to a single element through `.data`, is not
             seen. On an accelerator, policies with limits per tensor or unit and gradients on the
             CPU are measured after backward.
+        modules: wrapped modules that listed parameters are part of: FSDP1 keeps there how they are
+            sharded. Not needed where a module is passed.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -112,6 +120,7 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
         symmetric_memory: bool = False,
+        modules: Iterable[nn.Module] = (),
     ) -> None:
         max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         check_mesh_type(mesh)
@@ -135,8 +144,11 @@ class Clipper:
         self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
 
+        around = as_modules("modules", modules)
+
         def plan_for(read: NamedParameters) -> Plan:
-            sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
+            inside = [*read.modules, *around]
+            sharded = read_layouts(read.named, inside, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
         self._plan_for = plan_for
