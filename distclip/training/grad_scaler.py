@@ -105,6 +105,20 @@ def stage_of(scaler: GradScaler, optimizer: Optimizer) -> OptState:
     return cast(OptState, torch_private.scaler_state(scaler, optimizer)["stage"])
 
 
+def found_inf(scaler: GradScaler, stepped: Sequence[Optimizer]) -> Tensor:
+    """1 where the scaler will skip these optimizers, as it knows after `record` or `unscale_`."""
+    states = [torch_private.scaler_state(scaler, optimizer) for optimizer in stepped]
+    found = [each for state in states for each in state["found_inf_per_device"].values()]
+    device = found[0].device
+    return torch.stack([each.to(device).reshape(()) for each in found]).amax()
+
+
+def mark_stepped(scaler: GradScaler, stepped: Sequence[Optimizer]) -> None:
+    """Lets `update` take the step for done where it was left out."""
+    for optimizer in stepped:
+        torch_private.scaler_state(scaler, optimizer)["stage"] = OptState.STEPPED
+
+
 def record(scaler: GradScaler, stepped: Sequence[Optimizer], found_inf: Tensor) -> None:
     """Writes what `unscale_` would: unscaled, and whether an overflow was found on any rank.
 
@@ -168,5 +182,4 @@ def _step_unless_found(optimizer: Optimizer, scaler: GradScaler) -> None:
     state = torch_private.scaler_state(scaler, optimizer)
     if not any(bool(found) for found in state["found_inf_per_device"].values()):
         optimizer.step()
-    for each in wrappers.known_to_scaler(optimizer):
-        torch_private.scaler_state(scaler, each)["stage"] = OptState.STEPPED
+    mark_stepped(scaler, wrappers.known_to_scaler(optimizer))
