@@ -378,7 +378,7 @@ class Clipper:
         except (TypeError, ValueError) as error:  # which other ranks may not have
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
-            fault = unheld_gradient(stepped)
+            fault = unheld_gradient(stepped, self.plan.params)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import distclip
 from distclip import ClipNorm
 from tests.support import accelerated as acc
 from tests.support.ranks import Ranks
