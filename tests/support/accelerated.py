@@ -108,6 +108,8 @@ def accelerator_for(layout: str, scaler: GradScaler | None = None, **options: An
         if layout.startswith("fsdp"):
             more: dict[str, Any] = {"cpu_ram_efficient_loading": False}
             if layout != "fsdp2":
+                # torch 2.13 crashes where FSDP1 gathers a whole state dict on CPUs.
+                more["state_dict_type"] = "SHARDED_STATE_DICT"
                 more |= {"use_orig_params": layout == "fsdp1", "sync_module_states": False}
             options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
                 fsdp_version=2 if layout == "fsdp2" else 1, **more
