@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distclip
@@ -380,8 +381,8 @@ def own_with_a_part_under_fsdp1() -> None:
 def own_of_each_type() -> None:
     """The norm of any type is right where all parameters lie on one mesh."""
     expected = acc.whole_gradients(1)
-    for layout in ("ddp", "fsdp1", "fsdp2"):
-        for norm_type in (float("inf"), 1.0, 2.0):
+    for layout in ("fsdp1", "fsdp2"):
+        for norm_type in (float("inf"), 1.0):
             with acc.accelerator_for(layout) as accelerator:
                 model, _ = acc.prepared(accelerator)
                 acc.run_backward(accelerator, model)
@@ -406,8 +407,44 @@ def own_beside_plain() -> None:
         torch.testing.assert_close(norm, torch.tensor(48.0).sqrt())
 
 
+def own_with_two_optimizers_under_a_scaler() -> None:
+    """The first step updates the scaler, which then forgets that all gradients are unscaled."""
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    clipped = acc.norm_clipped(acc.whole_gradients(1), MAX_NORM)
+    with acc.accelerator_for("ddp", scaler) as accelerator:
+        model = accelerator.prepare(acc.make_net())
+        parts = (model.module.body, model.module.head)
+        handles = [accelerator.prepare(acc.sgd(part.parameters())) for part in parts]
+        accelerator.native_amp = True
+        before = acc.whole_weights(model)
+        acc.run_backward(accelerator, model)
+        accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+        for handle in handles:
+            handle.step()
+        found = acc.applied(model, before)
+        for name, grad in clipped.items():
+            factor = 1 / 1024 if "head" in name else 1.0
+            torch.testing.assert_close(
+                found[name].double(), grad * factor, rtol=1e-4, atol=2**-23 / acc.LR
+            )
+
+
+def own_flag_of_a_fused_optimizer() -> None:
+    with acc.accelerator_for("one process", GradScaler("cpu", init_scale=1024.0)) as accelerator:
+        model, optimizer = acc.prepared(accelerator, acc.fused)
+        before = acc.whole_weights(model)
+        acc.run_backward(accelerator, model)
+        next(model.parameters()).grad.fill_(float("inf"))
+        accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        torch.testing.assert_close(acc.whole_weights(model), before, rtol=0, atol=0)
+        assert not optimizer.step_was_skipped
+
+
 OWN: dict[str, Callable[[], None]] = {
     "a part under FSDP1": own_with_a_part_under_fsdp1,
+    "two optimizers under a scaler": own_with_two_optimizers_under_a_scaler,
+    "the flag of a fused optimizer": own_flag_of_a_fused_optimizer,
     "types of norm": own_of_each_type,
     "beside plain": own_beside_plain,
 }

@@ -113,17 +113,37 @@ def test_fsdp2_beside_plain_parameters(two_accelerated_ranks: Ranks) -> None:
 
 def engine_accelerator(stage: int, gas: int) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DeepSpeedPlugin
 
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
     )
     engines.load()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget()
     plugin = DeepSpeedPlugin(hf_ds_config=engines.config(stage, gas=gas))
     return Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=gas)
+
+
+def forget() -> None:
+    """What accelerate keeps for a whole process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def refused_under_deepspeed(accelerator: Any, model: Any, optimizer: Any, clipper: Any) -> None:
+    with pytest.raises(ValueError, match="cannot use overlap= under DeepSpeed"):
+        prepare(accelerator, model, optimizer, overlap=True)
+    with pytest.raises(ValueError, match="this generator under DeepSpeed"):
+        prepare(accelerator, model.parameters(), optimizer)
+    with pytest.raises(ValueError, match="again"):
+        prepare(accelerator, model, optimizer)
+    with pytest.raises(ValueError, match="cannot scale or count this step under DeepSpeed"):
+        clipper.clip_(scale=0.5)
+    with pytest.raises(ValueError, match="cannot evaluate a closure under DeepSpeed"):
+        clipper.step(closure=lambda: None)
 
 
 def under_deepspeed(stage: int, folder: str) -> None:
@@ -137,13 +157,8 @@ def under_deepspeed(stage: int, folder: str) -> None:
             prepare(accelerator, net, raw)
         model, optimizer = accelerator.prepare(net, raw)
         policy = ZClip(warmup_steps=2) & ClipNorm(0.5)
-        with pytest.raises(ValueError, match="cannot use overlap= under DeepSpeed"):
-            prepare(accelerator, model, optimizer, policy, overlap=True)
-        with pytest.raises(ValueError, match="this generator under DeepSpeed"):
-            prepare(accelerator, model.parameters(), optimizer, policy)
         clipper = prepare(accelerator, model, optimizer, policy)
-        with pytest.raises(ValueError, match="again"):
-            prepare(accelerator, model, optimizer, policy)
+        refused_under_deepspeed(accelerator, model, optimizer, clipper)
         before = engines.masters(model)
         for micro in range(gas):
             with accelerator.accumulate(model):
@@ -157,10 +172,6 @@ def under_deepspeed(stage: int, folder: str) -> None:
         assert engines.norm_of(engines.updates(model, before)) == pytest.approx(0.5, rel=1e-5)
         whole = engines.norm_of(engines.whole_gradients(0, gas))
         assert clipper.report.total_norm.item() == pytest.approx(whole, rel=1e-6)
-        with pytest.raises(ValueError, match="cannot scale or count this step under DeepSpeed"):
-            clipper.clip_(scale=0.5)
-        with pytest.raises(ValueError, match="cannot evaluate a closure under DeepSpeed"):
-            clipper.step(closure=lambda: None)
         accelerator.save_state(folder)
         accelerator.wait_for_everyone()
         saved = clipper.state_dict()
@@ -179,11 +190,7 @@ def under_deepspeed(stage: int, folder: str) -> None:
             clipper.step()
         again.detach()
         model.destroy()
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        forget()
 
 
 @needs_deepspeed
