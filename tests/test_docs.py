@@ -114,7 +114,8 @@ def _run_script(folder: Path, rank: int, num_ranks: int, port: int) -> None:
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
     sys.argv = ["block.py"]
-    runpy.run_path("block.py", run_name="__main__")
+    # The whole path: processes that a block starts import it, from another folder.
+    runpy.run_path(str(folder / "block.py"), run_name="__main__")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
