@@ -67,8 +67,17 @@ def experts_of_rank_0(model: nn.Module, rank: int, world_size: int) -> Tensor:
 
 
 def scaled_step(model: Any, rank: int, world_size: int) -> None:
+    backward_scaled(model, all_experts(model, rank, world_size))
+
+
+def scaled_step_of_rank_0(model: Any, rank: int, world_size: int) -> None:
+    backward_scaled(model, experts_of_rank_0(model, rank, world_size))
+
+
+def backward_scaled(model: Any, loss: Tensor) -> None:
+    """With a new scaler, which has unscaled nothing in this step."""
     scaler = model.trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-    scaler.scale(all_experts(model, rank, world_size)).backward()
+    scaler.scale(loss).backward()
 
 
 # transformers -------------------------------------------------------------------------------------
@@ -93,8 +102,12 @@ def with_attribute(model: nn.Module, **attributes: Any) -> nn.Module:
     return model
 
 
-def expert_parallel_in_fp16(model: Mixture) -> nn.Module:
-    """As `fp16=True` on an accelerator; Trainer refuses it on a CPU."""
+def two_meshes_in_fp16(model: Mixture) -> nn.Module:
+    """Experts on one mesh, the rest by FSDP2 on another, and a loss scale.
+
+    The scale is that of `fp16=True` on an accelerator; the Trainer refuses it on a CPU.
+    """
+    fully_shard(model.head, mesh=mesh((dist.get_world_size(),), ("fsdp",)))
     model = expert_parallel(model)
     accelerator: Any = model.trainer.accelerator
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
@@ -105,23 +118,27 @@ def expert_parallel_in_fp16(model: Mixture) -> nn.Module:
 
 
 def as_trainer(model: Any, max_norm: float) -> Tensor:
-    """And then what `scaler.step` does first: it unscales, unless that has been done."""
     model.trainer.args.max_grad_norm = max_norm
-    norm = model.trainer._clip_grad_norm(model)
-    unscale(model)
+    return model.trainer._clip_grad_norm(model)
+
+
+def as_trainer_in_fp16(model: Any, max_norm: float) -> Tensor:
+    """And then what `scaler.step` does first: it unscales, unless that has been done."""
+    norm = as_trainer(model, max_norm)
+    accelerator = model.trainer.accelerator
+    with contextlib.suppress(RuntimeError):  # "unscale_() has already been called"
+        accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
     return norm
 
 
 def as_distclip(model: Any, max_norm: float) -> Tensor:
-    unscale(model)
     return distclip.clip_grad_norm_(model, max_norm)
 
 
-def unscale(model: Any) -> None:
-    accelerator = getattr(getattr(model, "trainer", None), "accelerator", None)
-    if getattr(accelerator, "scaler", None) is not None:
-        with contextlib.suppress(RuntimeError):  # it has been done
-            accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+def as_distclip_in_fp16(model: Any, max_norm: float) -> Tensor:
+    accelerator = model.trainer.accelerator
+    clipper = distclip.Clipper(model, distclip.ClipNorm(max_norm))
+    return clipper.clip_(accelerator._optimizers, scaler=accelerator.scaler).total_norm
 
 
 # torch and accelerate -----------------------------------------------------------------------------

@@ -23,37 +23,26 @@ def rows(report: ParityReport, **of: Any) -> list[list[str]]:
     return [differing(outcome) for outcome in report.of(**of).outcomes]
 
 
-def test_transformers_waits_where_a_ranks_experts_got_no_token() -> None:
-    """One collective for each mesh, entered by ranks that have gradients on it (5.23.0)."""
-    clips = {"distclip": peers.as_distclip, "transformers": peers.as_trainer}
-    steps = [peers.all_experts, peers.experts_of_rank_0]
-    layouts = {"experts": peers.expert_parallel}
-    report = parity(peers.Mixture, steps, layouts, clips, timeout_s=8, nonfinite=False)
-    assert rows(report, clip="distclip") == [[], [], []], report
-    assert rows(report, clip="transformers") == [[], ["ranks"]], report
-    [detail] = report.outcomes[-1].cells["ranks"].details
-    assert "rank 0 hangs in _mixed_mesh_grad_norm (trainer.py:" in detail
-    assert "rank 1 returned" in detail
-
-
-def test_transformers_clips_experts_by_a_norm_with_the_loss_scale() -> None:
-    """`_mixed_mesh_grad_norm` does not unscale; the scaler does after it (5.23.0)."""
-    clips = {"distclip": peers.as_distclip, "transformers": peers.as_trainer}
+def test_transformers_with_experts_on_a_mesh_of_their_own() -> None:
+    """5.23.0: `_mixed_mesh_grad_norm` does not unscale, which the scaler does after it; and makes
+    a collective for each mesh on which this rank has gradients.
+    """
     report = parity(
         peers.Mixture,
-        peers.scaled_step,
-        {"experts in fp16": peers.expert_parallel_in_fp16},
-        clips,
-        whole_step=peers.all_experts,
+        [peers.scaled_step, peers.scaled_step_of_rank_0],
+        {"two meshes in fp16": peers.two_meshes_in_fp16},
+        {"distclip": peers.as_distclip_in_fp16, "transformers": peers.as_trainer_in_fp16},
+        whole_step=[peers.all_experts, peers.experts_of_rank_0],
         scale=peers.SCALE,
+        timeout_s=8,
         nonfinite=False,
     )
-    assert rows(report, clip="distclip") == [[], []], report
-    step, quiet = report.of(clip="transformers").outcomes
-    assert differing(step) == differing(quiet) == ["norm", "coefficient", "clipped"], report
-    assert "0.000976562 times what is right" in str(step.cells["clipped"].details)  # 1 / 1024
-    # And gradients below the limit are clipped.
-    assert "0.00195312 times what is right" in str(quiet.cells["clipped"].details)
+    assert rows(report, clip="distclip") == [[], [], []], report
+    scaled, waits = report.of(clip="transformers").outcomes
+    assert differing(scaled) == ["norm", "coefficient", "clipped"], report
+    assert "0.0009766 times what is right" in str(scaled.cells["clipped"].details)  # 1 / 1024
+    [detail] = waits.cells["ranks"].details
+    assert "hangs in _mixed_mesh_grad_norm (trainer.py:" in detail
 
 
 def test_torch_and_accelerate_on_meshes_and_lists() -> None:
