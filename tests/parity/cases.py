@@ -89,7 +89,7 @@ def unsynced(model: nn.Module) -> nn.Module:
 
 
 def nothing(model: nn.Module) -> None:
-    fully_shard(model)
+    """Forgets to return."""
 
 
 def no_module(model: nn.Module) -> list[nn.Module]:
@@ -185,14 +185,6 @@ def clamped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
     return {name: grad.clamp(-max_norm / 4, max_norm / 4) for name, grad in gradients.items()}
 
 
-def no_number(model: nn.Module, max_norm: float) -> str:
-    return "1.0"
-
-
 def moved(model: nn.Module) -> dict[str, Tensor]:
     """Of a framework that keeps gradients elsewhere: by whole names."""
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-
-
-def no_dict(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters()]
