@@ -72,7 +72,8 @@ def _turn(item: pytest.Item) -> tuple[bool, bool]:
 
 @functools.cache
 def _shares_pool(path: Path) -> bool:
-    return path.is_relative_to(FOLDER) and any(name in path.read_text() for name in SHARED_POOLS)
+    words = (*SHARED_POOLS, "from tests.conftest import pool")
+    return path.is_relative_to(FOLDER) and any(word in path.read_text() for word in words)
 
 
 def _is_below(path: Path, names: tuple[str, ...]) -> bool:
