@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from distclip.parity.clips import Clip, Definer, total_norm
+from distclip.parity.clips import Clip, Definer
 from distclip.parity.tolerances import EPSILON, FLOOR, tolerance_of
 
 COLUMNS = ("gradients", "norm", "coefficient", "clipped", "copies", "ranks")
@@ -226,7 +226,3 @@ def _factor(right: Tensor, found: Tensor) -> str:
     factor = _coefficient({"": right}, {"": found})
     explained = _error(_wide(right) * factor, found, 0.0)[0] <= 1e-2
     return f"; all of it is {factor:.4g} times what is right" if explained and factor else ""
-
-
-def norm_of(gradients: Mapping[str, Tensor], norm_type: float) -> float:
-    return total_norm(gradients, norm_type)

@@ -47,7 +47,7 @@ def parity(
     scale: float = 1.0,
     nonfinite: bool = True,
     dtype: torch.dtype | None = None,
-    timeout_s: float = 20.0,
+    timeout_s: float = 60.0,
     seed: int = 0,
     start_method: str = "spawn",
 ) -> ParityReport:

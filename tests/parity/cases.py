@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from tests.support.ranks import mesh
+from tests.support.wrapped import local
 
 CPU = torch.device("cpu")
 
@@ -107,16 +108,16 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 # Ways to clip -------------------------------------------------------------------------------------
 
 
-def local_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Each rank its own shard: what torch does with a list of FSDP1 parameters."""
-    return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.numel()], max_norm)
+def as_torch(model: nn.Module, max_norm: float) -> Tensor:
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 def of_local_shards(model: nn.Module, max_norm: float) -> float:
-    norms = [p.grad.to_local().norm() for p in model.parameters()]
-    norm = torch.stack(norms).norm()
-    for p in model.parameters():
-        p.grad.to_local().mul_((max_norm / norm).clamp(max=1))
+    """Without a collective."""
+    grads = [local(p.grad) for p in model.parameters()]
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    for grad in grads:
+        grad.mul_((max_norm / norm).clamp(max=1))
     return float(norm)
 
 

@@ -179,3 +179,17 @@ def test_the_table() -> None:
     assert "fsdp2, ours, step 0: clipped" in text
     with pytest.raises(KeyError, match="there are"):
         report.of(clip="nothing")
+
+
+def test_below_the_limit_nothing_may_change() -> None:
+    same = {name: grad.float() for name, grad in WHOLE.items()}
+    assert compare(WHOLE, same, 2 * NORM).agrees
+    doubled = {name: grad * 2 for name, grad in same.items()}
+    assert not compare(WHOLE, doubled, 2 * NORM).agrees
+
+
+def test_gradients_of_zeros_stay_zeros() -> None:
+    zeros = {name: torch.zeros_like(grad) for name, grad in WHOLE.items()}
+    assert compare(zeros, zeros, 1.0, norms=[0.0, 0.0], before=zeros).agrees
+    broken = {name: grad * math.nan for name, grad in zeros.items()}
+    assert not compare(zeros, broken, 1.0, before=zeros).agrees

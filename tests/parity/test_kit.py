@@ -109,7 +109,6 @@ FAILING = {
     "raising_on_rank_1": ("rank 1 raised RuntimeError: expected a mesh", "rank 0 hangs"),
     "leaving_rank_1_out": ("rank 0 hangs in leaving_rank_1_out (cases.py:", "rank 1 returned"),
     "ending_rank_1": ("rank 1 raised the process ended with exit code 3", "rank 0 hangs"),
-    "raising_if_nonfinite": (),
 }
 
 
@@ -119,19 +118,13 @@ def failing() -> ParityReport:
     return parity(cases.build, cases.step, {"fsdp2": cases.fsdp2}, clips, timeout_s=3)
 
 
-@pytest.mark.parametrize("clip", [clip for clip, texts in FAILING.items() if texts])
+@pytest.mark.parametrize("clip", FAILING)
 def test_what_ranks_raise_and_where_they_hang_is_a_row(failing: ParityReport, clip: str) -> None:
     outcomes = failing.of(clip=clip).outcomes
     assert [outcome.step for outcome in outcomes] == ["step 0"]
     cell = outcomes[0].cells["ranks"]
     assert not cell.agrees
     assert all(text in cell.details[0] for text in FAILING[clip]), cell
-
-
-def test_ranks_that_all_raise_on_a_nan_agree(failing: ParityReport) -> None:
-    outcomes = failing.of(clip="raising_if_nonfinite").outcomes
-    assert all(outcome.agrees for outcome in outcomes)
-    assert outcomes[-1].cells["ranks"].text.startswith("every rank raised NonFiniteGradientError")
 
 
 def test_policies_and_definitions() -> None:
@@ -157,8 +150,12 @@ def test_policies_and_definitions() -> None:
 def test_tensor_parallel_beside_plain_parameters_and_a_layout_that_raises() -> None:
     """The same batch on every rank; torch cannot add norms of DTensors and plain tensors."""
     layouts = {"tp": cases.tensor_parallel, "raises": cases.raises}
-    report = parity(cases.build, cases.same_batch, layouts, timeout_s=10)
-    assert report.of(clip="distclip", layout="tp").agrees, report
+    clips = {"distclip": cases.raising_if_nonfinite, "torch": cases.as_torch}
+    report = parity(cases.build, cases.same_batch, layouts, clips)
+    outcomes = report.of(clip="distclip", layout="tp").outcomes
+    assert all(outcome.agrees for outcome in outcomes), report
+    # Ranks that all raise on a NaN agree.
+    assert outcomes[-1].cells["ranks"].text.startswith("every rank raised NonFiniteGradientError")
     [outcome] = report.of(clip="torch", layout="tp").outcomes
     assert "every rank raised RuntimeError" in outcome.cells["ranks"].details[0]
     for outcome in report.of(layout="raises").outcomes:  # a row for each clip

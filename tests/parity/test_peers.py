@@ -34,7 +34,7 @@ def test_transformers_with_experts_on_a_mesh_of_their_own() -> None:
         {"distclip": peers.as_distclip_in_fp16, "transformers": peers.as_trainer_in_fp16},
         whole_step=[peers.all_experts, peers.experts_of_rank_0],
         scale=peers.SCALE,
-        timeout_s=8,
+        timeout_s=15,
         nonfinite=False,
     )
     assert rows(report, clip="distclip") == [[], [], []], report
@@ -62,7 +62,6 @@ def test_torch_and_accelerate_on_meshes_and_lists() -> None:
             "accelerate": peers.accelerate_on_all,
             "accelerate, weights": of_weights(peers.accelerate_on_weights),
         },
-        timeout_s=8,
         nonfinite=False,
     )
     for layout in ("FSDP1", "FSDP1, accelerate", "two meshes"):
