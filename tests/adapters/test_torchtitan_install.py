@@ -99,6 +99,8 @@ def trainers_of_any_age() -> None:
         with titan.install(distclip.ClipTensorNorm(0.01)) as installed:
             with pytest.raises(ValueError, match=r"not those of a trainer .*`add\(trainer\)`"):
                 titan.run_steps(trained)
+            with pytest.raises(TypeError, match=r"cannot add .*without \['model_parts'"):
+                installed.add(trained.model_parts[0])
             clipper = installed.add(trained)
             assert installed.add(trained) is clipper
             with watched(trained) as calls:
