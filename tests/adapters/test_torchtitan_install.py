@@ -37,11 +37,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def names_are_replaced() -> None:
-    from torchtitan.distributed import utils
-    from torchtitan.trainer import Trainer
-
     from tests.support import titan
 
+    utils, Trainer = titan.dist_utils, titan.Trainer
     own, init = utils.clip_grad_norm_, Trainer.__init__
     early, late = types.ModuleType("early"), types.ModuleType("late")
     early.clip, sys.modules["early"] = own, early  # `from ... import clip_grad_norm_ as clip`
@@ -81,9 +79,9 @@ def test_its_function_is_replaced_under_every_name(four_titan_ranks: Ranks) -> N
 
 
 def trainers_of_any_age() -> None:
-    from torchtitan.distributed import utils
-
     from tests.support import titan
+
+    utils = titan.dist_utils
 
     with titan.trainer(titan.config()) as trained:
         trained.config.training.max_norm = 0.05
@@ -287,7 +285,7 @@ def several_trainers() -> None:
             titan.run_steps(first, 2)
             titan.run_steps(second)
             counts = [
-                next(int(v) for k, v in state.items() if k.endswith("/count"))
+                next(int(v) for k, v in state.items() if k.endswith("/num_steps"))
                 for state in (flat(installed.add(one).state_dict()) for one in (first, second))
             ]
             assert counts == [2, 1]
@@ -325,13 +323,14 @@ def test_attach_folds_into_its_container(four_titan_ranks: Ranks) -> None:
 
 
 def where_its_own_differs() -> None:
-    from torchtitan.distributed import utils
-
     from tests.support import titan
+
+    utils = titan.dist_utils
 
     own = utils.clip_grad_norm_
     config = titan.config()
     config.training.dtype = "bfloat16"
+    config.training.max_norm = math.inf
     with titan.trainer(config) as trained, titan.install() as installed:
         installed.add(trained)
         with watched(trained) as calls:
