@@ -79,6 +79,12 @@ def _is_below(path: Path, names: tuple[str, ...]) -> bool:
     return any(path.is_relative_to(FOLDER / name) for name in names)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests on shared pools come first: after them the pools only take time from the others."""
+    if not _shares_pool(item.path):
+        _stop_pools()
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # later collections, of which some tests ask for many, leave out modules and tests
@@ -145,5 +151,9 @@ def _accelerators(size: int) -> Iterator[Any]:
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end() -> Iterator[None]:
     yield
+    _stop_pools()
+
+
+def _stop_pools() -> None:
     for ranks in _pools.values():
         ranks.stop()
