@@ -346,8 +346,8 @@ def where_its_own_differs() -> None:
         assert abs(theirs.item() / ours.item() - 1) > 1e-4
 
         # A parameter that nobody sharded, beside those that FSDP2 did.
-        part.register_parameter("bias", nn.Parameter(torch.zeros(3)))
-        part.bias.grad = torch.full((3,), 5.0)
+        part.register_parameter("bias", nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+        part.bias.grad = torch.full_like(part.bias, 5.0)
         with pytest.raises(RuntimeError, match="mixed torch"):
             own(part.parameters(), 1.0, foreach=True)
         squares = [ours.item() ** 2, 75.0]
