@@ -29,7 +29,6 @@ CP, EP = "context_parallel_degree", "expert_parallel_degree"
 # What the command line of torchtitan would give for four ranks; the rest is FSDP.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {},
-    "fsdp, full_dtensor": {"spmd_backend": "full_dtensor"},
     "hsdp": {HSDP: 2},
     "fsdp x tp, full_dtensor": {TP: 2, "spmd_backend": "full_dtensor"},
     "fsdp x cp": {CP: 2},
