@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from distclip import nonfinite
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
 from distclip.api import clip_grad_norm_
+from distclip.arguments import kind_of, shown
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
@@ -117,6 +118,7 @@ class Installed:
         Raises:
             ValueError: the optimizers step during backward, or their gradients are clipped already;
                 what `Clipper` raises.
+            TypeError: it lacks these attributes.
 
         Collective: as `Clipper`. All ranks must add.
         """
@@ -343,6 +345,13 @@ class _Trained:
 
     @classmethod
     def read(cls, trainer: Any) -> _Trained:
+        needed = ("model_parts", "parallel_dims", "optimizers")
+        if missing := [name for name in needed if not hasattr(trainer, name)]:
+            raise TypeError(
+                f"cannot add {shown(trainer)}: it is {kind_of(trainer)}, without {missing}, and "
+                f"nothing says what is trained on which ranks. Pass torchtitan's trainer, or an "
+                f"engine that has these attributes."
+            )
         parts: list[nn.Module] = list(trainer.model_parts)
         for part in parts:
             reshard(part)

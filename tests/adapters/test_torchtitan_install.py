@@ -37,11 +37,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def names_are_replaced() -> None:
-    from torchtitan.distributed import utils
-    from torchtitan.trainer import Trainer
-
     from tests.support import titan
 
+    utils, Trainer = titan.dist_utils, titan.Trainer
     own, init = utils.clip_grad_norm_, Trainer.__init__
     early, late = types.ModuleType("early"), types.ModuleType("late")
     early.clip, sys.modules["early"] = own, early  # `from ... import clip_grad_norm_ as clip`
@@ -81,9 +79,9 @@ def test_its_function_is_replaced_under_every_name(four_titan_ranks: Ranks) -> N
 
 
 def trainers_of_any_age() -> None:
-    from torchtitan.distributed import utils
-
     from tests.support import titan
+
+    utils = titan.dist_utils
 
     with titan.trainer(titan.config()) as trained:
         trained.config.training.max_norm = 0.05
@@ -99,6 +97,8 @@ def trainers_of_any_age() -> None:
         with titan.install(distclip.ClipTensorNorm(0.01)) as installed:
             with pytest.raises(ValueError, match=r"not those of a trainer .*`add\(trainer\)`"):
                 titan.run_steps(trained)
+            with pytest.raises(TypeError, match=r"cannot add .*without \['model_parts'"):
+                installed.add(trained.model_parts[0])
             clipper = installed.add(trained)
             assert installed.add(trained) is clipper
             with watched(trained) as calls:
@@ -285,13 +285,14 @@ def several_trainers() -> None:
             titan.run_steps(first, 2)
             titan.run_steps(second)
             counts = [
-                next(int(v) for k, v in state.items() if k.endswith("/count"))
+                next(int(v) for k, v in state.items() if k.endswith("/num_steps"))
                 for state in (flat(installed.add(one).state_dict()) for one in (first, second))
             ]
             assert counts == [2, 1]
             seen = [weakref.ref(first), weakref.ref(next(first.model_parts[0].parameters()))]
         del first, second
-        gc.collect()
+        gc.collect()  # the trainer
+        gc.collect()  # what was kept for it
         assert [each() for each in seen] == [None, None]
 
 
@@ -323,13 +324,14 @@ def test_attach_folds_into_its_container(four_titan_ranks: Ranks) -> None:
 
 
 def where_its_own_differs() -> None:
-    from torchtitan.distributed import utils
-
     from tests.support import titan
+
+    utils = titan.dist_utils
 
     own = utils.clip_grad_norm_
     config = titan.config()
     config.training.dtype = "bfloat16"
+    config.training.max_norm = math.inf
     with titan.trainer(config) as trained, titan.install() as installed:
         installed.add(trained)
         with watched(trained) as calls:
@@ -344,8 +346,8 @@ def where_its_own_differs() -> None:
         assert abs(theirs.item() / ours.item() - 1) > 1e-4
 
         # A parameter that nobody sharded, beside those that FSDP2 did.
-        part.register_parameter("bias", nn.Parameter(torch.zeros(3)))
-        part.bias.grad = torch.full((3,), 5.0)
+        part.register_parameter("bias", nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+        part.bias.grad = torch.full_like(part.bias, 5.0)
         with pytest.raises(RuntimeError, match="mixed torch"):
             own(part.parameters(), 1.0, foreach=True)
         squares = [ours.item() ** 2, 75.0]

@@ -60,6 +60,7 @@ utils.device_type, utils.device_module = "cpu", CpuDevice()  # before the import
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.distributed import utils as dist_utils  # noqa: E402, F401
 from torchtitan.models.common import attention  # noqa: E402
 from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
@@ -191,13 +192,14 @@ def config(model: str = "llama3", *, layers: int = 1, **parallelism: Any) -> Any
         schedule, *others = pipeline(*args, **kwargs)
         return MicrobatchSchedule(schedule), *others
 
-    spec.model.layers = spec.model.layers[:layers]
+    first = 1 if model == "moe" else 0  # its first layer has no experts
+    spec.model.layers = spec.model.layers[first : first + layers]
     made.model_spec = replace(spec, parallelize_fn=parallelize_fn, pipelining_fn=pipelining_fn)
     made.tokenizer, made.dataloader = NoTokenizer.Config(), RandomTokens.Config()
     # FlexAttention's masks are split over context-parallel ranks in blocks of 128 rows.
     context = parallelism.get("context_parallel_degree", 1)
-    made.training.seq_len, made.training.local_batch_size = (8, 2) if context == 1 else (256, 2)
-    made.training.steps = 3
+    made.training.seq_len, made.training.local_batch_size = (8, 2) if context == 1 else (256, 1)
+    made.training.steps = 1000  # later ones have a learning rate of 0
     made.training.disable_cuda_graphs = True
     made.training.mixed_precision_param = "float32"
     made.debug.seed = 7
