@@ -263,6 +263,9 @@ def overflow(layout: str, make: str, way: str, unscaled: bool = False, part: boo
             after = acc.whole_weights(model)
             same = all(torch.equal(before[name], after[name]) for name in before)
             assert same == overflows, (layout, make, way, step)
+            if make == "dampened" and step == 0:  # torch would keep an uninitialised buffer
+                states = optimizer.state.values()
+                assert not any(state.get("momentum_buffer") is not None for state in states)
             stepped = 0 if step == 0 else acc.num_ranks(layout)
             now = optimizer.param_groups[0]["lr"]
             assert now == pytest.approx(rate * 0.1**stepped), "the schedule goes with the steps"
