@@ -17,6 +17,7 @@ from distclip.adapters.accelerate.optimizer_step import DecidedStep
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
 from distclip.clipper import Clipper
 from distclip.decision import Decision
+from distclip.errors import NonFiniteGradientError
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy
 from distclip.report import Report
@@ -175,7 +176,7 @@ class AcceleratedClipper:
         decision = self._decide(scale, step)
         decision.apply_()
         for each in self._steps:
-            each.follow(decision, multiplies=False)
+            each.follow(decision)
         self._report = decision.report
         return self._report
 
@@ -260,7 +261,12 @@ class AcceleratedClipper:
             if _holds_a_part(self._clipper, inner):
                 # The scaler has one state for all that an optimizer steps.
                 grad_scaler.unscale_unless_alike(scaler, inner, None)
-        return self._clipper.decide(self._optimizers, scaler, scale, step)
+        try:
+            return self._clipper.decide(self._optimizers, scaler, scale, step)
+        except NonFiniteGradientError:
+            for each in self._steps:
+                each.follow(None)
+            raise
 
 
 class EngineClipper(AcceleratedClipper):
