@@ -142,8 +142,9 @@ def _record(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor, flat: b
     # Each optimizer needs a tensor of its own.
     found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])
     known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
+    # ShardedGradScaler sums it over ranks, and fused steps skip where it is 1, but not at 2.
     state["found_inf_per_device"] = {
-        device: torch.maximum(before.reshape(found.shape), found.to(device))
+        device: torch.maximum(before.reshape(found.shape), found.to(device)).clamp(max=1)
         for device, before in known.items()
     } or {scale.device: found}
     state["stage"] = OptState.UNSCALED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -48,3 +50,12 @@ def every_layout(way: str) -> None:
 @pytest.mark.parametrize("way", ["clip_", "step"])
 def test_every_layout(two_accelerated_ranks: Ranks, way: str) -> None:
     two_accelerated_ranks.run(every_layout, way)
+
+
+def test_a_missing_accelerate_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [name for name in sys.modules if name.startswith("distclip.adapters.accelerate")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"accelerate: it is not installed.*distclip\[accelerate"):
+        importlib.import_module("distclip.adapters.accelerate")

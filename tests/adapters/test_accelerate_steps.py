@@ -263,6 +263,9 @@ def overflow(layout: str, make: str, way: str, unscaled: bool = False, part: boo
             after = acc.whole_weights(model)
             same = all(torch.equal(before[name], after[name]) for name in before)
             assert same == overflows, (layout, make, way, step)
+            if make == "dampened" and step == 0:  # torch would keep an uninitialised buffer
+                states = optimizer.state.values()
+                assert not any(state.get("momentum_buffer") is not None for state in states)
             stepped = 0 if step == 0 else acc.num_ranks(layout)
             now = optimizer.param_groups[0]["lr"]
             assert now == pytest.approx(rate * 0.1**stepped), "the schedule goes with the steps"
@@ -306,9 +309,39 @@ def unscaled_before(layout: str) -> None:
             assert clipper.step().clipped
 
 
+def after_an_error() -> None:
+    """Who catches the error steps, which skips, or is told that the scaler waits for it."""
+    for steps in (True, False):
+        with acc.accelerator_for("fsdp2", a_scaler()) as accelerator:
+            model, optimizer = acc.prepared(accelerator)
+            clipper = prepare(
+                accelerator, model, optimizer, ClipNorm(MAX_NORM), on_nonfinite="raise"
+            )
+            before = acc.whole_weights(model)
+            acc.run_backward(accelerator, model)
+            if dist.get_rank() == 1:
+                grad = next(p.grad for p in model.parameters() if has_elements(p.grad))
+                grad._local_tensor.view(-1)[:1] = math.inf
+            with pytest.raises(distclip.NonFiniteGradientError):
+                clipper.step()
+            if steps:
+                optimizer.step()
+                assert optimizer.step_was_skipped
+                torch.testing.assert_close(acc.whole_weights(model), before, rtol=0, atol=0)
+            optimizer.zero_grad()
+            acc.run_backward(accelerator, model)
+            if steps:
+                expected = acc.whole_norm(acc.whole_gradients(1))
+                acc.check_report(clipper.step(), expected)
+            else:
+                with pytest.raises(RuntimeError, match="cannot clip again"):
+                    clipper.step()
+
+
 def every_unscaled() -> None:
     for layout in SHARDED:
         unscaled_before(layout)
+    after_an_error()
 
 
 def test_gradients_are_unscaled_once(two_accelerated_ranks: Ranks) -> None:

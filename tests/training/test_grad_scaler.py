@@ -348,7 +348,9 @@ def test_gradient_accumulation(four_ranks: Ranks, kind: str) -> None:
 
 
 def fused_after_unscale_of_a_sharded_scaler() -> None:
-    """`unscale_` of ShardedGradScaler has found_inf in one dim, and a fused step takes none."""
+    """`unscale_` of ShardedGradScaler sums found_inf over ranks, in one dim; a fused step takes
+    none, and skips at 1 alone.
+    """
     for wrapped_too in (False, True):
         param = nn.Parameter(torch.ones(4))
         optimizer = AdamW([param], lr=0.1, fused=True)

@@ -1,4 +1,4 @@
 """Any policy where `accelerator.clip_grad_norm_` stood, whatever `accelerator.prepare` made."""
 
 from distclip.adapters.accelerate.handle import AcceleratedClipper as AcceleratedClipper
-from distclip.adapters.accelerate.handle import prepare as prepare
+from distclip.adapters.accelerate.preparation import prepare as prepare

@@ -29,23 +29,20 @@ class DecidedStep:
         self.optimizer = optimizer
         self._decision: Decision | None = None
         self._multiplies = False
+        self.is_due = False  # a call of the clipper that no step has followed
         self._before = vars(optimizer).get("step")
         self._wrapper = _bound(optimizer, self._run)
         vars(optimizer)["step"] = self._wrapper
 
-    @property
-    def is_due(self) -> bool:
-        """Whether there was a decision that no step has followed."""
-        return self._decision is not None
-
-    def follow(self, decision: Decision, multiplies: bool) -> None:
+    def follow(self, decision: Decision | None, multiplies: bool = False) -> None:
         """Lets the next step do what was decided.
 
         Args:
+            decision: None where it raised, but has unscaled the gradients for the scaler.
             multiplies: that step multiplies the gradients by the decision's factor; otherwise they
                 are clipped already.
         """
-        self._decision, self._multiplies = decision, multiplies
+        self._decision, self._multiplies, self.is_due = decision, multiplies, True
 
     def remove(self) -> None:
         self._decision = None
@@ -55,7 +52,7 @@ class DecidedStep:
                 vars(self.optimizer)["step"] = self._before
 
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        decision, self._decision = self._decision, None
+        decision, self._decision, self.is_due = self._decision, None, False
         if decision is None:
             return step(*args, **kwargs)
         inner = wrappers.unwrapped([self.optimizer])
