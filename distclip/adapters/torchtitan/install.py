@@ -5,29 +5,33 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 
 from distclip import nonfinite
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.adapters.torchtitan.trained import (
+    Trained,
+    check_steps_after_backward,
+    remembers,
+    rule_of,
+    states_of,
+)
 from distclip.api import clip_grad_norm_
-from distclip.arguments import kind_of, shown
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import Policy, TorchClipNorm, check_policy
 from distclip.report import Report
-from distclip.sharding.fsdp2 import reshard, sharded_params
-from distclip.sharding.read import named_parameters
-from distclip.training import optimizers, wrappers
+from distclip.sharding.fsdp2 import sharded_params
+from distclip.training import wrappers
 
 TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0", install="torchtitan==0.3.0")
 OWNER = "distclip.adapters.torchtitan"
@@ -87,7 +91,7 @@ class Installed:
             Clipper, on_nonfinite=on_nonfinite, max_consecutive_skips=max_consecutive_skips
         )
         # By a weak reference: a trainer that is gone leaves no model behind.
-        self._trainers: WeakKeyDictionary[Any, _Trained] = WeakKeyDictionary()
+        self._trainers: WeakKeyDictionary[Any, Trained] = WeakKeyDictionary()
         self._is_removed = False
         own: Callable[..., Tensor] = _utils.clip_grad_norm_
         init: Callable[..., None] = _trainer.Trainer.__init__
@@ -122,20 +126,20 @@ class Installed:
 
         Collective: as `Clipper`. All ranks must add.
         """
-        trained = _Trained.read(trainer)
+        trained = Trained.read(trainer)
         if (known := self._trainers.get(trainer)) is not None:
             if known.ids == trained.ids and known.optimizers is trained.optimizers:
                 return known.clipper
             self._drop(trainer, known)
-        _check_steps_after_backward(trained.optimizers)
-        rule = self._policy if self._policy is not None else _rule_of(trainer)
+        check_steps_after_backward(trained.optimizers)
+        rule = self._policy if self._policy is not None else rule_of(trainer)
         if rule is not None:  # at setup, not in the first step: it may be a collective
             trained.clipper = self._make_clipper(trained.params, rule, mesh=trained.mesh)
         claim(trained.optimizers, OWNER)
         if self._mode == "skip":
             trained.skips.register(wrappers.unwrapped([trained.optimizers]))
-        if trained.clipper is not None and _remembers(trained.clipper):
-            _states_of(trainer)[STATE] = trained.clipper
+        if trained.clipper is not None and remembers(trained.clipper):
+            states_of(trainer)[STATE] = trained.clipper
         self._trainers[trainer] = trained
         return trained.clipper
 
@@ -150,10 +154,10 @@ class Installed:
             self._drop(trainer, trained)
         release(_utils)
 
-    def _drop(self, trainer: Any, trained: _Trained) -> None:
+    def _drop(self, trainer: Any, trained: Trained) -> None:
         trained.skips.remove()
         release(trained.optimizers)
-        states = _states_of(trainer)
+        states = states_of(trainer)
         if trained.clipper is not None and states.get(STATE) is trained.clipper:
             del states[STATE]
         del self._trainers[trainer]
@@ -194,7 +198,7 @@ class Installed:
         return clip
 
     def _clip_(
-        self, trained: _Trained, max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self, trained: Trained, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
         clipper = self._clipper_of(trained, max_norm, norm_type)
         trained.skips.forget()
@@ -212,7 +216,7 @@ class Installed:
         self.report = decision.report
         return decision.report.total_norm
 
-    def _clipper_of(self, trained: _Trained, max_norm: float, norm_type: float) -> Clipper:
+    def _clipper_of(self, trained: Trained, max_norm: float, norm_type: float) -> Clipper:
         if self._policy is not None and trained.clipper is not None:
             if norm_type not in (2.0, self._policy.norm_type):
                 raise ValueError(
@@ -275,96 +279,6 @@ class _Name:
             setattr(self.holder, self.name, self.own)
 
 
-class _SkippedSteps:
-    """Leaves out the next step of optimizers where the norm was not finite."""
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-        self._optimizers: list[Optimizer] = []
-        self._waiting: list[Optimizer] = []
-        self._hidden = optimizers.HiddenGradients()
-        self._hooks: list[Any] = []
-
-    def register(self, stepped: Sequence[Optimizer]) -> None:
-        self._optimizers = list(stepped)
-        for each in stepped:
-            self._hooks += [
-                each.register_step_pre_hook(self._before),
-                each.register_step_post_hook(self._after),
-            ]
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.forget()
-
-    def expect(self, found: Tensor) -> None:
-        """The next step of each optimizer is left out where `found` is 1."""
-        self._found, self._waiting = found, list(self._optimizers)
-
-    def forget(self) -> None:
-        """Ends it, after a step that did not come or has raised."""
-        self._hidden.forget()
-        if self._found is not None:
-            for each in self._optimizers:
-                optimizers.unfold_(each)
-        self._found, self._waiting = None, []
-
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._found is None or not any(optimizer is each for each in self._waiting):
-            return
-        self._waiting = [each for each in self._waiting if each is not optimizer]
-        if optimizers.multiplies(optimizer):
-            optimizers.fold_(optimizer, None, self._found)
-        elif bool(self._found):
-            self._hidden.hide(wrappers.params_of([optimizer]))
-
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        self._hidden.restore()
-        if self._found is not None:
-            optimizers.unfold_(optimizer)
-
-
-@dataclass(eq=False)
-class _Trained:
-    """What a trainer trains. It does not refer to the trainer, which may go.
-
-    Attributes:
-        params: as `Clipper` takes them, under their names in the whole model.
-        ids: of the parameters that the trainer passes to be clipped.
-        mesh: over all stages of a pipeline; None without one.
-    """
-
-    params: nn.Module | list[tuple[str, nn.Parameter]]
-    ids: frozenset[int]
-    mesh: DeviceMesh | None
-    pp_mesh: DeviceMesh | None
-    optimizers: Any
-    clipper: Clipper | None = None
-    skips: _SkippedSteps = field(default_factory=_SkippedSteps)
-
-    @classmethod
-    def read(cls, trainer: Any) -> _Trained:
-        needed = ("model_parts", "parallel_dims", "optimizers")
-        if missing := [name for name in needed if not hasattr(trainer, name)]:
-            raise TypeError(
-                f"cannot add {shown(trainer)}: it is {kind_of(trainer)}, without {missing}, and "
-                f"nothing says what is trained on which ranks. Pass torchtitan's trainer, or an "
-                f"engine that has these attributes."
-            )
-        parts: list[nn.Module] = list(trainer.model_parts)
-        for part in parts:
-            reshard(part)
-        named = [pair for part in parts for pair in named_parameters(part)]
-        ids = frozenset(id(param) for _, param in named)
-        pp_mesh = trainer.parallel_dims.get_optional_mesh("pp")
-        # The one mesh that has all ranks on axes of their own under each of its backends.
-        axes = ["pp", "batch", "cp", "tp"]
-        mesh = None if pp_mesh is None else trainer.parallel_dims.get_activated_mesh(axes)
-        params = parts[0] if len(parts) == 1 else named
-        return cls(params, ids, mesh, pp_mesh, trainer.optimizers)
-
-
 def _names_of(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
     """The modules that have the function, its own and those that imported it, and its names."""
     return [
@@ -373,28 +287,3 @@ def _names_of(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
         for name, value in list(getattr(module, "__dict__", {}).items())
         if value is function
     ]
-
-
-def _states_of(trainer: Any) -> dict[str, Any]:
-    """What a trainer saves with its checkpoints; without any where it saves none."""
-    return getattr(getattr(trainer, "checkpointer", None), "states", {})
-
-
-def _rule_of(trainer: Any) -> TorchClipNorm | None:
-    """The rule in the config of torchtitan's trainers; None for an engine without one."""
-    training = getattr(getattr(trainer, "config", None), "training", None)
-    return None if training is None else TorchClipNorm(training.max_norm)
-
-
-def _remembers(clipper: Clipper) -> bool:
-    """Whether its policies have a state."""
-    return any(any(states.values()) for states in clipper.state_dict()["groups"].values())
-
-
-def _check_steps_after_backward(stepped: Any) -> None:
-    if any("InBackward" in kind.__name__ for kind in type(stepped).__mro__):
-        raise ValueError(
-            f"cannot clip for a {type(stepped).__qualname__}: it steps each parameter during "
-            f"backward, before the norm of all gradients is known, and drops the gradient. Turn "
-            f"the early step in backward off in the config of the optimizer."
-        )
