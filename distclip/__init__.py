@@ -12,6 +12,7 @@ from distclip.decision import Decision as Decision
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.norms.plan import Plan as Plan
+from distclip.parity import parity as parity
 from distclip.policies import AGC as AGC
 from distclip.policies import AdaGC as AdaGC
 from distclip.policies import AutoClip as AutoClip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,15 +30,8 @@ from distclip.parameters import (
     unique_tensors,
     warn_of_empty_generator,
 )
-from distclip.policies import (
-    ClipNorm,
-    EmptyState,
-    NormContext,
-    Policy,
-    Scope,
-    StatelessPolicy,
-)
-from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
+from distclip.policies import ClipNorm, EmptyState, NormContext, Policy, TorchClipNorm
+from distclip.policies.checks import check_not_negative
 from distclip.sharding.fsdp1 import check_root
 from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.local_tensors import (
@@ -57,26 +49,6 @@ from distclip.sharding.partial_gradients import (
 )
 from distclip.sharding.read import read_layouts
 from distclip.torch_private import outside_of_graphs
-
-_EPS = 1e-6  # torch.nn.utils.clip_grad
-
-
-@dataclass(frozen=True)
-class _TorchClipNorm(StatelessPolicy):
-    """torch's coefficient, max_norm / (norm + 1e-6), as a policy."""
-
-    max_norm: float
-    norm_type: float = 2.0
-    scope = Scope.MODEL
-
-    def __post_init__(self) -> None:
-        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
-
-    def limit(
-        self, norms: Tensor, state: EmptyState, context: NormContext
-    ) -> tuple[Tensor | None, EmptyState]:
-        # The limit whose quotient by the norm is torch's coefficient, at zero and infinity too.
-        return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state
 
 
 @outside_of_graphs
@@ -128,7 +100,7 @@ def clip_grad_norm_(
         >>> [round(x, 2) for x in weight.grad.tolist()]
         [4.01, 8.02, 12.03]
     """
-    policy = _TorchClipNorm(max_norm, norm_type)
+    policy = TorchClipNorm(max_norm, norm_type)
     error_if_nonfinite = _check_arguments(error_if_nonfinite, foreach, mesh)
     distinct = as_axes("distinct", distinct)
     given = _to_clip(parameters)
@@ -215,7 +187,7 @@ def clip_grads_with_norm_(
     """
     _check_arguments(False, foreach)
     given = _to_clip(parameters)
-    policy, norm = _TorchClipNorm(max_norm), _total_norm(total_norm)
+    policy, norm = TorchClipNorm(max_norm), _total_norm(total_norm)
     limit, _ = policy.limit(norm, EmptyState(), NormContext(torch.ones_like(norm), None, norm))
     if limit is not None:
         lists = kernels.tensor_lists(_gradients(given))

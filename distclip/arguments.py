@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 from numbers import Real
 from typing import Any, cast
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.errors import LayoutError
@@ -99,6 +100,23 @@ def as_axes(name: str, value: Any) -> tuple[str, ...]:
     raise TypeError(
         f"cannot read {name}={shown(value)}: it is {kind_of(value)}, but there may be several such "
         f'mesh axes, each with a name. Pass a tuple of their names, such as ("pp",), or ().'
+    )
+
+
+def as_modules(name: str, value: Any) -> list[nn.Module]:
+    """Modules as a list; one stands for itself.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, nn.Module):
+        return [value]
+    modules = items(value)
+    if modules is not None and all(isinstance(module, nn.Module) for module in modules):
+        return modules
+    raise TypeError(
+        f"cannot look for names and layouts in {name}={shown(value)}: it is {kind_of(value)}, and "
+        f"only modules have them. Pass the wrapped model that the parameters are from, or several."
     )
 
 

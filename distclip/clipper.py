@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite, param_groups, parameters, step
-from distclip.arguments import as_axes, as_flag, check_function, check_mesh_type
+from distclip.arguments import (
+    as_axes,
+    as_flag,
+    as_modules,
+    check_function,
+    check_mesh_type,
+)
 from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
@@ -79,6 +85,10 @@ class Clipper:
             One that misses the sample, such as one to a single element through `.data`, is not
             seen. On an accelerator, policies with limits per tensor or unit and gradients on the
             CPU are measured after backward.
+        modules: with a list of parameters, the model that they are from, or several, wrapped as
+            they are trained: parameters without a name have their names in it, those that the
+            optimizer gets later too, and FSDP1 keeps its layout there. Nothing but the list is
+            clipped.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -112,6 +122,7 @@ class Clipper:
         max_consecutive_skips: int = 20,
         overlap: bool = False,
         symmetric_memory: bool = False,
+        modules: nn.Module | Iterable[nn.Module] = (),
     ) -> None:
         max_skips = nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         check_mesh_type(mesh)
@@ -129,22 +140,29 @@ class Clipper:
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._skips = nonfinite.SkipCounter(max_skips)
         self._sources = param_groups.list_sources(model_or_parameters, policy)
+        self._modules = as_modules("modules", modules)
         check_policy(policy)
         for group in self._sources:
             check_policy(group.policy, group.name)
         self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
 
+        around = as_modules("modules", modules)
+
         def plan_for(read: NamedParameters) -> Plan:
-            sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
+            inside = [*read.modules, *around]
+            sharded = read_layouts(read.named, inside, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
-        self._hold(param_groups.read_sources(self._sources))
+        self._hold(self._read_sources())
         self.plan.connect()
         self._rounds = Rounds(self.plan)
+
+    def _read_sources(self) -> NamedParameters:
+        return param_groups.read_sources(self._sources, self._modules)
 
     def _hold(self, read: NamedParameters) -> None:
         """Makes the plan for these parameters, and the policies' states before the first step."""
@@ -329,6 +347,8 @@ class Clipper:
         if self._gradient is None:
             for each in given:
                 wrappers.check_wrapped(each, self.plan)
+        for each in wrappers.unwrapped(given):  # before it gets others
+            self._checked.new_params([each], self.plan.params, scaled=False)
         return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     @_kept_between_calls
@@ -366,7 +386,7 @@ class Clipper:
         except (TypeError, ValueError) as error:  # which other ranks may not have
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
-            fault = unheld_gradient(stepped)
+            fault = unheld_gradient(stepped, self.plan.params)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)
@@ -395,12 +415,12 @@ class Clipper:
         """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
         try:
             if self._changes.any():
-                self._hold_again(param_groups.read_sources(self._sources))
+                self._hold_again(self._read_sources())
             if stepped:
                 added = self._checked.new_params(stepped, self.plan.params, scaled)
                 if added:
                     self._sources = param_groups.with_params(self._sources, added)
-                    self._hold_again(param_groups.read_sources(self._sources))
+                    self._hold_again(self._read_sources())
         except ValueError as error:
             return error
         return None

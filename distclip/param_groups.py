@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
@@ -23,6 +24,8 @@ from distclip.sharding.read import named_parameters
 
 ParamGroups: TypeAlias = Iterable[dict[str, Any]]
 
+# The names that `list_tensors` gives, and those of parameters that are added.
+_NUMBER = re.compile(r"(^|\.)#\d+$|^added\.\d+$")
 _TO_CALLER = 7  # frames from `list_sources` to who makes a Clipper, whose decorators are frames too
 
 
@@ -98,13 +101,19 @@ def _source(given: Parameters) -> nn.Module | list[tuple[str, Tensor]]:
     return given if isinstance(given, nn.Module) else list_tensors(given)
 
 
-def read_sources(sources: Sequence[GroupSource]) -> NamedParameters:
+def read_sources(
+    sources: Sequence[GroupSource], modules: Sequence[nn.Module] = ()
+) -> NamedParameters:
     """The parameters that groups have now.
+
+    Args:
+        modules: what parameters that were given without a name are from.
 
     Raises:
         ValueError: a parameter or a name is in two groups.
     """
-    read = NamedParameters([], [], [], [])
+    read = NamedParameters([], [], [*modules], [])
+    name_of = _names_in(modules)
     seen: set[int] = set()
     for group in sources:
         params = group.params
@@ -112,12 +121,14 @@ def read_sources(sources: Sequence[GroupSource]) -> NamedParameters:
             reshard(params)
             every = list(named_parameters(params))
             inside = {id(tensor) for _, tensor in every}
-            every += [(name, tensor) for name, tensor in group.added if id(tensor) not in inside]
+            added = [(name, tensor) for name, tensor in group.added if id(tensor) not in inside]
+            every += [(name_of(name, tensor), tensor) for name, tensor in added]
             read.modules.append(params)
         else:
             listed = [*params, *group.added]
             sharded = sharded_params([tensor for _, tensor in listed])
-            every = [(name, tensor) for (name, _), tensor in zip(listed, sharded, strict=True)]
+            each = zip(listed, sharded, strict=True)
+            every = [(name_of(name, tensor), tensor) for (name, _), tensor in each]
         members = [(name, tensor) for name, tensor in every if can_have_gradient(tensor)]
         read.skipped.extend(tensor for _, tensor in every if not can_have_gradient(tensor))
         twice = [n for n, tensor in members if id(tensor) in seen]
@@ -133,6 +144,17 @@ def read_sources(sources: Sequence[GroupSource]) -> NamedParameters:
         read.named.extend(members)
         read.groups.append(GroupSpec(group.name, slice(first, len(read.named)), group.policy))
     return read
+
+
+def _names_in(modules: Sequence[nn.Module]) -> Callable[[str, Tensor], str]:
+    """A function to the name of a tensor in the modules, where it has only a number so far."""
+    names: dict[int, str] = {}
+    for index, module in enumerate(modules):
+        reshard(module)
+        prefix = f"{index}." if len(modules) > 1 else ""
+        for name, tensor in named_parameters(module):
+            names.setdefault(id(tensor), prefix + name)
+    return lambda name, tensor: names.get(id(tensor), name) if _NUMBER.search(name) else name
 
 
 def with_params(sources: Sequence[GroupSource], added: Sequence[Tensor]) -> list[GroupSource]:

@@ -16,8 +16,8 @@ if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
-# DeepSpeed changes the processes that load it.
-OWN_POOLS = ("two_engine_ranks", "four_engine_ranks")
+# DeepSpeed and torchtitan change the processes that load them.
+OWN_POOLS = ("two_engine_ranks", "four_engine_ranks", "four_titan_ranks")
 FOLDER = Path(__file__).parent
 STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "test_docs.py", "test_examples.py")
 # Their tests share no fixture and compile nothing: each may run on any test worker.
@@ -77,6 +77,12 @@ def _shares_pool(path: Path) -> bool:
 
 def _is_below(path: Path, names: tuple[str, ...]) -> bool:
     return any(path.is_relative_to(FOLDER / name) for name in names)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests on shared pools come first: after them the pools only take time from the others."""
+    if not _shares_pool(item.path):
+        _stop_pools()
 
 
 def pytest_collection_finish() -> None:
@@ -145,5 +151,9 @@ def _accelerators(size: int) -> Iterator[Any]:
 @pytest.fixture(scope="session", autouse=True)
 def _pools_end() -> Iterator[None]:
     yield
+    _stop_pools()
+
+
+def _stop_pools() -> None:
     for ranks in _pools.values():
         ranks.stop()

@@ -288,3 +288,15 @@ def test_an_error_in_the_last_group_comes_before_the_first_is_scaled_or_counted(
         clipper.clip_()
     assert torch.equal(plain.grad, torch.ones(4))
     assert clipper.state_dict()["groups"]["a"]["ZClip"]["num_steps"] == 0
+
+
+def test_listed_parameters_have_their_names_in_the_modules() -> None:
+    first, second = nn.Linear(2, 1), nn.Linear(3, 1)
+    listed = [first.weight, second.weight]
+    clipper = distclip.Clipper(listed, distclip.ClipTensorNorm(1.0), modules=first)
+    assert [param.name for param in clipper.plan.params] == ["weight", "#1"]
+    clipper = distclip.Clipper(listed, distclip.ClipTensorNorm(1.0), modules=[first, second])
+    assert [param.name for param in clipper.plan.params] == ["0.weight", "1.weight"]
+    named = [("mine", first.weight), ("bias", first.bias)]
+    clipper = distclip.Clipper(named, modules=first)
+    assert [param.name for param in clipper.plan.params] == ["mine", "bias"]

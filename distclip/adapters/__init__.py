@@ -8,6 +8,7 @@ from typing import Any
 from distclip.adapters import deepspeed as deepspeed
 from distclip.adapters.megatron import MegatronLayouts as MegatronLayouts
 from distclip.adapters.megatron import megatron_layouts as megatron_layouts
+from distclip.adapters.pytorch import replacing_torch as replacing_torch
 
 # Modules whose import imports the framework: when they are first named.
 _ON_USE = ("accelerate", "lightning", "torchtitan", "transformers")

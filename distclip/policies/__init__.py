@@ -15,6 +15,7 @@ from distclip.policies.base import check_policy as check_policy
 from distclip.policies.base import never_negative as never_negative
 from distclip.policies.checks import check_not_negative as check_not_negative
 from distclip.policies.clip_norm import ClipNorm as ClipNorm
+from distclip.policies.clip_norm import TorchClipNorm as TorchClipNorm
 from distclip.policies.clip_tensor import ClipBlockRMS as ClipBlockRMS
 from distclip.policies.clip_tensor import ClipTensorNorm as ClipTensorNorm
 from distclip.policies.clip_value import ClipValue as ClipValue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from distclip.policies.base import (
     constant_limit,
 )
 from distclip.policies.checks import check_norm_type, check_not_negative, store_checked
+
+_EPS = 1e-6  # torch.nn.utils.clip_grad
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,21 @@ class ClipNorm(StatelessPolicy):
         self, norms: Tensor, state: EmptyState, context: NormContext
     ) -> tuple[Tensor | None, EmptyState]:
         return constant_limit(self.max_norm, norms), state
+
+
+@dataclass(frozen=True)
+class TorchClipNorm(StatelessPolicy):
+    """torch's coefficient, max_norm / (norm + 1e-6), as a policy: for what stands in its place."""
+
+    max_norm: float
+    norm_type: float = 2.0
+    scope = Scope.MODEL
+
+    def __post_init__(self) -> None:
+        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
+
+    def limit(
+        self, norms: Tensor, state: EmptyState, context: NormContext
+    ) -> tuple[Tensor | None, EmptyState]:
+        # The limit whose quotient by the norm is torch's coefficient, at zero and infinity too.
+        return None if math.isinf(self.max_norm) else self.max_norm / (1 + _EPS / norms), state

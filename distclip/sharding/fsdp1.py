@@ -49,6 +49,15 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
     return read
 
 
+def wrapper_class() -> Any:
+    """`FullyShardedDataParallel`; None where torch has been built without torch.distributed."""
+    if not dist.is_available():
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel
+
+
 def check_root(module: object) -> None:
     """Raises where `module` is an FSDP1 unit inside another, as FSDP1's own `clip_grad_norm_`.
 

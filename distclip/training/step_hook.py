@@ -184,7 +184,7 @@ class StepHook:
             loss = closure()
             self._rounds.end()
             with torch.no_grad():
-                decision = self._decide([], None)
+                decision = self._decide([self.optimizer], None)
                 decision.apply_()
                 self._set_report(decision.report)
                 # In later evaluations the step has done a part of its work.

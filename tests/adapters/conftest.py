@@ -1,4 +1,4 @@
-"""Ranks that load DeepSpeed: for its tests alone, because it keeps state in the process."""
+"""Ranks that load a framework: for its tests alone, because it keeps state in the process."""
 
 from __future__ import annotations
 
@@ -19,5 +19,20 @@ def two_engine_ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="package")
 def four_engine_ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def four_titan_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def two_accelerated_ranks() -> Iterator[Ranks]:
+    """For accelerate, which keeps one state a process."""
+    ranks = Ranks(2)
     yield ranks
     ranks.stop()

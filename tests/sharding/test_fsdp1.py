@@ -202,3 +202,34 @@ def axis_with_the_name_of_another() -> None:
 
 def test_an_axis_of_the_mesh_may_have_the_name_fsdp(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(axis_with_the_name_of_another)
+
+
+def listed_parameters_with_their_module(original: bool, device: str) -> None:
+    whole = tied_model(device)
+    run_backward(whole, device)
+    model = FullyShardedDataParallel(
+        tied_model(device), use_orig_params=original, device_id=device_of(device)
+    )
+    run_backward(model, device)
+    name = "bias" if original else "flat_param"
+    listed = [p for n, p in model.named_parameters() if name in n]
+    with pytest.raises(distclip.LayoutError, match="Pass the wrapped module"):
+        distclip.Clipper(listed)
+    clipper = distclip.Clipper(listed, distclip.ClipNorm(0.5), modules=[model])
+    grads = [whole.middle.bias.grad] if original else [p.grad for p in whole.parameters()]
+    expected = reference.total_norm(grads)
+    report = clipper.clip_()
+    assert report.clipped
+    torch.testing.assert_close(report.total_norm.double().cpu(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(clipper.clip_().total_norm.cpu(), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["flat", "original"])
+def test_listed_parameters_with_their_module(four_ranks: Ranks, original: bool) -> None:
+    four_ranks.run(listed_parameters_with_their_module, original, four_ranks.device)
+
+
+@pytest.mark.parametrize("given", [None, "model", [nn.Parameter(torch.zeros(1))]])
+def test_modules_are_modules(given: object) -> None:
+    with pytest.raises(TypeError, match="in modules="):
+        distclip.Clipper([nn.Parameter(torch.zeros(1))], modules=given)

@@ -44,8 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clipper": CLIPPER,
     "api": API,
     "functional": API | {"api"},
+    "parity": BOTTOM | {"sharding", "policies", "clipper", "api"},
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
+    "run": {"adapters"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -94,9 +96,11 @@ ALSO_ELSEWHERE = {"broadcast", "reduce", "gather", "scatter", "send", "recv", "b
 # Where torch's private names may stand, and the private names of an adapter's framework.
 TORCH_PRIVATE = {"torch_private", "sharding.fsdp1"}
 FRAMEWORK_PRIVATE: dict[str, set[str]] = {
+    "adapters.accelerate": {"_is_overflow", "_models", "_optimizers"},
     "adapters.deepspeed": {
         *("_config", "_get_sub_group_process_group", "_param_dict", "_wait_for_offload_copies"),
     },
+    "adapters.transformers.callback": {"_clip_grad_norm", "_get_grad_norm"},
 }
 
 

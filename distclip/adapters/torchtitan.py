@@ -1,0 +1,391 @@
+"""Any policy in the place of torchtitan's own clipping, with its training steps as they are."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from distclip import nonfinite
+from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.api import clip_grad_norm_
+from distclip.clipper import Clipper
+from distclip.errors import LayoutError
+from distclip.nonfinite import OnNonFinite
+from distclip.policies import Policy, TorchClipNorm, check_policy
+from distclip.report import Report
+from distclip.sharding.fsdp2 import reshard, sharded_params
+from distclip.sharding.read import named_parameters
+from distclip.training import optimizers, wrappers
+
+TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0", install="torchtitan==0.3.0")
+OWNER = "distclip.adapters.torchtitan"
+STATE = "distclip"  # the key of what the policy remembers, in torchtitan's checkpoints
+
+_utils = import_framework(TORCHTITAN, "torchtitan.distributed.utils", stacklevel=6)
+_trainer = import_framework(TORCHTITAN, "torchtitan.trainer", stacklevel=6)
+
+
+def install(
+    policy: Policy[Any] | None = None,
+    *,
+    on_nonfinite: OnNonFinite = "propagate",
+    max_consecutive_skips: int = 20,
+) -> Installed:
+    """Clips in torchtitan's training steps, until `.remove()` or the end of a `with` block.
+
+    Call it on every rank before the trainer is built. A function of distclip then stands in the
+    place of `torchtitan.distributed.utils.clip_grad_norm_`, also in modules that have imported it
+    by name. It knows the trainers that are built afterwards, of `torchtitan.trainer.Trainer` and of
+    subclasses that call its `__init__`; for others see `Installed.add`.
+
+    Args:
+        policy: how large the gradients may be; the `max_norm` of the config has no effect then. If
+            omitted, `max_norm` is the limit, with the coefficient of torchtitan's own function,
+            max_norm / (norm + 1e-6).
+        on_nonfinite, max_consecutive_skips: as `Clipper` has them. With "skip" the trainer's
+            optimizers leave out the step; its learning rates go on.
+
+    Raises:
+        ValueError, TypeError: it is installed already, or an argument is not what `Clipper` takes.
+
+    Collective: when a trainer is built, as `Clipper` has it. Each step makes one all-reduce of a
+        few numbers, pipeline stages included.
+    """
+    if policy is not None:
+        check_policy(policy)
+    nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
+    return Installed(policy, on_nonfinite, max_consecutive_skips)
+
+
+class Installed:
+    """What `install` returns.
+
+    Attributes:
+        report: of the latest step of a trainer; None before the first.
+    """
+
+    report: Report | None = None
+
+    def __init__(
+        self, policy: Policy[Any] | None, on_nonfinite: OnNonFinite, max_consecutive_skips: int
+    ) -> None:
+        claim(_utils, OWNER)
+        self._policy, self._mode = policy, on_nonfinite
+        self._make_clipper = functools.partial(
+            Clipper, on_nonfinite=on_nonfinite, max_consecutive_skips=max_consecutive_skips
+        )
+        # By a weak reference: a trainer that is gone leaves no model behind.
+        self._trainers: WeakKeyDictionary[Any, _Trained] = WeakKeyDictionary()
+        self._is_removed = False
+        own: Callable[..., Tensor] = _utils.clip_grad_norm_
+        init: Callable[..., None] = _trainer.Trainer.__init__
+        instead = self._function(own)
+        self._names = [_Name(module, name, own, instead) for module, name in _names_of(own)]
+        self._names.append(_Name(_trainer.Trainer, "__init__", init, self._init(init)))
+        for name in self._names:
+            name.replace()
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def add(self, trainer: Any) -> Clipper | None:
+        """Clips for a trainer that was built before `install`, or without `Trainer.__init__`.
+
+        It needs the attributes that torchtitan's trainers and engines have: `model_parts`,
+        `parallel_dims` and `optimizers`. Where it has a `checkpointer`, what the policy remembers
+        is saved and loaded with its checkpoints, under "distclip". Does nothing for a trainer that
+        is known, unless its parameters are others than before.
+
+        Returns:
+            What clips; its `state_dict` is for trainers without a `checkpointer`. None without a
+            policy where `trainer.config.training.max_norm` does not exist.
+
+        Raises:
+            ValueError: the optimizers step during backward, or their gradients are clipped already;
+                what `Clipper` raises.
+
+        Collective: as `Clipper`. All ranks must add.
+        """
+        trained = _Trained.read(trainer)
+        if (known := self._trainers.get(trainer)) is not None:
+            if known.ids == trained.ids and known.optimizers is trained.optimizers:
+                return known.clipper
+            self._drop(trainer, known)
+        _check_steps_after_backward(trained.optimizers)
+        rule = self._policy if self._policy is not None else _rule_of(trainer)
+        if rule is not None:  # at setup, not in the first step: it may be a collective
+            trained.clipper = self._make_clipper(trained.params, rule, mesh=trained.mesh)
+        claim(trained.optimizers, OWNER)
+        if self._mode == "skip":
+            trained.skips.register(wrappers.unwrapped([trained.optimizers]))
+        if trained.clipper is not None and _remembers(trained.clipper):
+            _states_of(trainer)[STATE] = trained.clipper
+        self._trainers[trainer] = trained
+        return trained.clipper
+
+    def remove(self) -> None:
+        """Ends it. torchtitan clips by its own rule again, also in trainers that exist."""
+        if self._is_removed:
+            return
+        self._is_removed = True
+        for name in self._names:
+            name.restore()
+        for trainer, trained in list(self._trainers.items()):
+            self._drop(trainer, trained)
+        release(_utils)
+
+    def _drop(self, trainer: Any, trained: _Trained) -> None:
+        trained.skips.remove()
+        release(trained.optimizers)
+        states = _states_of(trainer)
+        if trained.clipper is not None and states.get(STATE) is trained.clipper:
+            del states[STATE]
+        del self._trainers[trainer]
+
+    def _init(self, own: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(own)
+        def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            own(trainer, *args, **kwargs)
+            if not self._is_removed:
+                self.add(trainer)
+
+        return init
+
+    def _function(self, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(own)
+        @torch.no_grad()
+        def clip(
+            parameters: Tensor | Iterable[Tensor],
+            max_norm: float,
+            norm_type: float = 2.0,
+            error_if_nonfinite: bool = False,
+            foreach: bool | None = None,
+            pp_mesh: DeviceMesh | None = None,
+            ep_enabled: bool = False,
+        ) -> Tensor:
+            params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            how = (max_norm, norm_type, error_if_nonfinite, foreach)
+            if self._is_removed:  # somebody has imported it by name meanwhile
+                return own(params, *how, pp_mesh, ep_enabled)
+            ids = frozenset(map(id, sharded_params(params)))
+            trained = next((each for each in self._trainers.values() if each.ids == ids), None)
+            if trained is None:
+                mesh = self._mesh_of_others(params, pp_mesh)
+                self.report = None
+                return clip_grad_norm_(params, *how, mesh=mesh)
+            return self._clip_(trained, max_norm, norm_type, error_if_nonfinite)
+
+        return clip
+
+    def _clip_(
+        self, trained: _Trained, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        clipper = self._clipper_of(trained, max_norm, norm_type)
+        trained.skips.forget()
+        decision = clipper.decide()
+        if error_if_nonfinite and decision.is_known_nonfinite:
+            raise nonfinite.error(
+                decision.total_norm,
+                decision.gradients,
+                decision.plan,
+                setting="error_if_nonfinite=False",
+            )
+        decision.apply_()
+        if self._mode == "skip":
+            trained.skips.expect(decision.found_inf)
+        self.report = decision.report
+        return decision.report.total_norm
+
+    def _clipper_of(self, trained: _Trained, max_norm: float, norm_type: float) -> Clipper:
+        if self._policy is not None and trained.clipper is not None:
+            if norm_type not in (2.0, self._policy.norm_type):
+                raise ValueError(
+                    f"cannot clip with norm_type={norm_type}: the policy that is installed is "
+                    f"{self._policy}, and the norm that it limits is another one. Install a policy "
+                    f"with that norm_type, or leave it out of the call."
+                )
+            return trained.clipper
+        own_rule = TorchClipNorm(max_norm, norm_type)
+        if trained.clipper is None or trained.clipper.policy != own_rule:
+            trained.clipper = self._make_clipper(trained.params, own_rule, mesh=trained.mesh)
+        return trained.clipper
+
+    def _mesh_of_others(
+        self, params: Sequence[Tensor], pp_mesh: DeviceMesh | None
+    ) -> DeviceMesh | None:
+        """The mesh for parameters that are not all of one trainer's.
+
+        Raises:
+            ValueError: what the policy remembers, or what is skipped, belongs to a trainer.
+            LayoutError: it is unknown which ranks hold the other pipeline stages.
+        """
+        instead = (
+            "Call `install` before the trainer is built, or `add(trainer)` on what it returned "
+            "where the trainer was built earlier, without `Trainer.__init__`, or got other "
+            "parameters since."
+        )
+        if self._policy is not None or self._mode != "propagate":
+            raise ValueError(
+                f"cannot clip these {len(params)} parameters: they are not those of a trainer that "
+                f"distclip knows, and the policy and on_nonfinite={self._mode!r} are kept for each "
+                f"trainer. {instead}"
+            )
+        if pp_mesh is None or pp_mesh.size() == dist.get_world_size():
+            return pp_mesh
+        for trained in self._trainers.values():
+            if trained.pp_mesh is pp_mesh:
+                return trained.mesh
+        raise LayoutError(
+            f"cannot clip these {len(params)} parameters over pipeline stages: the mesh of the "
+            f"stages does not show which ranks share one, and a trainer that does is not known. "
+            f"{instead}"
+        )
+
+
+@dataclass
+class _Name:
+    """A function under one of its names, and what stands there meanwhile."""
+
+    holder: Any
+    name: str
+    own: Callable[..., Any]
+    instead: Callable[..., Any]
+
+    def replace(self) -> None:
+        setattr(self.holder, self.name, self.instead)
+
+    def restore(self) -> None:
+        if getattr(self.holder, self.name, None) is self.instead:
+            setattr(self.holder, self.name, self.own)
+
+
+class _SkippedSteps:
+    """Leaves out the next step of optimizers where the norm was not finite."""
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+        self._optimizers: list[Optimizer] = []
+        self._waiting: list[Optimizer] = []
+        self._hidden = optimizers.HiddenGradients()
+        self._hooks: list[Any] = []
+
+    def register(self, stepped: Sequence[Optimizer]) -> None:
+        self._optimizers = list(stepped)
+        for each in stepped:
+            self._hooks += [
+                each.register_step_pre_hook(self._before),
+                each.register_step_post_hook(self._after),
+            ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.forget()
+
+    def expect(self, found: Tensor) -> None:
+        """The next step of each optimizer is left out where `found` is 1."""
+        self._found, self._waiting = found, list(self._optimizers)
+
+    def forget(self) -> None:
+        """Ends it, after a step that did not come or has raised."""
+        self._hidden.forget()
+        if self._found is not None:
+            for each in self._optimizers:
+                optimizers.unfold_(each)
+        self._found, self._waiting = None, []
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._found is None or not any(optimizer is each for each in self._waiting):
+            return
+        self._waiting = [each for each in self._waiting if each is not optimizer]
+        if optimizers.multiplies(optimizer):
+            optimizers.fold_(optimizer, None, self._found)
+        elif bool(self._found):
+            self._hidden.hide(wrappers.params_of([optimizer]))
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._hidden.restore()
+        if self._found is not None:
+            optimizers.unfold_(optimizer)
+
+
+@dataclass(eq=False)
+class _Trained:
+    """What a trainer trains. It does not refer to the trainer, which may go.
+
+    Attributes:
+        params: as `Clipper` takes them, under their names in the whole model.
+        ids: of the parameters that the trainer passes to be clipped.
+        mesh: over all stages of a pipeline; None without one.
+    """
+
+    params: nn.Module | list[tuple[str, nn.Parameter]]
+    ids: frozenset[int]
+    mesh: DeviceMesh | None
+    pp_mesh: DeviceMesh | None
+    optimizers: Any
+    clipper: Clipper | None = None
+    skips: _SkippedSteps = field(default_factory=_SkippedSteps)
+
+    @classmethod
+    def read(cls, trainer: Any) -> _Trained:
+        parts: list[nn.Module] = list(trainer.model_parts)
+        for part in parts:
+            reshard(part)
+        named = [pair for part in parts for pair in named_parameters(part)]
+        ids = frozenset(id(param) for _, param in named)
+        pp_mesh = trainer.parallel_dims.get_optional_mesh("pp")
+        # The one mesh that has all ranks on axes of their own under each of its backends.
+        axes = ["pp", "batch", "cp", "tp"]
+        mesh = None if pp_mesh is None else trainer.parallel_dims.get_activated_mesh(axes)
+        params = parts[0] if len(parts) == 1 else named
+        return cls(params, ids, mesh, pp_mesh, trainer.optimizers)
+
+
+def _names_of(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
+    """The modules that have the function, its own and those that imported it, and its names."""
+    return [
+        (module, name)
+        for module in list(sys.modules.values())
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if value is function
+    ]
+
+
+def _states_of(trainer: Any) -> dict[str, Any]:
+    """What a trainer saves with its checkpoints; without any where it saves none."""
+    return getattr(getattr(trainer, "checkpointer", None), "states", {})
+
+
+def _rule_of(trainer: Any) -> TorchClipNorm | None:
+    """The rule in the config of torchtitan's trainers; None for an engine without one."""
+    training = getattr(getattr(trainer, "config", None), "training", None)
+    return None if training is None else TorchClipNorm(training.max_norm)
+
+
+def _remembers(clipper: Clipper) -> bool:
+    """Whether its policies have a state."""
+    return any(any(states.values()) for states in clipper.state_dict()["groups"].values())
+
+
+def _check_steps_after_backward(stepped: Any) -> None:
+    if any("InBackward" in kind.__name__ for kind in type(stepped).__mro__):
+        raise ValueError(
+            f"cannot clip for a {type(stepped).__qualname__}: it steps each parameter during "
+            f"backward, before the norm of all gradients is known, and drops the gradient. Turn "
+            f"the early step in backward off in the config of the optimizer."
+        )
