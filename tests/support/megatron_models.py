@@ -190,6 +190,15 @@ class Run:
         )
         return whole.chunk(parts, param.partition_dim)[rank]
 
+    def cuts_rows(self) -> bool:
+        """Whether the part of a parameter on this rank begins inside of a row."""
+        for member in self.members():
+            for param, _ in [] if member.is_stub_optimizer else _pairs(member):
+                start = member._get_model_param_range_map(param)["param"].start
+                if param.ndim > 1 and start % param.shape[-1]:
+                    return True
+        return False
+
     def members(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
@@ -298,8 +307,8 @@ def _model(case: Case, state: Any, index: int) -> Any:
     tensor = case.sizes["tensor_model_parallel_size"]
     config = TransformerConfig(
         num_layers=2 * case.num_chunks,
-        hidden_size=8,
-        ffn_hidden_size=12,
+        hidden_size=12,
+        ffn_hidden_size=20,
         num_attention_heads=4,
         use_cpu_initialization=True,
         pipeline_dtype=torch.float32,
