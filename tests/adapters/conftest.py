@@ -36,3 +36,11 @@ def two_accelerated_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def four_megatron_ranks() -> Iterator[Ranks]:
+    """Importing Megatron takes seconds on each rank: once for its files."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from distclip import ClipNorm, Clipper, LayoutError
 from distclip.adapters import MegatronLayouts, megatron_layouts
 from tests.conftest import pool
 from tests.support import reference
+from tests.support.megatron_models import on_cpu, parallel_state
 from tests.support.ranks import Ranks, device_of, mesh, same_bits_everywhere
 from tests.support.tolerances import NORM, TOLERANCES
 
@@ -176,17 +175,11 @@ def test_one_process_needs_no_mesh() -> None:
 @contextmanager
 def megatron_gpt(sizes: dict[str, int]) -> Iterator[tuple[nn.Module, Any]]:
     """Megatron's own GPT on this rank, on the CPU, and Megatron's parallel state."""
-    # Megatron has no switch for the CPU.
-    cpu = mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)
-    here = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
-    with warnings.catch_warnings(), cpu, here:
-        warnings.simplefilter("ignore")  # Transformer Engine and Apex are not installed
-        from megatron.core import parallel_state
+    with on_cpu(), parallel_state(sizes) as state:
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.transformer import TransformerConfig
 
-        parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
         experts = 4 if "expert_model_parallel_size" in sizes else None
         config = TransformerConfig(
             num_layers=2,
@@ -204,13 +197,10 @@ def megatron_gpt(sizes: dict[str, int]) -> Iterator[tuple[nn.Module, Any]]:
             vocab_size=12,
             max_sequence_length=8,
             share_embeddings_and_output_weights=True,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=state.is_pipeline_first_stage(),
+            post_process=state.is_pipeline_last_stage(),
         )
-        try:
-            yield model, parallel_state
-        finally:
-            parallel_state.destroy_model_parallel()
+        yield model, state
 
 
 def fill_gradients(model: nn.Module, state: Any) -> None:

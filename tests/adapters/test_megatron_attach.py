@@ -14,10 +14,9 @@ from torch import Tensor
 
 from distclip import AGC, AdaGC, ClipNorm, ClipTensorNorm
 from distclip.adapters.megatron import attach
-from tests.conftest import pool
 from tests.support import reference
 from tests.support.megatron_models import Case, Run, running, sizes
-from tests.support.ranks import same_bits_everywhere
+from tests.support.ranks import Ranks, same_bits_everywhere
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None,
@@ -71,6 +70,9 @@ def clips_by(run: Run, policy: Any, clipped: list[Tensor], seed: int) -> None:
 
 def every_policy_is_right(name: str) -> None:
     with running(CASES[name]) as run:
+        if CASES[name].distributed:  # else AGC would be right wherever parts begin
+            dist.all_gather_object(cut := [False] * 4, run.cuts_rows())
+            assert any(cut)
         run.record()
         scale = float(run.optimizer.get_loss_scale())
         for index, kind in enumerate(("AGC", "ClipNorm", "ClipTensorNorm")):
@@ -88,8 +90,8 @@ def every_policy_is_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_policy_is_right(name: str) -> None:
-    pool(4).run(every_policy_is_right, name)
+def test_every_policy_is_right(four_megatron_ranks: Ranks, name: str) -> None:
+    four_megatron_ranks.run(every_policy_is_right, name)
 
 
 # Adam makes steps of equal size of gradients that are rounding errors, but for this.
@@ -151,5 +153,5 @@ def training_is_as_on_whole_models() -> None:
             torch.testing.assert_close(sharded_weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_training_is_as_on_whole_models() -> None:
-    pool(4).run(training_is_as_on_whole_models)
+def test_training_is_as_on_whole_models(four_megatron_ranks: Ranks) -> None:
+    four_megatron_ranks.run(training_is_as_on_whole_models)

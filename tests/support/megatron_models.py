@@ -50,6 +50,21 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def parallel_state(sizes: dict[str, int]) -> Iterator[Any]:
+    """Megatron's parallel state. Its groups end with it: those of gloo cost threads."""
+    from megatron.core import parallel_state as state
+
+    before = set(dist.distributed_c10d._world.pg_map)
+    state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
+    try:
+        yield state
+    finally:
+        state.destroy_model_parallel()
+        for group in set(dist.distributed_c10d._world.pg_map) - before:
+            dist.destroy_process_group(group)
+
+
 class Case(NamedTuple):
     """How Megatron runs a model.
 
@@ -175,6 +190,15 @@ class Run:
         )
         return whole.chunk(parts, param.partition_dim)[rank]
 
+    def cuts_rows(self) -> bool:
+        """Whether the part of a parameter on this rank begins inside of a row."""
+        for member in self.members():
+            for param, _ in [] if member.is_stub_optimizer else _pairs(member):
+                start = member._get_model_param_range_map(param)["param"].start
+                if param.ndim > 1 and start % param.shape[-1]:
+                    return True
+        return False
+
     def members(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
@@ -240,43 +264,38 @@ def running(case: Case, prepare: Callable[[Any], None] | None = None) -> Iterato
     Args:
         prepare: called with the model before it is wrapped.
     """
-    with on_cpu():
-        from megatron.core import parallel_state
+    with on_cpu(), parallel_state(case.sizes) as state:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
         )
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        parallel_state.initialize_model_parallel(**case.sizes, create_gloo_process_groups=False)
-        try:
-            ddp_config = DistributedDataParallelConfig(
-                use_distributed_optimizer=case.distributed, grad_reduce_in_fp32=True, **case.ddp
-            )
-            chunks = []
-            for index in range(case.num_chunks):
-                chunk = _model(case, parallel_state, index)
-                if prepare is not None:
-                    prepare(chunk)
-                chunks.append(DistributedDataParallel(chunk.config, ddp_config, chunk))
-            run = Run(parallel_state, chunks, None)
-            with torch.no_grad():
-                for key, param in run.named_parameters():
-                    param.copy_(run.local_part(_whole_weight(key, run.whole_shape(param)), param))
-            run.optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    **{"optimizer": "adam", "lr": 0.01} | case.config,
-                    use_distributed_optimizer=case.distributed,
-                    bf16=case.dtype is torch.bfloat16,
-                    fp16=case.dtype is torch.float16,
-                    params_dtype=case.dtype,
-                ),
-                chunks,
-                use_gloo_process_groups=False,
-            )
-            yield run
-        finally:
-            parallel_state.destroy_model_parallel()
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=case.distributed, grad_reduce_in_fp32=True, **case.ddp
+        )
+        chunks = []
+        for index in range(case.num_chunks):
+            chunk = _model(case, state, index)
+            if prepare is not None:
+                prepare(chunk)
+            chunks.append(DistributedDataParallel(chunk.config, ddp_config, chunk))
+        run = Run(state, chunks, None)
+        with torch.no_grad():
+            for key, param in run.named_parameters():
+                param.copy_(run.local_part(_whole_weight(key, run.whole_shape(param)), param))
+        run.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                **{"optimizer": "adam", "lr": 0.01} | case.config,
+                use_distributed_optimizer=case.distributed,
+                bf16=case.dtype is torch.bfloat16,
+                fp16=case.dtype is torch.float16,
+                params_dtype=case.dtype,
+            ),
+            chunks,
+            use_gloo_process_groups=False,
+        )
+        yield run
 
 
 def _model(case: Case, state: Any, index: int) -> Any:
@@ -288,8 +307,8 @@ def _model(case: Case, state: Any, index: int) -> Any:
     tensor = case.sizes["tensor_model_parallel_size"]
     config = TransformerConfig(
         num_layers=2 * case.num_chunks,
-        hidden_size=8,
-        ffn_hidden_size=12,
+        hidden_size=12,
+        ffn_hidden_size=20,
         num_attention_heads=4,
         use_cpu_initialization=True,
         pipeline_dtype=torch.float32,

@@ -98,12 +98,11 @@ def _parts(found: re.Match[str]) -> tuple[str, int, str]:
 
 
 def _positioned(held: HeldParam, groups: RankGroups) -> str:
-    """A position, with what distinguishes the ranks on which another tensor has it."""
-    stage = f"@pp{groups.stage}" if groups.num_stages > 1 else ""
+    """A position, with what distinguishes the ranks of a stage where another tensor has it."""
     is_other_expert = held.is_expert and groups.num_expert_ranks > 1
     expert = f"@ep{groups.expert_rank}" if is_other_expert else ""
     owner = ""
     if held.is_owned:
         ranks = groups.data_ranks(held.is_expert)
         owner = f"@dp{list(ranks).index(dist.get_rank())}"
-    return f"{held.position}{stage}{expert}{owner}"
+    return f"{held.position}{expert}{owner}"
