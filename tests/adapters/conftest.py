@@ -28,3 +28,10 @@ def four_titan_ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def two_lightning_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,394 @@
+"""`DistClip` in real Trainers on two ranks, against one process in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distclip
+from distclip.adapters import frameworks
+from tests.support import lightning_runs as runs
+from tests.support import reference
+from tests.support.lightning_runs import LIMIT, LR, quietly, train_whole
+from tests.support.ranks import Ranks, same_bits_everywhere
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lightning") is None, reason="needs lightning"
+)
+
+CLOSE = {"rel": 3e-6}  # float32 weights after some steps, against float64
+
+
+def clips_as_one_process(layouts: list[str], options: dict[str, Any]) -> None:
+    modules = runs.modules()
+    accumulate = options.get("accumulate_grad_batches", 1)
+    for layout in layouts:
+        whole = train_whole(3, modules.world_of(layout), accumulate)
+        assert min(whole) > LIMIT
+        with quietly():
+            run = modules.Run(layout, **options).fit(3)
+        assert run.norms == pytest.approx(whole, **CLOSE), layout
+        assert run.logged == run.norms
+        assert run.trainer.logged_metrics["grad_norm"].item() == run.norms[-1]
+        assert same_bits_everywhere(run.reports[-1].total_norm)
+        assert run.clip.clippers == []
+        assert run.clip.report is run.reports[-1]
+
+
+def test_every_strategy_clips_as_one_process(two_lightning_ranks: Ranks) -> None:
+    layouts = ["single", "ddp", "fsdp", "fsdp_flat", "fsdp2", "tp"]
+    two_lightning_ranks.run(clips_as_one_process, layouts, {"log_every_n_steps": 1})
+
+
+def test_gradients_are_accumulated_first(two_lightning_ranks: Ranks) -> None:
+    options = {"log_every_n_steps": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0}
+    two_lightning_ranks.run(clips_as_one_process, ["ddp", "fsdp", "fsdp2"], options)
+
+
+def scaled(fused: bool, layout: str) -> None:
+    modules = runs.modules()
+    whole = train_whole(3)
+    with quietly():
+        run = modules.Run(layout, plugins=[modules.amp()])
+        run.fit(3, modules.Net(fused=fused))
+    assert run.norms == pytest.approx(whole, rel=5e-3)
+    assert run.trainer.precision_plugin.scaler.get_scale() == 1024
+    assert same_bits_everywhere(run.reports[-1].total_norm)
+    clipped = [report.coefficient.item() * report.total_norm.item() for report in run.reports]
+    assert clipped == pytest.approx([LIMIT] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_are_clipped_where_they_are_unscaled(
+    two_lightning_ranks: Ranks, fused: bool
+) -> None:
+    two_lightning_ranks.run(scaled, fused, "ddp")
+
+
+def overflow(fused: bool) -> None:
+    """A step with an overflow on one rank is skipped on all, and the scale halves."""
+    modules = runs.modules()
+
+    class Overflows(modules.Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.inf if batch_idx == 1 and dist.get_rank() == 1 else loss
+
+    with quietly():
+        run = modules.Run("ddp", distclip.AutoClip(50.0), plugins=[modules.amp()])
+        run.fit(3, Overflows(fused=fused))
+        once = modules.Run("ddp", plugins=[modules.amp()]).fit(1, modules.Net(fused=fused))
+    assert run.trainer.precision_plugin.scaler.get_scale() == 512
+    finite = [norm for norm in run.norms if math.isfinite(norm)]
+    assert len(finite) == 2
+    assert finite[0] == once.norms[0]
+    (saved,) = run.clip.state_dict()["optimizers"]
+    assert saved["groups"]["all"]["AutoClip"]["num_steps"] == 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_is_skipped_on_every_rank(two_lightning_ranks: Ranks, fused: bool) -> None:
+    two_lightning_ranks.run(overflow, fused)
+
+
+def gan() -> None:
+    """Two optimizers in manual optimization: each step clips its own gradients, and no other."""
+    modules = runs.modules()
+    seen: list[tuple[float, float, float]] = []
+
+    class Gan(modules.Net):
+        def __init__(self, closures: bool = False) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.closures = closures
+
+        def configure_optimizers(self) -> Any:
+            first = torch.optim.SGD(self.net[:2].parameters(), lr=LR)
+            return first, torch.optim.SGD(self.net[2:].parameters(), lr=LR)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for index, optimizer in enumerate(self.optimizers()):
+                self.toggle_optimizer(optimizer)
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                before = [p.detach().clone() for p in params]
+
+                def closure(optimizer: Any = optimizer) -> None:
+                    optimizer.zero_grad()
+                    self.manual_backward(runs.loss_of(self.net, *batch))
+
+                others = [p for p in self.parameters() if all(p is not q for q in params)]
+                kept = [None if p.grad is None else p.grad.clone() for p in others]
+                if self.closures:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    raw = reference.total_norm([p.grad for p in params]).item()
+                    optimizer.step()
+                    assert run.clip.report is run.clip.reports[index]
+                    assert run.clip.report.total_norm.item() == pytest.approx(raw, rel=1e-6)
+                moved = [(old - p.detach()) / LR for old, p in zip(before, params, strict=True)]
+                limit = (0.25, 0.125)[index]
+                norm = reference.total_norm(moved).item()
+                assert run.clip.report.total_norm.item() > limit
+                assert norm == pytest.approx(limit, rel=1e-4)
+                for p, old in zip(others, kept, strict=True):
+                    assert p.grad is old or torch.equal(p.grad, old)
+                self.untoggle_optimizer(optimizer)
+                seen.append(norm)
+
+    for closures in (False, True):
+        policies = [distclip.ClipNorm(0.25), distclip.ClipNorm(0.125)]
+        with quietly():
+            run = modules.Run("ddp_unused", distclip.adapters.lightning.DistClip(policies))
+            run.fit(2, Gan(closures))
+        logged = run.trainer.callback_metrics
+        assert {"grad_norm/0", "grad_norm/1"} == set(logged)
+        assert logged["grad_norm/1"].item() == run.clip.report.total_norm.item()
+    assert len(seen) == 8
+
+
+def test_each_of_two_optimizers_has_its_own_norm(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(gan)
+
+
+POLICIES = {
+    "zclip": distclip.ZClip(warmup_steps=2, max_norm=5.0),
+    "adagc": distclip.AdaGC(warmup_steps=2),
+}
+
+
+def resumed(layout: str, policy: str, folder: str) -> None:
+    """Steps after a resume from a checkpoint are those of a run that was not interrupted."""
+    modules = runs.modules()
+    made = POLICIES[policy]
+    path = f"{folder}/{layout}-{policy}.ckpt"
+
+    def net() -> Any:  # Lightning cannot load a sharded state of an optimizer that has none
+        return modules.net_for(layout, momentum=0.5)
+
+    with quietly():
+        whole = modules.Run(layout, made, max_epochs=2).fit(3, net())
+        first = modules.Run(layout, made)
+        first.save_to = path
+        first.fit(3, net())
+        rest = modules.Run(layout, made, max_epochs=2).fit(3, net(), ckpt_path=path)
+    # Matrix products may depend on where in memory a tensor begins.
+    assert first.norms + rest.norms == pytest.approx(whole.norms, rel=1e-6)
+    assert len(rest.norms) == 3
+    ended, wanted = numbers(rest.clip.state_dict()), numbers(whole.clip.state_dict())
+    assert ended == pytest.approx(wanted, rel=1e-6)
+    assert numbers(first.clip.state_dict()) != pytest.approx(wanted, rel=1e-3)
+
+
+def numbers(state: Any, path: str = "") -> dict[str, float]:
+    """Every number of a state, by where it is."""
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, part in items for k, v in numbers(part, f"{path}.{key}").items()}
+    return {path: state.item() if isinstance(state, Tensor) else state}
+
+
+def resumed_in_all(folder: str) -> None:
+    # Not FSDP1 with `state_dict_type="full"`: torch 2.13 reads freed memory there on a CPU.
+    for layout in ("ddp", "fsdp_sharded", "fsdp2"):
+        for policy in POLICIES:
+            resumed(layout, policy, folder)
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(
+    two_lightning_ranks: Ranks, tmp_path: Path
+) -> None:
+    two_lightning_ranks.run(resumed_in_all, str(tmp_path))
+
+
+def refusals() -> None:
+    """What would clip twice, or with an unclear policy, is an error on every rank."""
+    modules = runs.modules()
+
+    def fails(match: str, net: Any = None, clip: Any = None, **options: Any) -> None:
+        run = modules.Run("ddp", clip, **options)
+        with quietly(), pytest.raises(ValueError, match=match):
+            run.fit(1, net)
+        assert run.clip.clippers == []
+        assert "clip_gradients" not in vars(run.trainer.precision_plugin)
+
+    fails(r"cannot clip with DistClip and Trainer\(gradient_clip_val=0\.5\)", gradient_clip_val=0.5)
+
+    class Own(modules.Net):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    fails(r"Own has its own `configure_gradient_clipping`", Own())
+
+    class ByHand(modules.Net):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.clip_gradients(optimizer, gradient_clip_val=0.0)
+            self.clip_gradients(optimizer, gradient_clip_val=0.5)
+
+    fails(r"`self\.clip_gradients\(\.\.\., gradient_clip_val=0\.5\)`.*clipped twice", ByHand())
+    policies = [distclip.ClipNorm(1.0)] * 2
+    fails(r"cannot clip with 2 policies: .*returned 1 optimizers", clip=modules.DistClip(policies))
+    excluding = modules.DistClip(distclip.AGC(exclude=("haed",)))
+    fails("cannot exclude 'haed'", clip=excluding)
+
+    class Attached(modules.Net):
+        def configure_optimizers(self) -> Any:
+            made = super().configure_optimizers()
+            frameworks.claim(made, "another adapter")
+            return made
+
+    fails("another adapter does already", Attached())
+    with quietly(), pytest.raises(RuntimeError, match="more than one stateful callback"):
+        modules.trainer("ddp", modules.DistClip(), modules.DistClip(distclip.AutoClip()))
+    with pytest.raises(TypeError, match=r"cannot clip with gradient=: it is none of Clipper's"):
+        modules.DistClip(gradient=lambda p: p.grad)
+    with pytest.raises(TypeError):
+        modules.DistClip(1.0)
+    with pytest.raises(TypeError, match="cannot log the norm as 3"):
+        modules.DistClip(metric=3)
+
+
+def test_clipping_twice_is_an_error(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(refusals)
+
+
+class Stop(Exception):
+    pass
+
+
+def fits_again() -> None:
+    """A second `fit` goes on, also after an exception; another model begins anew."""
+    modules = runs.modules()
+    policy = distclip.AutoClip(50.0)
+
+    class Raises(modules.Net):
+        at: int | None = 1
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == self.at:
+                raise Stop
+            return super().training_step(batch, batch_idx)
+
+    def steps_counted() -> int:
+        (saved,) = run.clip.state_dict()["optimizers"]
+        return int(saved["groups"]["all"]["AutoClip"]["num_steps"])
+
+    net = Raises()
+    with quietly():
+        run = modules.Run("ddp", policy)
+        with pytest.raises(Stop):
+            run.fit(3, net)
+        (optimizer,) = run.trainer.optimizers
+        assert "step" not in vars(optimizer)
+        assert "clip_gradients" not in vars(run.trainer.precision_plugin)
+        assert steps_counted() == 1
+        assert len(run.norms) == 1
+        net.at = None
+        run.fit(3, net)
+        assert steps_counted() == 4
+        run.trainer.test(net, modules.loader("ddp", 1), verbose=False)
+        run.trainer.fit_loop.max_epochs += 1
+        run.fit(3, net)
+        assert steps_counted() == 7
+        first = run.norms[0]
+        run.trainer.fit_loop.max_epochs += 1
+        run.fit(2, modules.Net())
+        assert steps_counted() == 2
+        assert run.norms[-2] == first
+        run.trainer.fit_loop.max_epochs += 1
+        run.fit(1, net)
+        assert steps_counted() == 8
+        copy = pickle.loads(pickle.dumps(run.clip))
+        assert copy.state_dict().keys() == {"optimizers"}
+        assert copy.policy == policy
+
+
+def test_a_callback_serves_several_fits(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(fits_again)
+
+
+def nonfinite(mode: str) -> None:
+    """An infinite gradient of one rank in the second step."""
+    modules = runs.modules()
+
+    class Infinite(modules.Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.before = self.net[0].weight.detach().clone()
+            return loss * math.inf if batch_idx == 1 and dist.get_rank() == 1 else loss
+
+    clip = modules.DistClip(on_nonfinite=mode)
+    net = Infinite()
+    with quietly():
+        run = modules.Run("ddp", clip)
+        if mode == "raise":
+            with pytest.raises(distclip.NonFiniteGradientError, match=r"net\.0\.weight"):
+                run.fit(2, net)
+            assert len(run.norms) == 1
+        else:
+            run.fit(2, net)
+            assert not run.reports[1].finite
+            assert torch.equal(net.before, net.net[0].weight)
+    if mode == "skip":
+        assert net.net[0].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_on_nonfinite(two_lightning_ranks: Ranks, mode: str) -> None:
+    two_lightning_ranks.run(nonfinite, mode)
+
+
+def changing_optimizers(folder: str) -> None:
+    """Layers that are unfrozen, optimizers that are replaced, and what else acts on a fit."""
+    modules = runs.modules()
+    from lightning.pytorch.callbacks import (
+        BackboneFinetuning,
+        EarlyStopping,
+        ModelCheckpoint,
+    )
+
+    class Tuned(modules.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*self.net)
+            self.backbone = self.net[:2]
+
+        def configure_optimizers(self) -> Any:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(trained, lr=LR)
+            decay = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return [optimizer], [decay]
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            wanted.append(reference.total_norm([g for g in grads if g is not None]).item())
+
+    for unfreeze_at in (0, 1):
+        wanted: list[float] = []
+        tuning = BackboneFinetuning(unfreeze_at, backbone_initial_lr=0.1, verbose=False)
+        stopping = EarlyStopping("grad_norm", patience=5, verbose=False)
+        saving = ModelCheckpoint(folder, monitor="grad_norm", every_n_train_steps=1)
+        run_options = {"max_epochs": 3, "enable_checkpointing": True}
+        with quietly():
+            run = modules.Run("ddp", distclip.AdaGC(), tuning, stopping, saving, **run_options).fit(
+                1, Tuned()
+            )
+        assert run.norms == pytest.approx(wanted, rel=1e-6)
+        assert len(wanted) == 3
+        (saved,) = run.clip.state_dict()["optimizers"]
+        tensors = saved["groups"]["all"]["AdaGC"]["gamma"]
+        assert set(tensors) == {f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+
+
+def test_parameters_and_optimizers_that_come_later(
+    two_lightning_ranks: Ranks, tmp_path: Path
+) -> None:
+    two_lightning_ranks.run(changing_optimizers, str(tmp_path))
