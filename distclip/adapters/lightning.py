@@ -295,7 +295,8 @@ def fabric_clipper(
     kept = _kept.get(inner)
     if kept is not None and kept.is_for(wrapped, policy, options):
         return kept.clipper
-    clipper = Clipper(params_of([inner]), policy, module=wrapped, **options)
+    made = _with_mesh(fabric.strategy, options)
+    clipper = Clipper(params_of([inner]), policy, module=wrapped, **made)
     if kept is None:
         claim(inner, f"{_OWNER}.clip_gradients")
     elif type(kept.policy) is type(policy):
@@ -371,15 +372,19 @@ def _clip_in_steps(
     params = params_of([inner])
     claim(inner, f"{_OWNER}.DistClip")
     try:
-        # ModelParallelStrategy's; a model may hold tensors that are on one of its axes only.
-        mesh: Any = options.get("mesh", getattr(trainer.strategy, "device_mesh", None))
-        options = {**options, "mesh": mesh}
-        clipper = Clipper(params, policy, module=model, **options)
+        made = _with_mesh(trainer.strategy, options)
+        clipper = Clipper(params, policy, module=model, **made)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return _Clipped(optimizer, inner, params, clipper, clipper.attach(optimizer, scaler))
     except BaseException:
         release(inner)
         raise
+
+
+def _with_mesh(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """With ModelParallelStrategy's mesh; each tensor of a model may be on one of its axes only."""
+    mesh: Any = options.get("mesh", getattr(strategy, "device_mesh", None))
+    return {**options, "mesh": mesh}
 
 
 def _restored(
