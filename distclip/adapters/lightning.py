@@ -142,20 +142,21 @@ class DistClip(_Callback):
             self._detach()
             self._attach(trainer, pl_module)
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        known = [each.given for each in self._clipped]
-        if len(known) != len(trainer.optimizers) or any(
-            a is not b for a, b in zip(known, trainer.optimizers, strict=True)
-        ):
-            self._keep()
-            self._detach()
-            self._attach(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self._follow(trainer, pl_module)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if not pl_module.automatic_optimization:  # else a step of the optimizer has begun
+            self._follow(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        found = (each for each in self._clipped if each.steps(optimizer))
-        self._stepping = next(found, self._stepping)
+        self._stepping = next((each for each in self._clipped if each.steps(optimizer)), None)
+        if self._stepping is None:
+            raise ValueError(
+                f"cannot clip in this step of {type(optimizer).__qualname__}: when the batch "
+                f"began, it was none of `trainer.optimizers`. Return it from "
+                f"`configure_optimizers`, or set `trainer.strategy.optimizers` before the epoch."
+            )
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -182,6 +183,13 @@ class DistClip(_Callback):
         if isinstance(self.policy, list | tuple):
             return list(cast("Sequence[Policy[Any]]", self.policy))
         return [cast("Policy[Any]", self.policy)] * num_optimizers
+
+    def _follow(self, trainer: Any, pl_module: Any) -> None:
+        """Clips in the steps of the optimizers that the Trainer has now."""
+        if [id(each.given) for each in self._clipped] != [*map(id, trainer.optimizers)]:
+            self._keep()
+            self._detach()
+            self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:
         self._module = weakref.ref(pl_module)

@@ -392,3 +392,160 @@ def test_parameters_and_optimizers_that_come_later(
     two_lightning_ranks: Ranks, tmp_path: Path
 ) -> None:
     two_lightning_ranks.run(changing_optimizers, str(tmp_path))
+
+
+def optimizers_of_other_kinds() -> None:
+    modules = runs.modules()
+
+    class Closing(modules.Net):
+        """LBFGS evaluates its closure several times, and sees clipped gradients each time."""
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            norms.append(reference.total_norm([p.grad for p in self.parameters()]).item())
+
+    class Late(modules.Net):
+        """No optimizer at first, and then another in each step."""
+
+        def __init__(self, automatic: bool = False) -> None:
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def configure_optimizers(self) -> list[Any]:
+            return []
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), lr=LR)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            if self.automatic_optimization:
+                return super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(runs.loss_of(self.net, *batch))
+            norms.append(reference.total_norm([p.grad for p in self.parameters()]).item())
+            optimizer.step()
+            return None
+
+    class Skips(modules.Net):
+        """Leaves out a batch, which is a step without gradients, or none under a scaler."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    norms: list[float] = []
+    with quietly():
+        run = modules.Run("ddp").fit(2, Closing())
+        assert len(norms) == 6
+        assert run.norms == [pytest.approx(norms[2], rel=1e-6), pytest.approx(norms[5], rel=1e-6)]
+        norms.clear()
+        run = modules.Run("ddp").fit(2, Late())
+        assert run.norms == pytest.approx(norms, rel=1e-6)
+        assert min(norms) > LIMIT
+        with pytest.raises(ValueError, match=r"this step of SGD: when the batch began"):
+            modules.Run("ddp").fit(1, Late(automatic=True))
+        for plugins in ([], [modules.amp()]):
+            run = modules.Run("single", distclip.AutoClip(50.0), plugins=plugins).fit(3, Skips())
+            assert [norm for norm in run.norms if norm] == pytest.approx(
+                [run.norms[0], run.norms[-1]]
+            )
+            (saved,) = run.clip.state_dict()["optimizers"]
+            assert saved["groups"]["all"]["AutoClip"]["num_steps"] == 2
+        tuned = modules.Run("ddp", None, overfit_batches=2, max_epochs=2, barebones=False)
+        assert len(tuned.fit(4).norms) == 4
+        bare = modules.Run("ddp", modules.DistClip(metric=None), barebones=False).fit(1)
+        assert "grad_norm" not in bare.trainer.callback_metrics
+        options: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing"))
+        bare = modules.Run("single", None, barebones=True, **options).fit(1)
+        assert len(bare.norms) == 1
+
+
+def test_other_optimizers_and_options(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(optimizers_of_other_kinds)
+
+
+def lightning_itself() -> None:
+    """What DistClip is in the place of, in Lightning 2.6.6: these raise, or are not offered."""
+    modules = runs.modules()
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    def own(layout: str, net: Any = None, **options: Any) -> Any:
+        made = modules.trainer(layout, **options)
+        made.fit(net or modules.net_for(layout), modules.loader(layout, 2))
+        return made
+
+    with quietly():
+        with pytest.raises(MisconfigurationException, match="'norm'` is currently not supported"):
+            own("fsdp", gradient_clip_val=0.5)
+        fused = modules.Net(fused=True)
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            own("ddp", fused, gradient_clip_val=0.5, plugins=[modules.amp()])
+        manual = modules.Net()
+        manual.automatic_optimization = False
+        with pytest.raises(MisconfigurationException, match="not supported for manual"):
+            own("ddp", manual, gradient_clip_val=0.5)
+        weights = {}
+        for layout in ("single", "ddp", "fsdp"):  # element by element: shards change nothing
+            net = modules.net_for(layout)
+            own(layout, net, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+            weights[layout] = sum(p.detach().double().sum() for p in net.parameters())
+            if layout == "fsdp":
+                dist.all_reduce(weights[layout])
+        assert weights["fsdp"].item() == pytest.approx(weights["ddp"].item(), rel=1e-6)
+
+
+def test_what_lightning_itself_clips(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(lightning_itself)
+
+
+def pytorch_lightning_users() -> None:
+    """`import pytorch_lightning` has classes of its own, whose Trainer takes the same callback."""
+    with quietly():
+        import pytorch_lightning as pl
+
+        modules = runs.modules()
+
+        class Net(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = runs.make_net()
+
+            training_step = modules.Net.training_step
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=LR)
+
+        class Own(Net):
+            def configure_gradient_clipping(self, *_: Any, **__: Any) -> None: ...
+
+        def fit(net: Any, clip: Any, **options: Any) -> Any:
+            made = pl.Trainer(
+                accelerator="cpu",
+                devices=2,
+                strategy="ddp",
+                callbacks=[clip],
+                max_epochs=1,
+                logger=False,
+                use_distributed_sampler=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                **options,
+            )
+            made.fit(net, modules.loader("ddp", 3))
+            return made
+
+        clip = modules.DistClip(distclip.ClipNorm(LIMIT))
+        made = fit(Net(), clip)
+        assert clip.report.total_norm.item() == pytest.approx(train_whole(3)[-1], **CLOSE)
+        assert made.callback_metrics["grad_norm"] == clip.report.total_norm
+        with pytest.raises(ValueError, match="Own has its own `configure_gradient_clipping`"):
+            fit(Own(), modules.DistClip())
+        with pytest.raises(ValueError, match=r"Trainer\(gradient_clip_val=1\.0\)"):
+            fit(Net(), modules.DistClip(), gradient_clip_val=1.0)
+
+
+def test_pytorch_lightning(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(pytorch_lightning_users)
