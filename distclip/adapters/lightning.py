@@ -26,7 +26,7 @@ Policies: TypeAlias = "Policy[Any] | Sequence[Policy[Any]]"
 _OWNER = "distclip.adapters.lightning"
 # Set by the adapter itself: where the gradients are, and what the parameters are from.
 _OPTIONS = inspect.signature(Clipper).parameters.keys() - {
-    *("model_or_parameters", "policy", "gradient", "module"),
+    *("model_or_parameters", "policy", "gradient", "modules"),
 }
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def fabric_clipper(
     if kept is not None and kept.is_for(wrapped, policy, options):
         return kept.clipper
     made = _with_mesh(fabric.strategy, options)
-    clipper = Clipper(params_of([inner]), policy, module=wrapped, **made)
+    clipper = Clipper(params_of([inner]), policy, modules=wrapped, **made)
     if kept is None:
         claim(inner, f"{_OWNER}.clip_gradients")
     elif type(kept.policy) is type(policy):
@@ -381,7 +381,7 @@ def _clip_in_steps(
     claim(inner, f"{_OWNER}.DistClip")
     try:
         made = _with_mesh(trainer.strategy, options)
-        clipper = Clipper(params, policy, module=model, **made)
+        clipper = Clipper(params, policy, modules=model, **made)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return _Clipped(optimizer, inner, params, clipper, clipper.attach(optimizer, scaler))
     except BaseException:

@@ -115,40 +115,6 @@ def run_backward(model: nn.Module, device: str) -> None:
     (30 * model(tokens).square().mean()).backward()
 
 
-def part_of_a_model(original: bool, device: str) -> None:
-    def model() -> nn.Sequential:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)).to(device_of(device))
-
-    def backward(module: nn.Module) -> None:
-        (30 * module(torch.ones(2, 3, device=device_of(device))).square().sum()).backward()
-
-    whole = model()
-    backward(whole)
-    wholes = [p.grad for p in whole[1].parameters()]
-    units = model()
-    options = {"use_orig_params": original, "device_id": device_of(device)}
-    units[1] = FullyShardedDataParallel(units[1], **options)
-    wrapped = FullyShardedDataParallel(units, **options)
-    backward(wrapped)
-    part = list(units[1].parameters())
-    with pytest.raises(distclip.LayoutError, match="nothing on the tensor says how it is sharded"):
-        distclip.Clipper(part)
-    clipper = distclip.Clipper(part, distclip.ClipNorm(0.5), module=wrapped)
-    names = [shard.name for param in clipper.plan.params for shard in param.shards]
-    assert names == ["1.weight", "1.bias"]
-    norm = clipper.clip_().total_norm
-    assert norm.item() == pytest.approx(reference.total_norm(wholes).item(), rel=1e-6)
-    assert distclip.Clipper(part, module=wrapped).clip_().total_norm.item() == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("original", [False, True])
-def test_a_list_of_parameters_is_read_from_the_module_that_is_given_too(
-    four_ranks: Ranks, original: bool
-) -> None:
-    four_ranks.run(part_of_a_model, original, four_ranks.device)
-
-
 def tied_weight_is_one_tensor(original: bool, device: str) -> None:
     whole = tied_model(device)
     run_backward(whole, device)

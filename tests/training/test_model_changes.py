@@ -256,7 +256,7 @@ def test_parameters_that_come_after_attach(closure: bool, steps_before: int) -> 
     first, late = (nn.Parameter(torch.zeros(2)) for _ in range(2))
     module = nn.ParameterDict({"first": first, "late": late})
     optimizer = torch.optim.SGD([first], lr=1.0)
-    clipper = Clipper([first], AdaGC(warmup_steps=9, max_norm=1.0), module=module)
+    clipper = Clipper([first], AdaGC(warmup_steps=9, max_norm=1.0), modules=module)
     attached = clipper.attach(optimizer)
 
     def backward() -> None:
@@ -275,23 +275,6 @@ def test_parameters_that_come_after_attach(closure: bool, steps_before: int) -> 
         assert moved == pytest.approx(0.5**0.5 if step >= steps_before else 0, rel=1e-6)
     gamma = clipper.state_dict()["groups"]["all"]["AdaGC"]["gamma"]
     assert set(gamma) == {"first", "late"}  # the names in the module
-
-
-def test_only_the_list_is_clipped_where_a_module_is_given_too() -> None:
-    model = make_model()
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    clipper = Clipper(model[0].parameters(), ClipNorm(0.5), module=model)
-    assert [param.name for param in clipper.plan.params] == ["0.weight", "0.bias"]
-    named = Clipper([("mine", model[0].weight), ("#7", model[2].bias)], module=model)
-    assert [param.name for param in named.plan.params] == ["mine", "2.bias"]
-    clipper.clip_()
-    assert reference.total_norm([p.grad for p in model[0].parameters()]).item() == pytest.approx(
-        0.5
-    )
-    assert all((p.grad == 1).all() for p in model[2].parameters())
-    with pytest.raises(TypeError, match=r"module=\[.*no module"):
-        Clipper([model[0].weight], module=[model])  # type: ignore[arg-type]
 
 
 def test_parameters_unfrozen_in_the_optimizer() -> None:
