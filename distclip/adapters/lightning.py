@@ -142,7 +142,9 @@ class DistClip(_Callback):
             self._detach()
             self._attach(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._follow(trainer, pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -299,12 +301,12 @@ def fabric_clipper(
     _check_options(options)
     policy = ClipNorm(1.0) if policy is None else policy
     wrapped = _check_set_up(fabric, module, optimizer)
-    (inner,) = unwrapped([optimizer])
+    inner = unwrapped([optimizer])[0]
     kept = _kept.get(inner)
     if kept is not None and kept.is_for(wrapped, policy, options):
         return kept.clipper
     made = _with_mesh(fabric.strategy, options)
-    clipper = Clipper(params_of([inner]), policy, modules=wrapped, **made)
+    clipper = Clipper(params_of([optimizer]), policy, modules=wrapped, **made)
     if kept is None:
         claim(inner, f"{_OWNER}.clip_gradients")
     elif type(kept.policy) is type(policy):
@@ -319,7 +321,8 @@ class _Clipped:
 
     Attributes:
         given: as the Trainer has it.
-        claimed: what `claim` was given.
+        claimed: what `claim` was given: the optimizer, without a wrapper.
+        params: what it stepped when it was found.
         clipper: with a state; a `Clipper`, or the handle of DeepSpeed's adapter.
         handle: with a report.
         logged: the latest report of which the norm was logged.
@@ -376,8 +379,8 @@ def _clip_in_steps(
             )
         handle = deepspeed.attach(model, policy, **options)
         return _Clipped(optimizer, None, [], handle, handle)
-    (inner,) = unwrapped([optimizer])
-    params = params_of([inner])
+    inner = unwrapped([optimizer])[0]
+    params = params_of([optimizer])
     claim(inner, f"{_OWNER}.DistClip")
     try:
         made = _with_mesh(trainer.strategy, options)
