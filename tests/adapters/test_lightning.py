@@ -272,6 +272,10 @@ def fits_again() -> None:
     class Raises(modules.Net):
         at: int | None = 1
 
+        def configure_optimizers(self) -> Any:
+            self.kept = getattr(self, "kept", None) or super().configure_optimizers()
+            return self.kept
+
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == self.at:
                 raise Stop
@@ -549,3 +553,103 @@ def pytorch_lightning_users() -> None:
 
 def test_pytorch_lightning(two_lightning_ranks: Ranks) -> None:
     two_lightning_ranks.run(pytorch_lightning_users)
+
+
+def resumed_with_a_backbone(folder: str) -> None:
+    """States of layers that a callback adds in `on_fit_start`, after DistClip's, are restored."""
+    modules = runs.modules()
+    from lightning.pytorch.callbacks import BackboneFinetuning
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(modules.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = self.net[:2]
+
+        def configure_optimizers(self) -> Any:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.SGD(trained, lr=LR)
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch:  # Lightning 2.6.6 leaves it frozen in a run that is resumed
+                self.backbone.requires_grad_(True)
+
+    policy = distclip.AdaGC(warmup_steps=1, beta=0.5)
+
+    def tuned(max_epochs: int) -> Any:
+        tuning = BackboneFinetuning(1, backbone_initial_lr=0.1, verbose=False)
+        # Not DDP, which reduces no gradient of a layer that was frozen when it was made.
+        return modules.Run("single", policy, tuning, max_epochs=max_epochs)
+
+    path = f"{folder}/backbone-{dist.get_rank()}.ckpt"
+    with quietly():
+        whole = tuned(4).fit(2, Tuned())
+        first = tuned(2)
+        first.save_to = path
+        first.fit(2, Tuned())
+        rest = tuned(4).fit(2, Tuned(), ckpt_path=path)
+    assert first.norms + rest.norms == pytest.approx(whole.norms, rel=1e-6)
+    assert numbers(rest.clip.state_dict()) == pytest.approx(
+        numbers(whole.clip.state_dict()), rel=1e-6
+    )
+
+    class Searched(modules.Net):
+        learning_rate = LR
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+    with quietly():  # a search of the learning rate counts no step
+        run = modules.Run("single", distclip.AutoClip(50.0), default_root_dir=folder)
+        net, dealt = Searched(), modules.loader("single", 3)
+        Tuner(run.trainer).lr_find(net, dealt, num_training=3, update_attr=False)
+        run.fit(3, net)
+    assert run.norms[0] == pytest.approx(train_whole(1, 1)[0], **CLOSE)
+    (saved,) = run.clip.state_dict()["optimizers"]
+    assert saved["groups"]["all"]["AutoClip"]["num_steps"] == 3
+
+
+def test_states_of_layers_that_other_callbacks_add(
+    two_lightning_ranks: Ranks, tmp_path: Path
+) -> None:
+    two_lightning_ranks.run(resumed_with_a_backbone, str(tmp_path))
+
+
+def manual_by_layout() -> None:
+    """Two optimizers in manual optimization of shards, and of scaled gradients."""
+    modules = runs.modules()
+
+    class Two(modules.Net):
+        def __init__(self, fused: bool, **options: Any) -> None:
+            super().__init__(**options)
+            self.automatic_optimization, self.fused = False, fused
+
+        def configure_optimizers(self) -> Any:
+            halves = (self.net[:2].parameters(), self.net[2:].parameters())
+            return [torch.optim.SGD(half, lr=LR, fused=self.fused) for half in halves]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                self.zero_grad()
+                self.manual_backward(runs.loss_of(self.net, *batch))
+                optimizer.step()
+
+    def norms(layout: str, fused: bool, *plugins: Any) -> list[float]:
+        net = Two(fused, shard="fsdp2" if layout == "fsdp2" else "")
+        with quietly():
+            run = modules.Run(layout, distclip.ClipNorm(LIMIT), plugins=list(plugins)).fit(2, net)
+        kept.append([report.total_norm.item() for report in run.clip.reports or run.reports])
+        logged = run.trainer.callback_metrics
+        return [logged["grad_norm/0"].item(), logged["grad_norm/1"].item()]
+
+    kept: list[list[float]] = []
+    wanted = norms("ddp", False)
+    assert min(wanted) > LIMIT
+    assert norms("ddp", True) == pytest.approx(wanted, rel=1e-5)
+    assert norms("fsdp2", False) == pytest.approx(wanted, rel=1e-5)
+    for fused in (False, True):
+        assert norms("ddp", fused, modules.amp()) == pytest.approx(wanted, rel=1e-2)
+
+
+def test_two_optimizers_on_shards_and_under_a_loss_scale(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(manual_by_layout)
