@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,18 @@ def optimizers_of_other_kinds() -> None:
             optimizer.step()
             return None
 
+    class Rarely(Late):
+        """Steps with the second of three batches."""
+
+        def configure_optimizers(self) -> Any:
+            return modules.Net.configure_optimizers(self)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                super().training_step(batch, batch_idx)
+
     class Skips(modules.Net):
         """Leaves out a batch, which is a step without gradients, or none under a scaler."""
 
@@ -450,6 +463,15 @@ def optimizers_of_other_kinds() -> None:
         assert min(norms) > LIMIT
         with pytest.raises(ValueError, match=r"this step of SGD: when the batch began"):
             modules.Run("ddp").fit(1, Late(automatic=True))
+        log = modules.Log()
+        run = modules.Run("ddp", None, logger=log, log_every_n_steps=1, max_epochs=2)
+        first, second = run.fit(3, Rarely()).norms
+        assert log.norms == [
+            first,
+            first,
+            second,
+            second,
+        ]  # Lightning keeps it until the epoch ends
         for plugins in ([], [modules.amp()]):
             run = modules.Run("single", distclip.AutoClip(50.0), plugins=plugins).fit(3, Skips())
             assert [norm for norm in run.norms if norm] == pytest.approx(
@@ -461,9 +483,12 @@ def optimizers_of_other_kinds() -> None:
         assert len(tuned.fit(4).norms) == 4
         bare = modules.Run("ddp", modules.DistClip(metric=None), barebones=False).fit(1)
         assert "grad_norm" not in bare.trainer.callback_metrics
-        options: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing"))
+    options: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         bare = modules.Run("single", None, barebones=True, **options).fit(1)
-        assert len(bare.norms) == 1
+    assert len(bare.norms) == 1
+    assert not [each for each in warned if "self.log" in str(each.message)]
 
 
 def test_other_optimizers_and_options(two_lightning_ranks: Ranks) -> None:

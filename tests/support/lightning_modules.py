@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -77,6 +78,21 @@ class OnCPU(FSDPStrategy):
             device_id=torch.device("cpu"),
             **self.kwargs,
         )
+
+
+class Log(Logger):
+    """What a logger of the Trainer is given."""
+
+    name, version = "log", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[float] = []
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.norms += [value for name, value in metrics.items() if name == "grad_norm"]
 
 
 class Norms(pl.Callback):
