@@ -147,8 +147,11 @@ class Clipper:
         self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
 
+        around = as_modules("modules", modules)
+
         def plan_for(read: NamedParameters) -> Plan:
-            sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
+            inside = [*read.modules, *around]
+            sharded = read_layouts(read.named, inside, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
         self._plan_for = plan_for
@@ -383,7 +386,7 @@ class Clipper:
         except (TypeError, ValueError) as error:  # which other ranks may not have
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
-            fault = unheld_gradient(stepped)
+            fault = unheld_gradient(stepped, self.plan.params)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients)

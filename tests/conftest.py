@@ -19,7 +19,7 @@ SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
 # Frameworks change the processes that load them.
 OWN_POOLS = ("two_engine_ranks", "four_engine_ranks", "four_titan_ranks", "two_lightning_ranks")
 FOLDER = Path(__file__).parent
-STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "test_docs.py", "test_examples.py")
+STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "parity", "test_docs.py", "test_examples.py")
 # Their tests share no fixture and compile nothing: each may run on any test worker.
 APART = ("benchmarks", "test_docs.py", "test_examples.py")
 
@@ -72,7 +72,8 @@ def _turn(item: pytest.Item) -> tuple[bool, bool]:
 
 @functools.cache
 def _shares_pool(path: Path) -> bool:
-    return path.is_relative_to(FOLDER) and any(name in path.read_text() for name in SHARED_POOLS)
+    words = (*SHARED_POOLS, "from tests.conftest import pool")
+    return path.is_relative_to(FOLDER) and any(word in path.read_text() for word in words)
 
 
 def _is_below(path: Path, names: tuple[str, ...]) -> bool:

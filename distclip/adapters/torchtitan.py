@@ -111,13 +111,14 @@ class Installed:
         is known, unless its parameters are others than before.
 
         Returns:
-            What clips, for its `state_dict`; None without a policy.
+            What clips; its `state_dict` is for trainers without a `checkpointer`. None without a
+            policy where `trainer.config.training.max_norm` does not exist.
 
         Raises:
             ValueError: the optimizers step during backward, or their gradients are clipped already;
                 what `Clipper` raises.
 
-        Collective: as `Clipper`, with a policy. All ranks must add.
+        Collective: as `Clipper`. All ranks must add.
         """
         trained = _Trained.read(trainer)
         if (known := self._trainers.get(trainer)) is not None:
@@ -125,8 +126,9 @@ class Installed:
                 return known.clipper
             self._drop(trainer, known)
         _check_steps_after_backward(trained.optimizers)
-        if self._policy is not None:
-            trained.clipper = self._make_clipper(trained.params, self._policy, mesh=trained.mesh)
+        rule = self._policy if self._policy is not None else _rule_of(trainer)
+        if rule is not None:  # at setup, not in the first step: it may be a collective
+            trained.clipper = self._make_clipper(trained.params, rule, mesh=trained.mesh)
         claim(trained.optimizers, OWNER)
         if self._mode == "skip":
             trained.skips.register(wrappers.unwrapped([trained.optimizers]))
@@ -367,6 +369,12 @@ def _names_of(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
 def _states_of(trainer: Any) -> dict[str, Any]:
     """What a trainer saves with its checkpoints; without any where it saves none."""
     return getattr(getattr(trainer, "checkpointer", None), "states", {})
+
+
+def _rule_of(trainer: Any) -> TorchClipNorm | None:
+    """The rule in the config of torchtitan's trainers; None for an engine without one."""
+    training = getattr(getattr(trainer, "config", None), "training", None)
+    return None if training is None else TorchClipNorm(training.max_norm)
 
 
 def _remembers(clipper: Clipper) -> bool:

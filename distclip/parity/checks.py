@@ -41,6 +41,11 @@ def as_clips(clips: Any) -> dict[str, Clip]:
 def _as_clip(name: str, clip: Any) -> Clip:
     if is_policy(clip):
         clip = Clip(PolicyClip(clip), clip.norm_type, clip)
+    if isinstance(clip, type):
+        raise TypeError(
+            f"cannot use clips[{name!r}]={shown(clip)}: it is {kind_of(clip)}. Pass a function, or "
+            f"an instance, such as distclip.ZClip()."
+        )
     if not isinstance(clip, Clip):
         clip = Clip(clip)
     check_sendable(f"clips[{name!r}]", clip.function, "(model, max_norm) -> total norm")

@@ -11,7 +11,7 @@ import torch
 from distclip.parity import checks
 from distclip.parity.clips import Clip, ClipFunction, Definer, total_norm
 from distclip.parity.comparison import Cell, Outcome, compare, nonfinite_cell
-from distclip.parity.pieces import Gradients, assemble
+from distclip.parity.pieces import Gradients, Piece, assemble
 from distclip.parity.pool import START_S, Answer, PerRank, Pool, outcomes_by_rank
 from distclip.parity.report import ParityReport
 from distclip.parity.whole import Build, Step, Whole, run_whole
@@ -221,7 +221,7 @@ class _Kit:
         limit = self.max_norm or each.of_norm * (total_norm(whole, definer.clip.norm_type) or 2.0)
         clipped = self.pool.call("clip", limit, limit_s=self.timeout_s)
         if each.nonfinite:
-            arrived = not all(grad.isfinite().all() for grad in before.whole.values())
+            arrived = any(_is_nonfinite(piece) for answer in stepped for piece in answer.value)
             return _of_nonfinite(names, each.name, clipped, arrived), True
         if why := outcomes_by_rank(clipped):
             return _failed(*names, each.name, why), True
@@ -244,6 +244,10 @@ class _Kit:
             step=each.name,
         )
         return outcome, False
+
+
+def _is_nonfinite(piece: Piece) -> bool:
+    return piece.values is not None and not piece.values.isfinite().all()
 
 
 def _failed(layout: str, clip: str, step: str, why: str) -> Outcome:

@@ -144,12 +144,13 @@ class Pool:
             return Answer(error=f"the process ended with exit code {process.exitcode}")
 
     def _where(self, rank: int) -> str:
-        """The innermost function of the main thread, which the rank wrote shortly before."""
+        """The innermost function that is not torch's, of the stack that the rank wrote."""
         path = self._folder / f"stack.{rank}"
         lines = path.read_text().splitlines() if path.exists() else []
-        frames = [re.fullmatch(r'  File "(.*)", line (\d+) in (.*)', line) for line in lines]
-        stack = [frame for frame in frames if frame is not None]
-        names = [f"{f[3]} ({Path(f[1]).name}:{f[2]})" for f in stack if f[3] != "wrapper"]
+        found = [re.fullmatch(r'  File "(.*)", line (\d+) in (.*)', line) for line in lines]
+        of_torch = f"{Path(torch.__file__).parent}{os.sep}"
+        frames = [f for f in found if f is not None and not f[1].startswith(of_torch)]
+        names = [f"{f[3]} ({Path(f[1]).name}:{f[2]})" for f in frames]
         return names[0] if names else ""
 
 
@@ -164,10 +165,10 @@ def serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=size, timeout=limit)
     worker = Worker(rank, size)
     pipe.send_bytes(pickle.dumps(Answer()))
-    with open(f"{folder}/stack.{rank}", "w") as stack:
-        with contextlib.suppress(EOFError, OSError):  # the process that asks is gone
-            while True:
-                pipe.send_bytes(pickle.dumps(_answer(worker, pipe.recv_bytes(), stack)))
+    # It ends when the process that asks has gone.
+    with open(f"{folder}/stack.{rank}", "w") as stack, contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send_bytes(pickle.dumps(_answer(worker, pipe.recv_bytes(), stack)))
     os.kill(os.getpid(), signal.SIGKILL)  # without destructors, which may wait for other ranks
 
 

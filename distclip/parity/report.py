@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distclip.parity.comparison import COLUMNS, Outcome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParityReport:
     """What `parity` found. `print(report)` is a table, and below it what differs.
 
@@ -49,7 +49,7 @@ class ParityReport:
         if not report.agrees:
             raise AssertionError(f"clipping differs between ranks and one process\n{report}")
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = f"{self.world_size} ranks against one process in float64{self.versions}"
         rows = [("layout", "clip", "step", *COLUMNS, ""), *map(_row, self.outcomes)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

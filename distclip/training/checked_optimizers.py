@@ -93,9 +93,17 @@ class _Seen:
         return known is not None and len(stepped) == len(known) and all(map(is_, stepped, known))
 
 
-def unheld_gradient(optimizers: Sequence[Optimizer]) -> ValueError | None:
-    """The error where these step gradients, and none of what a Clipper holds has one."""
-    param = next((param for param in params_of(optimizers) if param.grad is not None), None)
+def unheld_gradient(
+    optimizers: Sequence[Optimizer], params: Sequence[LocalParam]
+) -> ValueError | None:
+    """The error where these step gradients, and nothing of what a Clipper holds.
+
+    Call it where that has no gradient. A part of a model may lie on other ranks alone (FSDP1).
+    """
+    stepped = params_of(optimizers)
+    if not {id(param) for param in stepped}.isdisjoint(id(param.param) for param in params):
+        return None
+    param = next((param for param in stepped if param.grad is not None), None)
     return None if param is None else _replaced(param)
 
 

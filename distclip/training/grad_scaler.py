@@ -105,25 +105,41 @@ def stage_of(scaler: GradScaler, optimizer: Optimizer) -> OptState:
     return cast(OptState, torch_private.scaler_state(scaler, optimizer)["stage"])
 
 
+def found_inf(scaler: GradScaler, stepped: Sequence[Optimizer]) -> Tensor:
+    """1 where the scaler will skip these optimizers, as it knows after `record` or `unscale_`."""
+    states = [torch_private.scaler_state(scaler, optimizer) for optimizer in stepped]
+    found = [each for state in states for each in state["found_inf_per_device"].values()]
+    device = found[0].device
+    return torch.stack([each.to(device).reshape(()) for each in found]).amax()
+
+
+def mark_stepped(scaler: GradScaler, stepped: Sequence[Optimizer]) -> None:
+    """Lets `update` take the step for done where it was left out."""
+    for optimizer in stepped:
+        torch_private.scaler_state(scaler, optimizer)["stage"] = OptState.STEPPED
+
+
 def record(scaler: GradScaler, stepped: Sequence[Optimizer], found_inf: Tensor) -> None:
     """Writes what `unscale_` would: unscaled, and whether an overflow was found on any rank.
 
     For wrappers and for what they hold, because `scaler.step` may be given either.
     """
+    inner = wrappers.unwrapped(stepped)
+    # `update` adds up what is found for each, in place: all must have one shape. It is the one that
+    # torch gives it: ShardedGradScaler has one dim, but Adam's fused step takes none.
+    is_sharded = hasattr(scaler, "process_group")
+    flat = is_sharded and not any(map(torch_private.takes_scaled_gradients, inner))
+    for each in inner:
+        optimizers.start_momentum_(each)  # scaler.step() may skip through found_inf
     for optimizer in stepped:
-        for each in wrappers.unwrapped([optimizer]):
-            optimizers.start_momentum_(each)  # scaler.step() may skip through found_inf
         for each in wrappers.known_to_scaler(optimizer):
-            _record(scaler, each, found_inf)
+            _record(scaler, each, found_inf, flat)
 
 
-def _record(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor) -> None:
+def _record(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor, flat: bool) -> None:
     scale = cast(Tensor, torch_private.loss_scale(scaler))
     state = torch_private.scaler_state(scaler, optimizer)
-    # `update` adds these up in place, and each optimizer needs a tensor of its own. Its shape is
-    # the one that torch gives it: ShardedGradScaler has one dim, but Adam's fused step takes none.
-    is_sharded = hasattr(scaler, "process_group")
-    flat = is_sharded and not torch_private.takes_scaled_gradients(optimizer)
+    # Each optimizer needs a tensor of its own.
     found = found_inf.to(scale.device, copy=True).reshape([1] if flat else [])
     known = cast("dict[torch.device, Tensor]", state["found_inf_per_device"])
     state["found_inf_per_device"] = {
@@ -168,5 +184,4 @@ def _step_unless_found(optimizer: Optimizer, scaler: GradScaler) -> None:
     state = torch_private.scaler_state(scaler, optimizer)
     if not any(bool(found) for found in state["found_inf_per_device"].values()):
         optimizer.step()
-    for each in wrappers.known_to_scaler(optimizer):
-        torch_private.scaler_state(scaler, each)["stage"] = OptState.STEPPED
+    mark_stepped(scaler, wrappers.known_to_scaler(optimizer))

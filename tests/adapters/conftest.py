@@ -35,3 +35,11 @@ def two_lightning_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="package")
+def two_accelerated_ranks() -> Iterator[Ranks]:
+    """For accelerate, which keeps one state a process."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from distclip import AdaGC, AutoClip, ClipNorm, NonFiniteGradientError
+from distclip import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, NonFiniteGradientError
 from distclip.adapters.megatron import attach
 from tests.conftest import pool
 from tests.support import reference
@@ -44,7 +44,7 @@ def poison(run: Run, number: float) -> None:
     if state.is_pipeline_last_stage() and (
         state.get_tensor_model_parallel_rank() == state.get_tensor_model_parallel_world_size() - 1
     ):
-        run.model.buffers[0].grad_data[0] = number
+        run.chunks[0].buffers[0].grad_data[0] = number
 
 
 def total(run: Run) -> float:
@@ -151,12 +151,12 @@ def the_policy_alone_clips() -> None:
         with running(case) as run:
             run.record()
             run.fill(0)
-            for buffer in run.model.buffers:
+            for buffer in run.chunks[0].buffers:
                 buffer.grad_data[:5] = 0.0
             assert run.optimizer.prepare_grads() is False
             zeros = run.optimizer.count_zeros()
             assert zeros >= 5
-            handle = attach(run.optimizer, ClipNorm(2.0), model=run.model)
+            handle = attach(run.optimizer, ClipNorm(2.0), model=run.chunks)
             norm = run.optimizer.get_grad_norm()
             assert norm > 4
             assert run.optimizer.step() == (True, norm, zeros)
@@ -259,7 +259,7 @@ def a_state_moves_between_layouts() -> None:
     names: list[str] = []
     for step, case in enumerate(RESUMED):
         with running(case) as run:
-            handle = attach(run.optimizer, AdaGC(1.01, 10.0, 0.9, 2), model=run.model)
+            handle = attach(run.optimizer, AdaGC(1.01, 10.0, 0.9, 2), model=run.chunks)
             if saved is not None:
                 handle.load_state_dict(saved)
             run.fill(0, 1.0 + step % 3)
@@ -293,16 +293,36 @@ def the_precision_aware_optimizer_is_clipped() -> None:
         success, norm, _ = run.optimizer.step()
         assert success
         assert norm == pytest.approx(total(run), rel=1e-7)
-        clipped = reference.clip_norm(run.grads, limit)
-        expected = run.expected_steps(dict(zip(run.wholes, clipped, strict=True)))
-        assert expected.keys() == run.stepped_with.keys()
-        for stepped, grad in run.stepped_with.items():
-            torch.testing.assert_close(grad.double(), expected[stepped], rtol=2.5e-7, atol=0)
+        run.check_steps(reference.clip_norm(run.grads, limit))
         handle.detach()
 
 
 def test_the_precision_aware_optimizer_is_clipped() -> None:
     pool(4).run(the_precision_aware_optimizer_is_clipped)
+
+
+def without_layer_numbers(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "layer_number"):
+            module.layer_number = None
+
+
+def tensors_of_one_name_are_distinct() -> None:
+    """Layers whose numbers are unknown are all number 0, on each stage and in each chunk."""
+    for chunks in (1, 2):
+        virtual = {"virtual_pipeline_model_parallel_size": 2} if chunks == 2 else {}
+        case = Case(sizes(1, 2, **virtual), num_chunks=chunks)
+        with running(case, without_layer_numbers) as run:
+            run.record()
+            run.fill(0)
+            limit = 0.05 * total(run)
+            attach(run.optimizer, ClipTensorNorm(limit), model=run.chunks)
+            assert run.optimizer.step()[0]
+            run.check_steps(reference.clip_tensor_norm(run.grads, limit))
+
+
+def test_tensors_of_one_name_are_distinct() -> None:
+    pool(4).run(tensors_of_one_name_are_distinct)
 
 
 def freeze_second_stage(model: nn.Module) -> None:
@@ -327,16 +347,74 @@ def test_ranks_that_train_nothing_take_part() -> None:
     pool(4).run(ranks_that_train_nothing_take_part)
 
 
-def other_optimizers_are_refused() -> None:
+def the_layer_wise_optimizer_is_clipped() -> None:
+    """Each data-parallel rank steps some of the parameters."""
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    for case in (PLAIN._replace(sizes=sizes(2)), EXPERTS):
+        with running(case) as run:
+            groups = ProcessGroupCollection.use_mpu_process_groups(["dp_cp", "expt_dp"])
+            config = run.optimizer.config
+            run.optimizer = LayerWiseDistributedOptimizer(run.members(), config, groups)
+            run.optimizer.allgather_params = lambda: None  # gloo gathers equal sizes alone
+            run.record()
+            run.fill(0)
+            mine = {param for member in run.members() for param in member.get_parameters()}
+            assert len(mine) < len(list(run.named_parameters()))
+            limit = 0.1 * total(run)
+            handle = attach(run.optimizer, ClipTensorNorm(limit), model=run.chunks)
+            success, norm, _ = run.optimizer.step()
+            assert success
+            assert norm == pytest.approx(total(run), rel=1e-7)
+            run.check_steps(reference.clip_tensor_norm(run.grads, limit))
+            handle.detach()
+
+
+def test_the_layer_wise_optimizer_is_clipped() -> None:
+    pool(4).run(the_layer_wise_optimizer_is_clipped)
+
+
+def what_cannot_be_clipped_is_refused() -> None:
     weight = torch.zeros(2, requires_grad=True)
     for wrong in (torch.optim.SGD([weight]), None, nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="it is no optimizer of Megatron-core"):
             attach(wrong)
-    with running(PLAIN) as run:
+    with running(SHARDED) as run:
+        (member,) = run.members()
         with pytest.raises(TypeError):
             attach(run.optimizer, 1.0)
+        with pytest.raises(TypeError, match="from model=3: it is no model"):
+            attach(run.optimizer, model=3)
+        with pytest.raises(ValueError, match="cannot find 28 of the 28 parameters"):
+            attach(run.optimizer, model=nn.Linear(2, 2))
+        own, member.tp_group = member.tp_group, run.state.get_data_parallel_group()
+        with pytest.raises(ValueError, match="its groups were passed by hand"):
+            attach(run.optimizer)
+        member.tp_group = own
+        member.ddp_config.use_megatron_fsdp = True
+        with pytest.raises(ValueError, match="over FSDP inside Megatron"):
+            attach(run.optimizer)
+        member.ddp_config.use_megatron_fsdp = False
+        groups = member.model_fp32_groups
+        del member.model_fp32_groups  # in another version it may have another name
+        with pytest.raises(ValueError, match=r"model_fp32_groups.*Use megatron-core 0.15.3"):
+            attach(run.optimizer)
+        member.model_fp32_groups = groups
+        with pytest.raises(ValueError, match="cannot clip what Unknown steps"):
+            attach(unknown_optimizer(run.optimizer.config))
         attach(run.optimizer).detach()  # nothing was claimed
+    with pytest.raises(ValueError, match="its parallel state is not initialized"):
+        attach(run.optimizer)
 
 
-def test_other_optimizers_are_refused() -> None:
-    pool(4).run(other_optimizers_are_refused)
+def unknown_optimizer(config: Any) -> Any:
+    from megatron.core.optimizer import MegatronOptimizer
+
+    abstract = MegatronOptimizer.__abstractmethods__
+    unknown = type("Unknown", (MegatronOptimizer,), dict.fromkeys(abstract, lambda *_: None))
+    return unknown(torch.optim.SGD([torch.zeros(2)]), config)
+
+
+def test_what_cannot_be_clipped_is_refused() -> None:
+    pool(4).run(what_cannot_be_clipped_is_refused)

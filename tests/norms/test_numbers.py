@@ -129,8 +129,17 @@ SMALL_COEFFICIENTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(4,), (1 << 20, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+LONG = {  # Numba's loops begin at 2**22 elements of float32 and 2**20 of 16 bits
+    torch.float32: (1 << 20, 4),
+    torch.bfloat16: (1 << 18, 4),
+    torch.float64: (1 << 16, 4),
+    torch.complex64: (1 << 16, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [*((dtype, (4,)) for dtype in LONG), *LONG.items()], ids=str
+)
 @pytest.mark.parametrize("name", SMALL_COEFFICIENTS)
 def test_coefficients_that_are_no_normal_float32(
     name: str, dtype: torch.dtype, shape: tuple[int, ...]

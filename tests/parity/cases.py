@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def build() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2), nn.LayerNorm(2))
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2))
 
 
 def batch(index: int, rows: int = 8) -> Tensor:
@@ -30,7 +31,7 @@ def batch(index: int, rows: int = 8) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    return (10 * model(x) - 5).square().mean()
+    return (10 * model(x.to(next(model.parameters()).dtype)) - 5).square().mean()
 
 
 def step(model: nn.Module, rank: int, world_size: int) -> Tensor:
@@ -76,8 +77,9 @@ def fsdp1_originals(model: nn.Module) -> nn.Module:
 
 
 def tensor_parallel(model: nn.Module) -> nn.Module:
-    """DTensors beside a plain LayerNorm; the output is a plain tensor."""
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    """DTensors beside a plain LayerNorm."""
+    columns = ColwiseParallel(output_layouts=Replicate())
+    plan = {"0": columns, "3": columns}
     return parallelize_module(model, mesh((dist.get_world_size(),), ("tp",)), plan)
 
 
@@ -87,7 +89,7 @@ def unsynced(model: nn.Module) -> nn.Module:
 
 
 def nothing(model: nn.Module) -> None:
-    fully_shard(model)
+    """Forgets to return."""
 
 
 def no_module(model: nn.Module) -> list[nn.Module]:
@@ -183,14 +185,6 @@ def clamped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
     return {name: grad.clamp(-max_norm / 4, max_norm / 4) for name, grad in gradients.items()}
 
 
-def no_number(model: nn.Module, max_norm: float) -> str:
-    return "1.0"
-
-
 def moved(model: nn.Module) -> dict[str, Tensor]:
     """Of a framework that keeps gradients elsewhere: by whole names."""
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-
-
-def no_dict(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters()]

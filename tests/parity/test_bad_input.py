@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from functools import partial
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import nn
 
 import distclip
+from distclip.parity import gradient_pieces
+from distclip.parity.clips import as_number
+from distclip.parity.worker import InvalidTask, Task, Worker
 from tests.parity import cases
 
 LAYOUTS = {"ddp": cases.ddp}
@@ -65,11 +69,42 @@ def test_arguments(changed: dict[str, Any], error: type[Exception], text: str) -
 
 
 @pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (cases.nothing, "it returned None. Return the sharded model"),
+        (cases.no_module, "it is a list and no nn.Module"),
+    ],
+)
+def test_what_a_layout_must_return(layout: Any, text: str) -> None:
+    task = Task(cases.build, layout, [cases.step], cases.clamp, None, 0)
+    with pytest.raises(InvalidTask, match=re.escape(text)):
+        Worker(0, 1).prepare(pickle.dumps(task))
+
+
+def test_a_function_that_ranks_cannot_import() -> None:
+    pickled = pickle.dumps(cases.build).replace(b"build", b"built")
+    with pytest.raises(InvalidTask, match=r"cannot run the functions on the ranks.*'built'"):
+        Worker(0, 1).prepare(pickled)
+
+
+@pytest.mark.parametrize("found", ["1.0", torch.ones(2), True, object()])
+def test_what_a_clip_must_return(found: object) -> None:
+    with pytest.raises(TypeError, match="Return the total norm before clipping, as a number"):
+        as_number(found)
+    assert as_number(torch.tensor([2.0])) == as_number(2) == 2
+    assert as_number(None) is None
+
+
+@pytest.mark.parametrize("found", [[], {"a": 1.0}, {1: torch.ones(1)}, None])
+def test_what_gradients_must_return(found: object) -> None:
+    with pytest.raises(TypeError, match="cannot compare what `gradients` returned"):
+        gradient_pieces(cases.build(), lambda model: found)
+
+
+@pytest.mark.parametrize(
     ("changed", "text"),
     [
         ({"build": build_by_rank}, "build() made other weights on rank 0 than in one process"),
-        ({"layouts": {"a": cases.nothing}}, "it returned None. Return the sharded model"),
-        ({"layouts": {"a": cases.no_module}}, "it is a list and no nn.Module"),
         ({"step": cases.only_whole}, "step 0 of ddp: it left no gradients on any rank"),
     ],
 )

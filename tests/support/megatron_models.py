@@ -61,6 +61,7 @@ class Case(NamedTuple):
         tied: the embedding is the output layer too.
         config: for OptimizerConfig.
         ddp: for DistributedDataParallelConfig.
+        num_chunks: of the model on each pipeline stage.
     """
 
     sizes: dict[str, int]
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     tied: bool = True
     config: dict[str, Any] = {}  # noqa: RUF012
     ddp: dict[str, Any] = {}  # noqa: RUF012
+    num_chunks: int = 1
 
 
 def sizes(tensor: int = 1, pipeline: int = 1, **more: int) -> dict[str, int]:
@@ -93,7 +95,7 @@ class Run:
     """
 
     state: Any
-    model: Any
+    chunks: list[Any]
     optimizer: Any
     wholes: dict[str, Whole] = field(default_factory=dict)
     stepped_with: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -104,12 +106,12 @@ class Run:
         Collective: an all-gather.
         """
         self.optimizer.zero_grad()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         mine: dict[str, Whole] = {}
-        for name, param in self.model.named_parameters():
+        for key, param in self.named_parameters():
             if not param.requires_grad:
                 continue
-            key = self.key(name, param)
             whole = _whole(seed, key, shape=self.whole_shape(param)) * scale
             param.main_grad.copy_(self.local_part(whole, param))
             weight = _whole_weight(key, self.whole_shape(param)).to(param.dtype)
@@ -126,13 +128,20 @@ class Run:
     def weights(self) -> list[Tensor]:
         return [one.weight for one in self.wholes.values()]
 
-    def key(self, name: str, param: Any) -> str:
-        """The same for a tensor on whatever rank it lies, and however the model is sharded."""
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """With names in the whole model, however it is sharded."""
+        stages = self.state.get_pipeline_model_parallel_world_size()
+        for index, chunk in enumerate(self.chunks):
+            first_layer = self.state.get_pipeline_model_parallel_rank() + index * stages
+            if stages == 1:
+                first_layer *= 2
+            for name, param in chunk.named_parameters():
+                yield self._key(name, param, first_layer), param
+
+    def _key(self, name: str, param: Any, first_layer: int) -> str:
         if getattr(param, "shared_embedding", False):
             return "embedding.word_embeddings.weight"
         name = re.sub(r"^(module\.)+", "", name)
-        stage = self.state.get_pipeline_model_parallel_rank()
-        first_layer = stage * (2 // self.state.get_pipeline_model_parallel_world_size())
         name = _with_number_after("layers.", first_layer, name)
         if self.is_expert(param):
             ranks = self.state.get_expert_model_parallel_world_size()
@@ -181,13 +190,22 @@ class Run:
                 grad = getattr(param, "decoupled_grad", param.grad)
                 self.stepped_with[param] = grad.clone()
 
+    def check_steps(self, clipped: list[Tensor]) -> None:
+        """That the inner optimizers have stepped with `clipped`, of all tensors of `wholes`."""
+        expected = self.expected_steps(dict(zip(self.wholes, clipped, strict=True)))
+        assert expected.keys() == self.stepped_with.keys()
+        for stepped, grad in self.stepped_with.items():
+            # A coefficient in float32, one product, and one rounding of an unscaled gradient.
+            torch.testing.assert_close(grad.double(), expected[stepped], rtol=2.5e-7, atol=1e-12)
+        self.stepped_with.clear()
+
     def expected_steps(self, clipped: dict[str, Tensor]) -> dict[Tensor, Tensor]:
         """Of whole tensors, what each inner optimizer should step with."""
-        names = {param: name for name, param in self.model.named_parameters()}
+        names = {param: name for name, param in self.named_parameters()}
         expected: dict[Tensor, Tensor] = {}
         for member in self.members():
             for param, stepped in [] if member.is_stub_optimizer else _pairs(member):
-                part = self.local_part(clipped[self.key(names[param], param)], param)
+                part = self.local_part(clipped[names[param]], param)
                 if hasattr(member, "gbuf_ranges"):
                     range_ = member._get_model_param_range_map(param)["param"]
                     part = part.reshape(-1)[range_.start : range_.end]
@@ -232,23 +250,19 @@ def running(case: Case, prepare: Callable[[Any], None] | None = None) -> Iterato
 
         parallel_state.initialize_model_parallel(**case.sizes, create_gloo_process_groups=False)
         try:
-            model = _model(case, parallel_state)
-            if prepare is not None:
-                prepare(model)
-            model = DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=case.distributed,
-                    grad_reduce_in_fp32=True,
-                    **case.ddp,
-                ),
-                model,
+            ddp_config = DistributedDataParallelConfig(
+                use_distributed_optimizer=case.distributed, grad_reduce_in_fp32=True, **case.ddp
             )
-            run = Run(parallel_state, model, None)
+            chunks = []
+            for index in range(case.num_chunks):
+                chunk = _model(case, parallel_state, index)
+                if prepare is not None:
+                    prepare(chunk)
+                chunks.append(DistributedDataParallel(chunk.config, ddp_config, chunk))
+            run = Run(parallel_state, chunks, None)
             with torch.no_grad():
-                for name, param in model.named_parameters():
-                    weight = _whole_weight(run.key(name, param), run.whole_shape(param))
-                    param.copy_(run.local_part(weight, param))
+                for key, param in run.named_parameters():
+                    param.copy_(run.local_part(_whole_weight(key, run.whole_shape(param)), param))
             run.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     **{"optimizer": "adam", "lr": 0.01} | case.config,
@@ -257,7 +271,7 @@ def running(case: Case, prepare: Callable[[Any], None] | None = None) -> Iterato
                     fp16=case.dtype is torch.float16,
                     params_dtype=case.dtype,
                 ),
-                [model],
+                chunks,
                 use_gloo_process_groups=False,
             )
             yield run
@@ -265,7 +279,7 @@ def running(case: Case, prepare: Callable[[Any], None] | None = None) -> Iterato
             parallel_state.destroy_model_parallel()
 
 
-def _model(case: Case, state: Any) -> Any:
+def _model(case: Case, state: Any, index: int) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -273,12 +287,14 @@ def _model(case: Case, state: Any) -> Any:
 
     tensor = case.sizes["tensor_model_parallel_size"]
     config = TransformerConfig(
-        num_layers=2,
+        num_layers=2 * case.num_chunks,
         hidden_size=8,
         ffn_hidden_size=12,
         num_attention_heads=4,
         use_cpu_initialization=True,
         pipeline_dtype=torch.float32,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
         num_moe_experts=case.num_experts,
         bf16=case.dtype is torch.bfloat16,
         fp16=case.dtype is torch.float16,
@@ -293,8 +309,9 @@ def _model(case: Case, state: Any) -> Any:
         vocab_size=12,
         max_sequence_length=8,
         share_embeddings_and_output_weights=case.tied,
-        pre_process=state.is_pipeline_first_stage(),
-        post_process=state.is_pipeline_last_stage(),
+        pre_process=state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=index),
+        post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=index),
+        vp_stage=index if case.num_chunks > 1 else None,
     )
     return model if case.dtype is torch.float32 else Float16Module(config, model)
 

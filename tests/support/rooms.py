@@ -96,10 +96,12 @@ ALSO_ELSEWHERE = {"broadcast", "reduce", "gather", "scatter", "send", "recv", "b
 # Where torch's private names may stand, and the private names of an adapter's framework.
 TORCH_PRIVATE = {"torch_private", "sharding.fsdp1"}
 FRAMEWORK_PRIVATE: dict[str, set[str]] = {
+    "adapters.accelerate": {"_is_overflow", "_models", "_optimizers"},
     "adapters.deepspeed": {
         *("_config", "_get_sub_group_process_group", "_param_dict", "_wait_for_offload_copies"),
     },
     "adapters.lightning": {"_forward_module"},
+    "adapters.transformers.callback": {"_clip_grad_norm", "_get_grad_norm"},
 }
 
 

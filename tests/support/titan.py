@@ -6,7 +6,9 @@ CUDA. This module has to be imported before any other part of torchtitan. What i
 - the device: `torch.cpu`, with the figures of memory that its metrics ask for;
 - the kernel of FlexAttention, which has no backward on CPUs: torch's own attention, same mask;
 - the sum in FSDP's reduce-scatter, which torchtitan asks of NCCL with a factor of 1;
-- the call of torch's pipeline schedule, which 0.3.0 makes as torch does after 2.13.
+- the call of torch's pipeline schedule, which 0.3.0 makes as torch does after 2.13;
+- new meshes for each trainer: those of one layout share them. gloo keeps a busy thread for each
+  process group, and torch's caches confuse equal meshes.
 
 The Trainer, its steps, models, meshes, optimizers and checkpoints are its own.
 """
@@ -17,7 +19,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +59,7 @@ utils.device_type, utils.device_module = "cpu", CpuDevice()  # before the import
 
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.models.common import attention  # noqa: E402
 from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402
@@ -74,6 +77,17 @@ def dense_attention(
     ), None
 
 
+_dims: dict[tuple[Any, ...], ParallelDims] = {}
+
+
+def dims_of(parallelism: Any, world_size: int) -> ParallelDims:
+    made = new_dims(parallelism, world_size)
+    key = tuple(getattr(made, f.name) for f in fields(made) if not f.name.startswith("_"))
+    return _dims.setdefault(key, made)
+
+
+new_dims = ParallelDims.from_config
+ParallelDims.from_config = staticmethod(dims_of)  # type: ignore[method-assign]
 attention._compiled_create_block_mask = create_block_mask
 attention.FlexAttention._compiled_flex_attn = staticmethod(dense_attention)
 

@@ -345,3 +345,39 @@ def accumulates(kind: str, device: str) -> None:
 def test_gradient_accumulation(four_ranks: Ranks, kind: str) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(accumulates, kind, four_ranks.device)
+
+
+def fused_after_unscale_of_a_sharded_scaler() -> None:
+    """`unscale_` of ShardedGradScaler has found_inf in one dim, and a fused step takes none."""
+    for wrapped_too in (False, True):
+        param = nn.Parameter(torch.ones(4))
+        optimizer = AdamW([param], lr=0.1, fused=True)
+        scaler = ShardedGradScaler("cpu", init_scale=1024.0)
+        handle = Holder(optimizer) if wrapped_too else optimizer
+        clipper = distclip.Clipper([param], distclip.ClipNorm(MAX_NORM))
+        for overflow in (False, True):
+            scaler.scale(torch.ones(()))
+            param.grad = torch.full((4,), math.inf if overflow else 4096.0)
+            before = param.detach().clone()
+            scaler.unscale_(optimizer)
+            assert clipper.clip_(handle, scaler).clipped or overflow
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == (512 if overflow else 1024)
+            assert torch.equal(before, param) == overflow
+
+
+class Holder:
+    """Passes steps on, as accelerate's wrapper."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_a_fused_optimizer_after_unscale_of_a_sharded_scaler(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(fused_after_unscale_of_a_sharded_scaler)

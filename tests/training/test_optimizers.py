@@ -220,3 +220,13 @@ def test_without_waiting_a_factor_is_folded_only_where_one_is_needed_anyway(
         assert (grad_scale is None) == (scale is None)
         assert found_inf == 0  # nothing waits to skip
     torch.testing.assert_close(weights(model), weights(expected))
+
+
+def test_a_part_without_gradients_here_is_not_replaced() -> None:
+    """Of a part of a model, a rank of FSDP1 may have no elements, and no gradients."""
+    part, rest = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    rest.grad = torch.ones(2)
+    clipper = distclip.Clipper([part])
+    assert clipper.clip_(torch.optim.SGD([part, rest])).total_norm == 0
+    with pytest.raises(ValueError, match="that the Clipper does not hold"):
+        clipper.clip_(torch.optim.SGD([rest]))

@@ -5,24 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
-from distclip.adapters.megatron.held_params import chained, held_params, is_layer_wise
+from distclip.adapters.megatron.held_params import HeldParam, chained, held_params, is_layer_wise
 from distclip.adapters.megatron.model_shards import AXIS, ModelShard, model_shards
 from distclip.adapters.megatron.rank_groups import RankGroups
+from distclip.arguments import shown
 from distclip.clipper import Clipper
 from distclip.decision import Decision
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-MEGATRON = Framework("megatron-core", "0.16.1", "0.16.1", install="megatron-core==0.16.1")
+MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1", install="megatron-core==0.16.1")
 _DEFAULT_CLIP_GRAD = 1.0  # of OptimizerConfig
 
 
@@ -53,14 +55,17 @@ def attach(
 
     Raises:
         ValueError: no optimizer of Megatron, or one that something clips already; gradients that
-            lie where no test of distclip has looked. The optimizer is left as it was.
+            lie where no test of distclip has looked; a `model` without its parameters. The
+            optimizer is left as it was.
+        TypeError: `model` is none.
         ImportError: megatron-core is not installed.
 
     Collective: all ranks must attach: with experts or pipeline stages, an all-gather of names over
         their ranks. Each step makes one all-reduce of a few numbers, for all chained optimizers,
         over the world; no process group is made.
     """
-    classes = import_framework(MEGATRON, "megatron.core.optimizer")
+    import_framework(MEGATRON, "megatron.core")
+    classes: Any = import_module("megatron.core.optimizer")
     if not isinstance(optimizer, classes.MegatronOptimizer):
         raise ValueError(
             f"cannot attach to a {type(optimizer).__name__}: it is no optimizer of Megatron-core, "
@@ -99,8 +104,7 @@ class Handle:
         claimed: Sequence[Any],
     ) -> None:
         members = chained(optimizer)
-        groups = RankGroups.of(members)
-        held = held_params(optimizer, groups)
+        groups, held = _read(optimizer)
         shards = model_shards(held, chunks, groups, is_layer_wise(optimizer))
         self._optimizer, self._claimed = optimizer, claimed
         self._configs = list({id(one.config): one.config for one in members}.values())
@@ -221,9 +225,27 @@ class Handle:
             )
 
 
-def _chunks(model: Any, optimizer: Any) -> list[Any]:
+def _read(optimizer: Any) -> tuple[RankGroups, list[HeldParam]]:
+    try:
+        groups = RankGroups.of(chained(optimizer))
+        return groups, held_params(optimizer, groups)
+    except AttributeError as error:
+        raise ValueError(
+            f"cannot attach to this {type(optimizer).__name__}: {error}, and its gradients cannot "
+            f"be found without. Use megatron-core {MEGATRON.lowest} to {MEGATRON.highest}, which "
+            f"distclip is tested with."
+        ) from error
+
+
+def _chunks(model: Any, optimizer: Any) -> list[nn.Module]:
     if model is not None:
-        return list(cast("Sequence[Any]", model)) if isinstance(model, list | tuple) else [model]
+        chunks = list(cast("Any", model)) if isinstance(model, list | tuple) else [model]
+        if not all(isinstance(chunk, nn.Module) for chunk in chunks):
+            raise TypeError(
+                f"cannot read names of parameters from model={shown(model)}: it is no model. Pass "
+                f"the model, or the list of its chunks, that `get_megatron_optimizer` got."
+            )
+        return chunks
     found = {
         id(chunk): chunk
         for one in (optimizer, *chained(optimizer))

@@ -22,9 +22,19 @@ _EXPERT = re.compile(
 
 
 def global_names(held: Sequence[HeldParam], chunks: Iterable[Any], groups: RankGroups) -> list[str]:
-    """A name for each parameter: that of the whole model, or a position where it is unknown."""
+    """A name for each parameter: that of the whole model, or a position where it is unknown.
+
+    Raises:
+        ValueError: some of the parameters are not in the model.
+    """
     local = _local_names(chunks)
     names = [local.get(one.param) for one in held]
+    if local and None in names:
+        raise ValueError(
+            f"cannot find {names.count(None)} of the {len(names)} parameters of the optimizer in "
+            f"the model: their names are unknown. Pass as `model=` all chunks that "
+            f"`get_megatron_optimizer` got."
+        )
     num_experts = _experts_per_rank(filter(None, names))
     return [
         _positioned(one, groups)

@@ -1,0 +1,111 @@
+"""`step()` of one AcceleratedOptimizer, after a clipper has decided on its gradients."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, cast
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from distclip.decision import Decision
+from distclip.training import grad_scaler, optimizers, wrappers
+
+
+class DecidedStep:
+    """Carries a decision into the next `optimizer.step()`; without one, a step is as it was.
+
+    accelerate's step calls `scaler.step` and `scaler.update` itself: for a second optimizer the
+    scaler has then forgotten that its gradients are unscaled, and would unscale them again. And it
+    takes a step for done wherever the inner `step` was called, although a fused one may have been
+    skipped on the device: learning-rate schedulers would go on.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._decision: Decision | None = None
+        self._multiplies = False
+        self._before = vars(optimizer).get("step")
+        self._wrapper = _bound(optimizer, self._run)
+        vars(optimizer)["step"] = self._wrapper
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there was a decision that no step has followed."""
+        return self._decision is not None
+
+    def follow(self, decision: Decision, multiplies: bool) -> None:
+        """Lets the next step do what was decided.
+
+        Args:
+            multiplies: that step multiplies the gradients by the decision's factor; otherwise they
+                are clipped already.
+        """
+        self._decision, self._multiplies = decision, multiplies
+
+    def remove(self) -> None:
+        self._decision = None
+        if vars(self.optimizer).get("step") is self._wrapper:
+            del vars(self.optimizer)["step"]
+            if self._before is not None:
+                vars(self.optimizer)["step"] = self._before
+
+    def _run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        decision, self._decision = self._decision, None
+        if decision is None:
+            return step(*args, **kwargs)
+        inner = wrappers.unwrapped([self.optimizer])
+        scaler: GradScaler | None = self.optimizer.scaler
+        scaler = scaler if grad_scaler.is_on(scaler) else None
+        skip = decision.skip(scaler is not None)
+        if scaler is not None:
+            if any(grad_scaler.stage_of(scaler, each) is OptState.READY for each in inner):
+                grad_scaler.record(scaler, [self.optimizer], decision.found_inf)
+            skip = grad_scaler.found_inf(scaler, inner)
+        result = None
+        if not self._is_left_out(inner, scaler, skip):
+            factor = decision.factor if self._multiplies else None
+            with ExitStack() as folded:
+                if self._multiplies or (skip is not None and all(map(_can_skip, inner))):
+                    for each in inner:
+                        folded.enter_context(optimizers.folded(each, factor, skip))
+                result = step(*args, **kwargs)
+        if skip is not None:
+            # Private: nothing public sets what `optimizer.step_was_skipped` returns, which
+            # schedulers read. On an accelerator a tensor, so that only who reads it waits.
+            self.optimizer._is_overflow = bool(skip) if skip.is_cpu else skip.bool()
+        return result
+
+    def _is_left_out(
+        self, inner: list[Optimizer], scaler: GradScaler | None, skip: Tensor | None
+    ) -> bool:
+        """Leaves the step out where it neither skips itself nor is skipped by the scaler."""
+        on_device = all(map(_can_skip, inner))
+        if scaler is not None:
+            on_device = not any(map(optimizers.skips_wrongly, inner))
+        if skip is None or on_device or not bool(skip):
+            return False
+        if scaler is not None:
+            grad_scaler.mark_stepped(scaler, inner)
+            scaler.update()
+        return True
+
+
+_can_skip = optimizers.multiplies
+
+
+def _bound(optimizer: Any, run: Callable[..., Any]) -> Any:
+    """A bound method, as torch's schedulers and pickle expect; copies get the class's own step."""
+    before = optimizer.step
+
+    @functools.wraps(before)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not optimizer:
+            return cast(Any, type(self)).step(self, *args, **kwargs)
+        return run(before, args, kwargs)
+
+    return types.MethodType(step, optimizer)

@@ -1,0 +1,198 @@
+"""`DistClip` on two ranks: the Trainer's layouts against the whole training in float64."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import distclip
+from tests.support import reference, trainers
+from tests.support.ranks import Ranks
+from tests.support.trainers import MAX_NORM, everyone, norms_of, trainer, whole
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
+)
+
+WRAP = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 30}
+# On CPUs accelerate's FSDP1 cannot send the weights of the first rank to the others.
+FSDP1 = {**WRAP, "version": 1, "sync_module_states": False}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp1": {"fsdp": True, "fsdp_config": FSDP1},
+    "fsdp1, flat": {"fsdp": True, "fsdp_config": {**FSDP1, "use_orig_params": False}},
+    "fsdp2": {"fsdp": True, "fsdp_config": WRAP},
+}
+
+
+def full(param: torch.Tensor) -> torch.Tensor:
+    return param.full_tensor() if hasattr(param, "full_tensor") else param
+
+
+def weights_of(trained: Any, layout: str) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if layout.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(trained.model_wrapped):
+            named = {n: p.detach().clone() for n, p in trained.model.named_parameters()}
+    else:
+        named = {n: full(p).detach() for n, p in trained.model.named_parameters()}
+    return {name.replace("_fsdp_wrapped_module.", ""): p for name, p in named.items()}
+
+
+def same_as_whole(layouts: dict[str, dict[str, Any]], folder: str) -> None:
+    from distclip.adapters.transformers import DistClip
+
+    for layout, options in layouts.items():
+        for max_grad_norm in (1.0, 0, None):
+            clip, model = DistClip(distclip.ClipNorm(MAX_NORM)), trainers.Net()
+            with trainers.quiet():
+                made = trainer(
+                    folder,
+                    [clip],
+                    model,
+                    num=20,  # five micro-batches a rank: the last step has one
+                    gradient_accumulation_steps=2,
+                    max_grad_norm=max_grad_norm,
+                    **copy.deepcopy(options),
+                )
+                made.train()
+                weights = weights_of(made, layout)
+            expected, norms = whole(everyone(model.seen), [2, 2, 1])
+            assert min(norms) > MAX_NORM  # it did clip
+            assert norms_of(made) == pytest.approx(norms, rel=2e-6), layout
+            assert clip.report.total_norm.item() == pytest.approx(norms[-1], rel=2e-6)
+            assert made.args.max_grad_norm == max_grad_norm
+            for name, param in expected.named_parameters():
+                torch.testing.assert_close(
+                    weights[name].double(), param.detach(), rtol=1e-6, atol=1e-7
+                )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_of_the_trainer(two_engine_ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    two_engine_ranks.run(same_as_whole, {layout: LAYOUTS[layout]}, str(tmp_path))
+
+
+def resumed_to_the_same_bits(layout: str, folder: str) -> None:
+    from distclip.adapters.transformers import DistClip
+
+    policies = {
+        "zclip": distclip.ZClip(z_thresh=0.1, warmup_steps=1, max_norm=1e3),
+        "adagc": distclip.AdaGC(ratio=1.01, warmup_steps=1),
+    }
+    for name, policy in policies.items():
+        made: list[tuple[Any, Any]] = []
+        for checkpoint in (None, f"{folder}/{name}/checkpoint-2"):
+            clip = DistClip(policy)
+            with trainers.quiet():
+                one = trainer(
+                    f"{folder}/{name}",
+                    [clip],
+                    num=16,
+                    save_strategy="steps",
+                    save_steps=2,
+                    **copy.deepcopy(LAYOUTS[layout]),
+                )
+                one.train(resume_from_checkpoint=checkpoint)
+                made.append((weights_of(one, layout), norms_of(one)))
+            assert clip.report.clipped
+            limits = everyone(clip.report.limit.item())
+            assert len(set(limits)) == 1
+        (weights, norms), (again, resumed) = made
+        assert norms == resumed
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp1", "fsdp2"])
+def test_resumed_policies(two_engine_ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    two_engine_ranks.run(resumed_to_the_same_bits, layout, str(tmp_path))
+
+
+def only_on_the_first_rank(folder: str) -> None:
+    """The first rank's disk has the checkpoint's files, another one's has not."""
+    from distclip.adapters.transformers import checkpoints
+
+    class Clipping:
+        loaded: Any = None
+
+        def load_state_dict(self, saved: Any) -> None:
+            self.loaded = saved
+
+    rank = dist.get_rank()
+    mine, clipping = f"{folder}/{rank}", Clipping()
+    if rank == 0:
+        Path(mine).mkdir()
+        torch.save({"version": 1}, f"{mine}/distclip.pt")
+    checkpoints.load(clipping, mine, remembers=True)
+    assert clipping.loaded == {"version": 1}
+    if rank == 0:
+        Path(f"{mine}/distclip.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"cannot resume: .* cannot be read"):
+        checkpoints.load(clipping, mine, remembers=True)
+
+
+def test_the_first_rank_reads(two_engine_ranks: Ranks, tmp_path: Path) -> None:
+    two_engine_ranks.run(only_on_the_first_rank, str(tmp_path))
+
+
+def under_deepspeed(folder: str) -> None:
+    from distclip.adapters.transformers import DistClip
+    from tests.adapters.test_deepspeed_trainers import environment
+
+    environment()
+    for stage in (0, 2, 3):
+        policy = distclip.AutoClip(percentile=10)
+        ends = []
+        for checkpoint in (None, f"{folder}/{stage}/checkpoint-2"):
+            clip, model = DistClip(policy), trainers.Net()
+            with trainers.quiet():
+                made = trainer(
+                    f"{folder}/{stage}",
+                    [clip],
+                    model,
+                    num=32,
+                    gradient_accumulation_steps=2,
+                    deepspeed=config(stage),
+                    save_strategy="steps",
+                    save_steps=2,
+                )
+                made.train(resume_from_checkpoint=checkpoint)
+                made.model_wrapped.destroy()
+            ends.append((norms_of(made), clip.report.limit.item()))
+            if checkpoint is None:
+                seen = everyone(model.seen)
+        (norms, limit), resumed = ends
+        expected = whole(seen, [2])[1]
+        assert norms[0] == pytest.approx(expected[0], rel=2e-6)
+        limits = reference.autoclip(norms, 10, policy.history)
+        assert limit == pytest.approx(limits[-1], rel=1e-5)
+        assert limit < norms[-1]  # it did clip
+        assert resumed == (norms, limit)
+        with trainers.quiet(), pytest.raises(ValueError, match="under DeepSpeed with layouts"):
+            trainer(
+                folder, [DistClip(layouts=lambda *_: None)], num=4, deepspeed=config(stage)
+            ).train()
+
+
+def config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 10**9,
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed(two_engine_ranks: Ranks, tmp_path: Path) -> None:
+    two_engine_ranks.run(under_deepspeed, str(tmp_path))
