@@ -16,8 +16,11 @@ if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
-# DeepSpeed and torchtitan change the processes that load them.
-OWN_POOLS = ("two_engine_ranks", "four_engine_ranks", "four_megatron_ranks", "four_titan_ranks")
+# Frameworks change the processes that load them.
+OWN_POOLS = (
+    *("two_engine_ranks", "four_engine_ranks", "four_megatron_ranks", "four_titan_ranks"),
+    *("two_lightning_ranks", "two_accelerated_ranks", "two_trainer_ranks"),
+)
 FOLDER = Path(__file__).parent
 STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "parity", "test_docs.py", "test_examples.py")
 # Their tests share no fixture and compile nothing: each may run on any test worker.

@@ -31,6 +31,13 @@ def four_titan_ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="package")
+def two_lightning_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="package")
 def two_accelerated_ranks() -> Iterator[Ranks]:
     """For accelerate, which keeps one state a process."""
     ranks = Ranks(2)

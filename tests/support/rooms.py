@@ -100,6 +100,7 @@ FRAMEWORK_PRIVATE: dict[str, set[str]] = {
     "adapters.deepspeed": {
         *("_config", "_get_sub_group_process_group", "_param_dict", "_wait_for_offload_copies"),
     },
+    "adapters.lightning": {"_forward_module"},
     "adapters.transformers.callback": {"_clip_grad_norm", "_get_grad_norm"},
 }
 

@@ -249,6 +249,34 @@ def test_parameters_that_an_optimizer_gets(how: str, kind: str, fused: bool, sca
         torch.testing.assert_close(moved.item(), 0.1 * min(0.5, true.item()), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_parameters_that_come_after_attach(closure: bool, steps_before: int) -> None:
+    """Also before the first step, and where the optimizer evaluates a closure."""
+    first, late = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    module = nn.ParameterDict({"first": first, "late": late})
+    optimizer = torch.optim.SGD([first], lr=1.0)
+    clipper = Clipper([first], AdaGC(warmup_steps=9, max_norm=1.0), modules=module)
+    attached = clipper.attach(optimizer)
+
+    def backward() -> None:
+        for param in (first, late):
+            param.grad = torch.full((2,), 8.0)
+
+    for step in range(3):
+        if step == steps_before:
+            optimizer.add_param_group({"params": [late]})
+        before = late.detach().clone()
+        backward()
+        optimizer.step(backward) if closure else optimizer.step()
+        norm = 8 * (2.0 if step >= steps_before else 2.0**0.5)
+        torch.testing.assert_close(attached.report.total_norm.item(), norm, rtol=1e-6, atol=0)
+        moved = (before - late.detach()).norm().item()
+        assert moved == pytest.approx(0.5**0.5 if step >= steps_before else 0, rel=1e-6)
+    gamma = clipper.state_dict()["groups"]["all"]["AdaGC"]["gamma"]
+    assert set(gamma) == {"first", "late"}  # the names in the module
+
+
 def test_parameters_unfrozen_in_the_optimizer() -> None:
     """They were in the optimizer from the start, and the list had those that trained."""
     model = make_model()
