@@ -112,6 +112,7 @@ def test_one_warning_where_max_grad_norm_was_chosen(tmp_path: Path) -> None:
     for chosen, policy in ((1.0, ClipNorm(MAX_NORM)), (0, ClipNorm(MAX_NORM)), (0.3, None)):
         made = trainer(str(tmp_path), [dist_clip(policy)], max_grad_norm=chosen, max_steps=1)
         with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
             made.train()
         assert not [each for each in seen if "beside the policy" in str(each.message)]
 
