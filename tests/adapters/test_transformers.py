@@ -112,6 +112,7 @@ def test_one_warning_where_max_grad_norm_was_chosen(tmp_path: Path) -> None:
     for chosen, policy in ((1.0, ClipNorm(MAX_NORM)), (0, ClipNorm(MAX_NORM)), (0.3, None)):
         made = trainer(str(tmp_path), [dist_clip(policy)], max_grad_norm=chosen, max_steps=1)
         with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
             made.train()
         assert not [each for each in seen if "beside the policy" in str(each.message)]
 
@@ -478,3 +479,102 @@ def test_trainers_without_it_are_as_before(tmp_path: Path) -> None:
     assert norms_of(made) == pytest.approx(norms, rel=2e-6)
     end = nn.utils.parameters_to_vector(expected.parameters()).detach()
     torch.testing.assert_close(weights(made).double(), end, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_steps_during_backward(tmp_path: Path) -> None:
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    model = Net()
+    layerwise = {p: torch.optim.SGD([p], lr=LR) for p in model.parameters()}
+    dummy = LayerWiseDummyOptimizer(optimizer_dict=layerwise)
+    made = trainer(str(tmp_path), [dist_clip(ClipNorm(MAX_NORM))], model, optimizers=(dummy, None))
+    with pytest.raises(ValueError, match=r"cannot clip in the step of a AcceleratedOptimizer"):
+        made.train()
+    assert is_untouched(made)
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0))
+
+
+class Measured:
+    """A callback that measures before each step, in float64."""
+
+    def __new__(cls, norms: list[float]) -> Any:
+        from transformers import TrainerCallback
+
+        def run(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+            norms.append(reference.total_norm(grads).item())
+
+        return type("Measured", (TrainerCallback,), {"on_pre_optimizer_step": run})()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+def test_lora_and_gradient_checkpointing(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    norms: list[float] = []
+    clip = dist_clip(AdaGC(max_norm=1e-3))
+    made = Trainer(
+        model,
+        trainers.arguments(
+            str(tmp_path),
+            gradient_checkpointing=True,
+            gradient_accumulation_steps=2,
+            optim="adamw_torch_fused",
+        ),
+        train_dataset=[{"input_ids": t, "labels": t} for t in torch.randint(1, 32, (8, 6))],
+        callbacks=[clip, Measured(norms)],
+    )
+    made.train()
+    assert norms_of(made) == pytest.approx(norms, rel=1e-6)
+    assert clip.report.clipped
+    assert len(norms) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_the_sft_trainer_of_trl(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = ["<pad>", "<eos>", "<unk>", *"abcdefgh"]
+    rules = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    norms: list[float] = []
+    clip = dist_clip(ClipNorm(0.01))
+    made = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            max_steps=2,
+            max_length=8,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_dict({"text": ["a b c d", "e f g h"] * 4}),
+        processing_class=tokenizer,
+        callbacks=[clip, Measured(norms)],
+    )
+    made.train()
+    assert norms_of(made) == pytest.approx(norms, rel=1e-6)
+    assert min(norms) > 0.01
+    assert clip.report.clipped

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import distclip
 from tests.support import reference, trainers
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, mesh
 from tests.support.trainers import MAX_NORM, everyone, norms_of, trainer, whole
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +24,13 @@ pytestmark = pytest.mark.skipif(
 
 WRAP = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 30}
 # On CPUs accelerate's FSDP1 cannot send the weights of the first rank to the others.
-FSDP1 = {**WRAP, "version": 1, "sync_module_states": False}
+# torch 2.13 crashes where FSDP1 gathers a whole state dict on CPUs.
+FSDP1 = {
+    **WRAP,
+    "version": 1,
+    "sync_module_states": False,
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp1": {"fsdp": True, "fsdp_config": FSDP1},
@@ -35,8 +43,19 @@ def full(param: torch.Tensor) -> torch.Tensor:
     return param.full_tensor() if hasattr(param, "full_tensor") else param
 
 
+def quiet(layout: str) -> Any:
+    return trainers.quiet(shards=layout.startswith("fsdp"))
+
+
 def weights_of(trained: Any, layout: str) -> dict[str, torch.Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = trained.model_wrapped
+    if layout == "ddp":
+        assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    else:
+        assert isinstance(wrapped, FullyShardedDataParallel) == layout.startswith("fsdp1")
+        assert layout != "fsdp2" or all(hasattr(p, "full_tensor") for p in wrapped.parameters())
 
     if layout.startswith("fsdp1"):
         with FullyShardedDataParallel.summon_full_params(trained.model_wrapped):
@@ -52,7 +71,7 @@ def same_as_whole(layouts: dict[str, dict[str, Any]], folder: str) -> None:
     for layout, options in layouts.items():
         for max_grad_norm in (1.0, 0, None):
             clip, model = DistClip(distclip.ClipNorm(MAX_NORM)), trainers.Net()
-            with trainers.quiet():
+            with quiet(layout):
                 made = trainer(
                     folder,
                     [clip],
@@ -84,29 +103,33 @@ def resumed_to_the_same_bits(layout: str, folder: str) -> None:
     from distclip.adapters.transformers import DistClip
 
     policies = {
-        "zclip": distclip.ZClip(z_thresh=0.1, warmup_steps=1, max_norm=1e3),
-        "adagc": distclip.AdaGC(ratio=1.01, warmup_steps=1),
+        "zclip": distclip.ZClip(warmup_steps=1, max_norm=MAX_NORM),
+        "adagc": distclip.AdaGC(ratio=0.5, warmup_steps=1),
     }
     for name, policy in policies.items():
-        made: list[tuple[Any, Any]] = []
+        made: list[Any] = []
         for checkpoint in (None, f"{folder}/{name}/checkpoint-2"):
             clip = DistClip(policy)
-            with trainers.quiet():
+            with quiet(layout):
                 one = trainer(
                     f"{folder}/{name}",
                     [clip],
                     num=16,
+                    optim="sgd" if layout == "fsdp1" else "adamw_torch",
                     save_strategy="steps",
                     save_steps=2,
                     **copy.deepcopy(LAYOUTS[layout]),
                 )
                 one.train(resume_from_checkpoint=checkpoint)
-                made.append((weights_of(one, layout), norms_of(one)))
+                weights = weights_of(one, layout)
+            dist.barrier()  # the first rank has saved
+            state = Path(f"{folder}/{name}/checkpoint-4/distclip.pt").read_bytes()
+            made.append((weights, norms_of(one), state))
             assert clip.report.clipped
-            limits = everyone(clip.report.limit.item())
-            assert len(set(limits)) == 1
-        (weights, norms), (again, resumed) = made
+            dist.barrier()  # all have read
+        (weights, norms, state), (again, resumed, state_again) = made
         assert norms == resumed
+        assert state == state_again
         assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
@@ -196,3 +219,110 @@ def config(stage: int) -> dict[str, Any]:
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed(two_engine_ranks: Ranks, tmp_path: Path) -> None:
     two_engine_ranks.run(under_deepspeed, str(tmp_path))
+
+
+class Experts(nn.Module):
+    """An expert of its own on each rank; the first rank's gets no token in the second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = trainers.Net()
+        torch.manual_seed(1 + dist.get_rank())
+        self.expert = nn.Linear(4, 3)
+        self.calls = 0
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = self.dense(inputs, labels)["loss"]
+        self.calls += 1
+        if self.calls == 2 and dist.get_rank() == 0:
+            return {"loss": loss}
+        return {"loss": loss + 5 * (self.expert(inputs) - labels).square().sum()}
+
+
+def without_a_token(folder: str) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import TrainerCallback
+
+    from distclip.adapters.transformers import DistClip
+
+    over = mesh((2,), ("ep",))
+    expected: list[float] = []
+    has_gradient: list[bool] = []
+
+    class Reference(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+            mine = [p.grad for p in model.expert.parameters() if p.grad is not None]
+            has_gradient.append(bool(mine))
+            experts = [grad for rank in everyone(mine) for grad in rank]
+            dense = [p.grad for p in model.dense.parameters()]
+            expected.append(reference.total_norm([*dense, *experts]).item())
+
+    def layout_of(name: str, _: torch.Tensor) -> distclip.Layout:
+        return distclip.Layout({"ep"} if "expert" in name else set())
+
+    clip = DistClip(distclip.ClipNorm(MAX_NORM), mesh=over, layouts=layout_of)
+    model = Experts()
+    ignored = [f"expert.{name}" for name, _ in model.expert.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    with trainers.quiet():
+        made = trainer(folder, [Reference(), clip], model, num=12)
+        made.train()
+    assert norms_of(made) == pytest.approx(expected, rel=1e-6)
+    assert has_gradient == ([True, False, True] if dist.get_rank() == 0 else [True] * 3)
+    assert min(expected) > MAX_NORM
+    assert len(set(everyone(norms_of(made)[1]))) == 1
+
+
+def test_experts_without_a_token(two_engine_ranks: Ranks, tmp_path: Path) -> None:
+    two_engine_ranks.run(without_a_token, str(tmp_path))
+
+
+def skipped_together(folder: str) -> None:
+    """A gradient that is infinite in the shard of one rank only."""
+    from transformers import TrainerCallback
+
+    from distclip.adapters.transformers import DistClip
+
+    class Spoil(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and dist.get_rank() == 1:
+                next(kwargs["model"].parameters()).grad.to_local().view(-1)[0] = math.inf
+
+    for optim in ("sgd", "adamw_torch_fused"):
+        clip = DistClip(distclip.ClipNorm(MAX_NORM), on_nonfinite="skip")
+        with quiet("fsdp2"):
+            options = copy.deepcopy(LAYOUTS["fsdp2"])
+            made = trainer(folder, [Spoil(), clip], num=12, optim=optim, **options)
+            made.train()
+            weights = weights_of(made, "fsdp2")
+        assert norms_of(made)[1] == math.inf
+        assert all(weight.isfinite().all() for weight in weights.values())
+        assert clip.report.clipped
+    clip = DistClip(distclip.ClipNorm(MAX_NORM), on_nonfinite="raise")
+    with quiet("fsdp2"):
+        made = trainer(folder, [Spoil(), clip], num=12, **copy.deepcopy(LAYOUTS["fsdp2"]))
+        with pytest.raises(distclip.NonFiniteGradientError):
+            made.train()
+
+
+def test_ranks_skip_together(two_engine_ranks: Ranks, tmp_path: Path) -> None:
+    two_engine_ranks.run(skipped_together, str(tmp_path))
+
+
+def frozen_and_lora(folder: str) -> None:
+    """Frozen int8 weights, and adapters of PEFT."""
+    from distclip.adapters.transformers import DistClip
+
+    for layout in ("ddp", "fsdp2"):
+        model = trainers.Net()
+        model.quantized = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        clip = DistClip(distclip.ClipNorm(MAX_NORM))
+        with quiet(layout):
+            made = trainer(folder, [clip], model, **copy.deepcopy(LAYOUTS[layout]))
+            made.train()
+        _, norms = whole(everyone(model.seen), [1, 1])
+        assert norms_of(made) == pytest.approx(norms, rel=2e-6), layout
+
+
+def test_frozen_int8_weights(two_engine_ranks: Ranks, tmp_path: Path) -> None:
+    two_engine_ranks.run(frozen_and_lora, str(tmp_path))

@@ -7,8 +7,9 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -92,21 +93,28 @@ def trainer(
 
 
 @contextmanager
-def quiet() -> Any:
+def quiet(shards: bool = False) -> Any:
     """Without the warnings of transformers and accelerate, and with their state as it was."""
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # nobody connects: the process group is there
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    before = {name: os.environ.get(name) for name in os.environ}
+    before = set(os.environ)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")
+            if shards:
+                # On CPUs accelerate leaves out FSDP, although it works there.
+                os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+                os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+                found = ("gloo", DistributedType.MULTI_GPU)
+                patch = mock.patch.object(PartialState, "_prepare_backend", return_value=found)
+                stack.enter_context(patch)
             yield
     finally:
-        for name in set(os.environ) - set(before):
+        for name in set(os.environ) - before:
             del os.environ[name]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
