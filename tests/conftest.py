@@ -19,7 +19,7 @@ SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
 # Frameworks change the processes that load them.
 OWN_POOLS = (
     *("two_engine_ranks", "four_engine_ranks", "four_megatron_ranks", "four_titan_ranks"),
-    *("two_lightning_ranks", "two_accelerated_ranks", "two_trainer_ranks"),
+    *("two_lightning_ranks", "two_accelerated_ranks"),
 )
 FOLDER = Path(__file__).parent
 STARTS_PROCESSES = ("launch", "benchmarks", "slurm", "parity", "test_docs.py", "test_examples.py")
@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker takes all files with tests on a shared pool: one pool of a size for the whole run.
 
-    The others take the rest by file, because two workers on one file would make its fixtures twice.
+    The others take the rest by file, because two workers on one file would make its fixtures twice,
+    and the adapters' by framework, whose ranks take seconds to import it.
     (pytest-xdist 3.8 ignores its own `xdist_group` under pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -54,6 +55,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = config.rootpath / nodeid.partition("::")[0]
             if _shares_pool(path):
                 return "ranks"
+            if _is_below(path, ("adapters",)):
+                return "adapters " + path.stem.split("_")[1]
             return nodeid if _is_below(path, APART) else str(path)
 
     config.option.loadscopereorder = False  # the order below instead
