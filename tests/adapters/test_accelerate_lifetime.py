@@ -247,6 +247,10 @@ def freed(layout: str) -> None:
         last = prepare(accelerator, model, optimizer, a_policy())
         copy = pickle.loads(pickle.dumps(optimizer)) if layout == "ddp" else None
         assert copy is None or "step" not in vars(copy) or callable(copy.step)
+        if layout == "one process":
+            copy = pickle.loads(pickle.dumps(accelerator))
+            assert "clip_grad_norm_" in vars(accelerator)
+            assert copy.clip_grad_norm_.__self__ is copy
         released = weakref.ref(model)
         model, optimizer, last = accelerator.free_memory(model, optimizer, last)
         del again, old

@@ -132,16 +132,29 @@ def test_without_a_policy_it_is_max_grad_norm(
 
 def test_a_max_grad_norm_that_a_callback_changes(tmp_path: Path) -> None:
     limits: list[float] = []
-
-    def change(_: nn.Module) -> None:
-        limits.append(clip.report.limit.item())
-        made.args.max_grad_norm = {1: 0.25, 2: None, 3: 0.125}.get(len(limits))
-
-    each_step = [At(step, change, "on_optimizer_step") for step in range(4)]
-    clip, model = dist_clip(), Net()
-    made = trainer(str(tmp_path), [clip, *each_step], model, max_grad_norm=0.5)
+    changes = [
+        At(step, lambda _, to=to: setattr(made.args, "max_grad_norm", to), event)
+        for step, to, event in (
+            (0, 0.25, "on_substep_end"),
+            (2, None, "on_step_end"),
+            (2, 0.125, "on_substep_end"),
+        )
+    ]
+    seen = [
+        At(step, lambda _: limits.append(clip.report.limit.item()), "on_optimizer_step")
+        for step in range(4)
+    ]
+    clip = dist_clip()
+    made = trainer(
+        str(tmp_path),
+        [clip, *changes, *seen],
+        num=16,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+    )
     made.train()
-    assert limits == [0.5, 0.25, math.inf, 0.125]
+    assert limits == [0.5, 0.25, math.inf, 0.125]  # between two steps
+    assert made.args.max_grad_norm == 0.125
     assert len(norms_of(made)) == 4
     assert is_untouched(made)
 
@@ -547,14 +560,15 @@ def test_a_trainer_with_a_train_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_the_mixin_cannot_see(tmp_path: Path) -> None:
-    """Under other names, or chosen by a `train` that calls the Trainer's."""
+    """Among the keywords of a `train`, or chosen by one that calls the Trainer's."""
     from transformers import Trainer
 
     from distclip.adapters.transformers import DistClipMixin
 
     class Keywords(Trainer):
         def train(self, **kwargs: Any) -> Any:
-            return super().train(**kwargs)
+            start = kwargs["resume_from_checkpoint"]
+            return self._inner_training_loop(self._train_batch_size, self.args, start)
 
     class Chosen(Trainer):
         def train(self) -> Any:

@@ -24,7 +24,7 @@ def refuse(accelerator: Any, clipper: Clipper, owner: str, instead: str) -> None
     for name in _METHODS:
         own = cast("object", vars(accelerator).get(name))
         if not isinstance(own, _Refusal):
-            own = _Refusal(name, getattr(accelerator, name), was_set=own is not None)
+            own = _Refusal(accelerator, name, was_set=own is not None)
             vars(accelerator)[name] = own
         own.clippers[clipper] = owner, instead
 
@@ -45,10 +45,14 @@ def allow(accelerator: Any, clipper: Clipper | None) -> None:
 class _Refusal:
     """Stands in the place of one method of one accelerator, for all clippers made with it."""
 
-    def __init__(self, name: str, method: Callable[..., Any], was_set: bool) -> None:
-        self.name, self.method = name, method
+    def __init__(self, accelerator: Any, name: str, was_set: bool) -> None:
+        self.name, self.method = name, cast("Callable[..., Any]", getattr(accelerator, name))
         self.was_set = was_set  # by somebody else, on this accelerator
         self.clippers: WeakKeyDictionary[Clipper, tuple[str, str]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        """A pickled accelerator has the method itself."""
+        return self.method.__reduce__()
 
     def __call__(self, parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
         listed = cast("list[Tensor]", [parameters])
