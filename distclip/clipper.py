@@ -147,11 +147,8 @@ class Clipper:
         self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
 
-        around = as_modules("modules", modules)
-
         def plan_for(read: NamedParameters) -> Plan:
-            inside = [*read.modules, *around]
-            sharded = read_layouts(read.named, inside, mesh, distinct, layouts)
+            sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
         self._plan_for = plan_for

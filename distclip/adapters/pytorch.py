@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,8 +19,6 @@ from distclip.arguments import as_axes, check_function, check_mesh_type
 from distclip.sharding.layout import LayoutFunction
 from distclip.sharding.mesh import axis_names
 from distclip.sharding.stage_mesh import any_dtensor, stage_mesh, without_axes
-
-Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
 
 class _Where(NamedTuple):
@@ -55,6 +53,7 @@ def replacing_torch(
     where the tensors or `mesh` show them.
 
     A norm is a plain tensor. Where torch would have returned a DTensor it has a `full_tensor()`.
+    Texts of numbers, and flags such as 1 or None, are read as torch's functions read them.
 
     Args:
         mesh, distinct, layouts: as `distclip.clip_grad_norm_` has them.
@@ -102,40 +101,38 @@ class ReplacedTorch:
         # A slice is another mesh each time it is taken, and plans are kept on meshes.
         self._slice_of = functools.cache(partial(without_axes, distinct=distinct))
 
+    # Not passed on is `foreach`, which says how torch is to do it.
     def clip_grad_norm_(
-        self, parameters: Any, max_norm: float, norm_type: float, error: bool, foreach: bool | None
+        self, parameters: Any, max_norm: Any, norm_type: Any, error: Any, foreach: Any
     ) -> Tensor:
         self.num_calls["clip_grad_norm_"] += 1
-        given = _listed(parameters)
-        where = self._stage(given) if _is_infinite(max_norm) else self._whole
-        norm = clip_grad_norm_(given, max_norm, norm_type, error, foreach, **where._asdict())
+        given, limit = _listed(parameters), _number(max_norm)
+        where = self._stage(given) if _is_infinite(limit) else self._whole
+        norm = clip_grad_norm_(given, limit, _number(norm_type), _is_true(error), **where._asdict())
         return _as_torch_returns(norm, given)
 
-    def get_total_norm(
-        self, tensors: Tensors, norm_type: float, error: bool, foreach: bool | None
-    ) -> Tensor:
+    def get_total_norm(self, tensors: Any, norm_type: Any, error: Any, foreach: Any) -> Tensor:
         self.num_calls["get_total_norm"] += 1
         given = _listed(tensors)
         where = self._stage(given)
-        norm = get_total_norm(given, norm_type, error, foreach, **where._asdict())
+        norm = get_total_norm(given, _number(norm_type), _is_true(error), **where._asdict())
         return _as_torch_returns(norm, given)
 
     def clip_grads_with_norm_(
-        self, parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None
+        self, parameters: Any, max_norm: Any, total_norm: Any, foreach: Any
     ) -> None:
         self.num_calls["clip_grads_with_norm_"] += 1
-        clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+        clip_grads_with_norm_(parameters, _number(max_norm), total_norm)
 
-    def clip_grad_value_(self, parameters: Tensors, value: float, foreach: bool | None) -> None:
+    def clip_grad_value_(self, parameters: Any, value: Any, foreach: Any) -> None:
         self.num_calls["clip_grad_value_"] += 1
-        clip_grad_value_(parameters, value, foreach)
+        clip_grad_value_(parameters, _number(value))
 
     def _stage(self, tensors: Any) -> _Where:
         """The ranks that share one pipeline stage."""
         whole = self._whole
-        if whole.mesh is not None:
-            mesh = self._slice_of(whole.mesh)
-        else:
+        mesh = None if whole.mesh is None else self._slice_of(whole.mesh)
+        if mesh is None:
             mesh = stage_mesh(_tensors(tensors), self._slice_of)
         axes = () if mesh is None else axis_names(mesh)
         return whole._replace(mesh=mesh, distinct=tuple(a for a in whole.distinct if a in axes))
@@ -161,13 +158,26 @@ def _is_iterable(given: Any) -> bool:
     return hasattr(given, "__iter__")
 
 
+def _number(given: Any) -> Any:
+    """As a float where torch's functions make one: also texts, such as those of a command line."""
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return given  # which distclip's functions refuse
+
+
+def _is_true(given: Any) -> Any:
+    """Flags as torch's functions read them; no texts, which would always be true."""
+    return bool(given) if given is None or isinstance(given, int | float) else given
+
+
 def _is_infinite(max_norm: Any) -> bool:
-    return isinstance(max_norm, int | float) and math.isinf(max_norm)
+    return isinstance(max_norm, float) and math.isinf(max_norm)
 
 
 def _as_torch_returns(norm: Tensor, given: Any) -> Tensor:
     """`norm`, with the method that callers of torch's functions use where torch has a DTensor."""
     if any_dtensor(_tensors(given)):
-        whole = norm.detach()
-        setattr(norm, "full_tensor", lambda: whole)  # noqa: B010 - not a tensor's attribute
+        # Not a function made here: the norm can be pickled, and sent to other processes.
+        setattr(norm, "full_tensor", norm.detach().clone)  # noqa: B010 - not a tensor's attribute
     return norm

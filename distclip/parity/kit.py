@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distclip.arguments import as_flag
 from distclip.parity import checks
 from distclip.parity.clips import Clip, ClipFunction, Definer, total_norm
 from distclip.parity.comparison import Cell, Outcome, compare, nonfinite_cell
@@ -114,7 +115,7 @@ def parity(
         Task(build, None, steps, None, gradients, checks.as_whole_number("seed", seed, least=0)),
         None if max_norm is None else checks.as_positive("max_norm", max_norm),
         checks.as_positive("scale", scale),
-        nonfinite,
+        as_flag("nonfinite", nonfinite),
         dtype,
         checks.as_positive("timeout_s", timeout_s),
         Pool(size, start_method),

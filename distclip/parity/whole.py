@@ -31,7 +31,7 @@ class Whole(NamedTuple):
 
 
 def whole_gradients(
-    build: Build, steps: Sequence[Step], world_size: int, seed: int = 0
+    build: Build, steps: Step | Sequence[Step], world_size: int, seed: int = 0
 ) -> list[dict[str, Tensor]]:
     """For each step the float64 gradients of the whole model: the mean over the ranks' shares.
 
@@ -39,7 +39,8 @@ def whole_gradients(
 
     Collective: none; in one process.
     """
-    return run_whole(build, steps, world_size, seed).gradients
+    each = steps if isinstance(steps, Sequence) else (steps,)
+    return run_whole(build, each, world_size, seed).gradients
 
 
 def run_whole(build: Build, steps: Sequence[Step], world_size: int, seed: int) -> Whole:

@@ -192,6 +192,8 @@ def own_clipping(layout: str) -> None:
                 call(model.parameters(), 1.0)
             with pytest.raises(ValueError, match=r"they would be clipped twice"):
                 call(list(model.parameters())[:1], 1.0)
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm=float("inf"))
+        assert getattr(norm, "full_tensor", lambda: norm)() > 1  # it only measures
         elsewhere = nn.Parameter(torch.zeros(2))
         elsewhere.grad = torch.tensor([3.0, 4.0])
         assert accelerator.clip_grad_norm_(iter([elsewhere]), 1.0) == 5  # nobody else's matter
@@ -245,6 +247,10 @@ def freed(layout: str) -> None:
         last = prepare(accelerator, model, optimizer, a_policy())
         copy = pickle.loads(pickle.dumps(optimizer)) if layout == "ddp" else None
         assert copy is None or "step" not in vars(copy) or callable(copy.step)
+        if layout == "one process":
+            copy = pickle.loads(pickle.dumps(accelerator))
+            assert "clip_grad_norm_" in vars(accelerator)
+            assert copy.clip_grad_norm_.__self__ is copy
         released = weakref.ref(model)
         model, optimizer, last = accelerator.free_memory(model, optimizer, last)
         del again, old

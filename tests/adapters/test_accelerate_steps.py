@@ -369,6 +369,11 @@ def nonfinite(layout: str, make: str, way: str) -> None:
             assert same == (step != 1) == bool(optimizer.step_was_skipped) != bool(report.finite)
         (state,) = clipper.state_dict()["groups"]["all"].values()
         assert int(state["first"]["num_steps"]) == 1
+        # The last step was skipped, but not one of the user's own after it.
+        acc.run_backward(accelerator, model, 3)
+        clipper.detach() if way == "step" else None
+        optimizer.step()
+        assert not optimizer.step_was_skipped
 
 
 def every_nonfinite() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from distclip import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, NonFiniteGradientError
+from distclip import AGC, AdaGC, AutoClip, ClipNorm, ClipTensorNorm, NonFiniteGradientError
 from distclip.adapters.megatron import attach
 from tests.support import reference
 from tests.support.megatron_models import ETP, Case, Run, running, sizes
@@ -278,6 +278,37 @@ def a_state_moves_between_layouts() -> None:
 
 def test_a_state_moves_between_layouts(four_megatron_ranks: Ranks) -> None:
     four_megatron_ranks.run(a_state_moves_between_layouts)
+
+
+def modules_are_excluded_on_every_rank() -> None:
+    """Each stage has other modules, and what is stepped may be copies of their parameters."""
+    for case, inside in ((PLAIN, "layers."), (SHARDED, "layers.0.")):
+        with running(case) as run:
+            run.record()
+            modules = run.chunks[0].named_modules()
+            layer = next(module for name, module in modules if name.endswith("layers.0"))
+            excluding = AGC(0.3, exclude=(layer,)) & AGC(0.4, exclude=(layer,))
+            for step, policy in enumerate((excluding, AGC(0.3, exclude=(f"*{inside}*",)))):
+                named = None if policy is excluding else run.chunks
+                handle = attach(run.optimizer, policy, model=named)
+                run.fill(step)
+                assert run.optimizer.step()[0] is True
+                whole = zip(run.wholes, run.grads, strict=True)
+                agc = reference.agc(run.weights, run.grads, 0.3)
+                clipped = [
+                    grad if inside in name else by_agc
+                    for (name, grad), by_agc in zip(whole, agc, strict=True)
+                ]
+                if step == 0:  # later the weights are others
+                    run.check_steps(clipped)
+                handle.detach()
+            if case is PLAIN:
+                with pytest.raises(ValueError, match=r"no names here.*`model=`"):
+                    attach(run.optimizer, AGC(0.3, exclude=("*.bias",)))
+
+
+def test_modules_are_excluded_on_every_rank(four_megatron_ranks: Ranks) -> None:
+    four_megatron_ranks.run(modules_are_excluded_on_every_rank)
 
 
 def the_precision_aware_optimizer_is_clipped() -> None:

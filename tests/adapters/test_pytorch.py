@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -96,6 +97,27 @@ def test_all_functions_take_their_arguments_as_torch_has_them() -> None:
         ("clip_grads_with_norm_", 1),
         ("get_total_norm", 1),
     ]
+
+
+def test_texts_and_flags_are_read_as_torch_reads_them() -> None:
+    for arguments in (["15"], ["15.0", "2"], [torch.tensor(15.0), "2.0", 0], [15, 2, None, 1]):
+        param = a_parameter()
+        torchs_own = imported_before([param], *arguments)
+        expected, param.grad = param.grad, GRADIENT.clone()
+        with replacing_torch():
+            norm = imported_before([param], *arguments)
+        torch.testing.assert_close(norm, torchs_own)
+        torch.testing.assert_close(param.grad, expected)
+    with replacing_torch():
+        assert imported_before(a_parameter(), "inf", "inf").item() == 30.0
+        torch.nn.utils.clip_grad_value_(param, "1")
+        assert param.grad is not None
+        assert param.grad.tolist() == [1.0, 1.0, 1.0]
+        for bad in ("large", "", None, [1.0, 2.0]):
+            with pytest.raises(TypeError, match="cannot clip with max_norm"):
+                imported_before([param], bad)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="neither yes nor no"):
+            imported_before([param], 1.0, error_if_nonfinite="False")  # type: ignore[arg-type]
 
 
 def test_torch_is_back_after_an_error_and_a_second_block_is_one() -> None:
@@ -191,7 +213,7 @@ def pipelines() -> None:
     root, _, wholes = stage_of_a_pipeline()
     flat = [whole for stage in wholes for whole in stage]
     expected = reference.total_norm(flat)
-    for options in ({}, {"mesh": root}, {"distinct": ("pp",)}):
+    for options in ({}, {"mesh": root}, {"mesh": root["pp"]}, {"distinct": ("pp",)}):
         for trainer in (adds_up_the_pipeline, measures_by_clipping, leaves_it_to_torch):
             _, params, _ = stage_of_a_pipeline()
             before = [p.grad.full_tensor().clone() for p in params]
@@ -249,6 +271,7 @@ def two_meshes() -> None:
             torch.nn.utils.clip_grad_norm_([*params, plain], 1.0)
         with replacing_torch(distinct=distinct):
             norm = torch.nn.utils.get_total_norm([p.grad for p in [*params, plain]])
+            assert pickle.loads(pickle.dumps(norm)).full_tensor() == norm
             torch.testing.assert_close(norm.double(), expected, **NORM)
             assert type(norm) is Tensor
             clipped = imported_before([*params, plain], 1.0)
@@ -291,26 +314,51 @@ def test_the_method_of_fsdp1(four_on_cpus: Ranks) -> None:
 # --- python -m distclip.run ---
 
 SCRIPT = """
+import dataclasses
+import os
+import subprocess
 import sys
+import threading
 import torch
 from torch.nn.utils import clip_grad_norm_
 import torch.multiprocessing as mp
 
 
-def norm():
+@dataclasses.dataclass
+class Found:
+    norm: float
+
+
+def found():
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.tensor([10.0, 20.0, 30.0])
-    return round(clip_grad_norm_([param, param], 15.0).item(), 3)  # torch: 52.915
+    return Found(round(clip_grad_norm_([param, param], 15.0).item(), 3))  # torch: 52.915
 
 
 def worker(rank):
-    print(f"rank {rank}: {norm()}", flush=True)
+    print(f"rank {rank}: {found()}", flush=True)
+
+
+def after_the_last_line():
+    threading.main_thread().join()
+    print("thread:", found(), flush=True)
 
 
 if __name__ == "__main__":
-    print("main:", norm(), sys.argv[1:], sys.modules["__main__"].norm is norm, flush=True)
+    main = sys.modules["__main__"]
+    print("main:", found(), sys.argv[1:], main.found is found, flush=True)
+    os.chdir("package")
+    print(os.path.exists(__file__), dataclasses.fields(Found)[0].type, flush=True)
     if "spawn" in sys.argv:
         mp.spawn(worker, nprocs=1)
+    if "pool" in sys.argv:
+        with mp.get_context("spawn").Pool(1) as pool:
+            print("pool:", pool.apply_async(found).get(60), flush=True)
+    if "launch" in sys.argv:  # as Lightning does
+        os.chdir("..")
+        again = [a for a in sys.argv[1:] if a != "launch"]
+        subprocess.run([sys.executable, "-m", main.__spec__.name, *again])
+    threading.Thread(target=after_the_last_line).start()
     sys.exit(3)
 """
 
@@ -334,22 +382,48 @@ def test_run(way: str, tmp_path: Path) -> None:
     (package / "__init__.py").touch()
     (package / "train.py").write_text(SCRIPT)
     target = ["package/train.py"] if way == "script" else ["-m", "package.train"]
-    done = run([*target, "spawn", "--lr", "1"], tmp_path)
+    found = "Found(norm=37.417)"
+    children = {"script": "pool", "module": "spawn"}
+    done = run([*target, children[way], "--lr", "1"], tmp_path)
     assert done.stdout.splitlines() == [
-        "main: 37.417 ['spawn', '--lr', '1'] True",
-        "rank 0: 37.417",
+        f"main: {found} ['{children[way]}', '--lr', '1'] True",
+        "True <class 'float'>",
+        {"pool": f"pool: {found}", "spawn": f"rank 0: {found}"}[children[way]],
+        f"thread: {found}",
     ], done.stderr
     assert done.returncode == 3
 
 
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_processes_that_are_started_by_the_name_of_the_main_module(
+    way: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "other.py").touch()
+    (package / "train.py").write_text(f"from .other import __name__ as other\n{SCRIPT}")
+    if way == "script":
+        text = "try:\n    from .other import x\nexcept ImportError as error:\n    print(error)\n"
+        (package / "train.py").write_text(text + SCRIPT)
+    target = ["package/train.py"] if way == "script" else ["-m", "package.train"]
+    done = run([*target, "launch", "--lr", "1"], tmp_path)
+    lines = done.stdout.splitlines()
+    no_package = ["attempted relative import with no known parent package"] * (way == "script")
+    mains = ["main: Found(norm=37.417) ['launch', '--lr', '1'] True"]
+    assert lines[: len(no_package) + 1] == [*no_package, *mains], done.stderr
+    assert "main: Found(norm=37.417) ['--lr', '1'] True" in lines, done.stderr
+    assert done.stderr == ""
+
+
 def test_run_says_where_nothing_was_replaced_or_nothing_can_be_run(tmp_path: Path) -> None:
-    (tmp_path / "idle.py").write_text("print('idle')")
+    (tmp_path / "idle.py").write_text("print('idle')\nraise SystemExit(0)")
     done = run(["idle.py"], tmp_path)
     assert (done.returncode, done.stdout) == (0, "idle\n")
     assert "has called none of torch's clipping functions" in done.stderr
     from distclip import run as module
 
-    for argv in (["missing.py"], ["-m", "missing_module"], ["."]):
+    missing = ["missing_module"], ["missing_module.train"], ["json.missing.py"]
+    for argv in (["missing.py"], *(["-m", *name] for name in missing), ["."]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["run", *argv])
             patch.setattr(sys, "path", [*sys.path])

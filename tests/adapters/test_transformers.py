@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,8 @@ def is_untouched(made: Any) -> bool:
     inner = made.optimizer.optimizer
     hooks = [*inner._optimizer_step_pre_hooks, *inner._optimizer_step_post_hooks]
     names = {"_clip_grad_norm", "_get_grad_norm", "save_model"}
-    return not hooks and not names & set(vars(made)) and "grad_scale" not in vars(inner)
+    clips = {"clip_grad_norm_", "clip_grad_value_"} & set(vars(made.accelerator))
+    return not (hooks or clips or names & set(vars(made)) or "grad_scale" in vars(inner))
 
 
 @pytest.mark.parametrize("max_grad_norm", [0, None, 1.0, 1e-3])
@@ -126,6 +128,53 @@ def test_without_a_policy_it_is_max_grad_norm(
     made.train()
     assert clip.report.limit.item() == pytest.approx(limit)
     assert norms_of(made) == [clip.report.total_norm.item()]
+
+
+def test_a_max_grad_norm_that_a_callback_changes(tmp_path: Path) -> None:
+    limits: list[float] = []
+    changes = [
+        At(step, lambda _, to=to: setattr(made.args, "max_grad_norm", to), event)
+        for step, to, event in (
+            (0, 0.25, "on_substep_end"),
+            (2, None, "on_step_end"),
+            (2, 0.125, "on_substep_end"),
+        )
+    ]
+    seen = [
+        At(step, lambda _: limits.append(clip.report.limit.item()), "on_optimizer_step")
+        for step in range(4)
+    ]
+    clip = dist_clip()
+    made = trainer(
+        str(tmp_path),
+        [clip, *changes, *seen],
+        num=16,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+    )
+    made.train()
+    assert limits == [0.5, 0.25, math.inf, 0.125]  # between two steps
+    assert made.args.max_grad_norm == 0.125
+    assert len(norms_of(made)) == 4
+    assert is_untouched(made)
+
+
+def test_added_or_removed_while_it_trains(tmp_path: Path) -> None:
+    clip, model = dist_clip(ClipNorm(MAX_NORM)), Net()
+    late = At(1, lambda _: made.add_callback(clip), "on_step_end")
+    made = trainer(str(tmp_path), [late], model)
+    with pytest.raises(RuntimeError, match=r"it began without this DistClip"):
+        made.train()
+    removing = At(2, lambda _: made.remove_callback(clip), "on_step_end")
+    model = Net()
+    made = trainer(str(tmp_path), [removing, clip], model, max_grad_norm=MAX_NORM)
+    made.train()
+    expected, norms = whole([model.seen], [1] * 4)
+    assert norms_of(made) == pytest.approx(norms, rel=2e-6)  # the Trainer clipped the last ones
+    assert clip.report.total_norm.item() == norms_of(made)[1]
+    end = nn.utils.parameters_to_vector(expected.parameters()).detach()
+    torch.testing.assert_close(weights(made).double(), end, rtol=1e-6, atol=1e-6)
+    assert is_untouched(made)
 
 
 def test_a_fused_optimizer_takes_the_coefficient(
@@ -203,6 +252,19 @@ def test_a_second_train_goes_on_with_the_same_optimizer(tmp_path: Path) -> None:
     assert clip.report.limit.item() == pytest.approx(norms_of(other)[0])
 
 
+def test_two_trainers_in_turn(tmp_path: Path) -> None:
+    clip = dist_clip(AutoClip(percentile=10))
+    made = [trainer(str(tmp_path), [clip]) for _ in range(2)]
+    norms: list[list[float]] = [[], []]
+    for turn in (0, 1, 0, 1):
+        made[turn].train()
+        norms[turn] += norms_of(made[turn])
+        limits = reference.autoclip(norms[turn], 10, clip.policy.history)
+        assert clip.report.limit.item() == pytest.approx(limits[-1], rel=1e-5)
+    assert len(norms[1]) == 8
+    assert pickle.loads(pickle.dumps(clip)).policy == clip.policy
+
+
 def test_model_init_begins_anew(tmp_path: Path) -> None:
     clip = dist_clip(AutoClip(percentile=10))
     made = trainer(str(tmp_path), [clip], model_init=Net, max_steps=1)
@@ -266,6 +328,32 @@ def test_something_else_that_clips(tmp_path: Path) -> None:
     release(optimizer)
     made.train()
     assert two[0].report.clipped
+
+
+def test_a_trainer_that_clips_in_its_own_steps(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    class Old(Trainer):
+        max_norm = 1.0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            norms.append(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm))
+            return loss
+
+    norms: list[Tensor] = []
+    clip = dist_clip(ClipNorm(MAX_NORM))
+    made = trainer(str(tmp_path), [clip], make=Old)
+    with pytest.raises(ValueError, match=r"transformers clips .* twice. Leave out this call in"):
+        made.train()
+    assert is_untouched(made)
+    made.max_norm = math.inf  # only measures
+    made.train()
+    assert norms_of(made) == pytest.approx([norm.item() for norm in norms])
+    made.remove_callback(clip)
+    made.max_norm = 1.0
+    made.train()
+    assert norms_of(made) == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize("mode", ["skip", "zero", "raise", "propagate"])
@@ -469,6 +557,41 @@ def test_a_trainer_with_a_train_of_its_own(tmp_path: Path) -> None:
         _, norms = whole([model.seen], [1] * 4)
         assert norms_of(made) == pytest.approx(norms, rel=2e-6)
         assert is_untouched(made)
+
+
+def test_a_checkpoint_that_the_mixin_cannot_see(tmp_path: Path) -> None:
+    """Among the keywords of a `train`, or chosen by one that calls the Trainer's."""
+    from transformers import Trainer
+
+    from distclip.adapters.transformers import DistClipMixin
+
+    class Keywords(Trainer):
+        def train(self, **kwargs: Any) -> Any:
+            start = kwargs["resume_from_checkpoint"]
+            return self._inner_training_loop(self._train_batch_size, self.args, start)
+
+    class Chosen(Trainer):
+        def train(self) -> Any:
+            return super().train(self.args.resume_from_checkpoint)
+
+    options: dict[str, Any] = {"save_strategy": "epoch"}
+    trainer(str(tmp_path), [dist_clip(ZClip())], **options).train()
+    last = str(tmp_path / "checkpoint-4")
+    for base, given, chosen in (
+        (Keywords, {"resume_from_checkpoint": last}, None),
+        (Chosen, {}, last),
+    ):
+        made = trainer(
+            str(tmp_path / base.__name__),
+            [dist_clip(ZClip())],
+            make=type(base.__name__, (DistClipMixin, base), {}),
+            resume_from_checkpoint=chosen,
+            num_train_epochs=2,
+            **options,
+        )
+        made.train(**given)
+        saved = torch.load(tmp_path / base.__name__ / "checkpoint-8" / "distclip.pt")
+        assert saved["groups"]["all"]["ZClip"]["num_steps"] == 8
 
 
 def test_trainers_without_it_are_as_before(tmp_path: Path) -> None:

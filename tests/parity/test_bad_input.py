@@ -52,6 +52,7 @@ def no_model() -> list[nn.Module]:
         ({"world_size": 0}, ValueError, "world_size=0"),
         ({"world_size": True}, ValueError, "world_size=True"),
         ({"world_size": "2"}, ValueError, "world_size='2': it is a str"),
+        ({"nonfinite": "False"}, TypeError, "nonfinite='False'"),
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"max_norm": 0}, ValueError, "max_norm=0.0: it must be above 0"),
         ({"max_norm": "1.0"}, TypeError, "max_norm='1.0'"),

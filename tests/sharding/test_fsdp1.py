@@ -215,7 +215,7 @@ def listed_parameters_with_their_module(original: bool, device: str) -> None:
     listed = [p for n, p in model.named_parameters() if name in n]
     with pytest.raises(distclip.LayoutError, match="Pass the wrapped module"):
         distclip.Clipper(listed)
-    clipper = distclip.Clipper(listed, distclip.ClipNorm(0.5), modules=[model])
+    clipper = distclip.Clipper(listed, distclip.ClipNorm(0.5), modules=iter([model]))
     grads = [whole.middle.bias.grad] if original else [p.grad for p in whole.parameters()]
     expected = reference.total_norm(grads)
     report = clipper.clip_()

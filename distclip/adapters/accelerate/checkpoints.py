@@ -27,18 +27,35 @@ def register(accelerator: Any, find: Callable[[], Stateful | None], index: int) 
     """
     name = "distclip.bin" if index == 0 else f"distclip_{index}.bin"
 
-    def save(models: object, weights: object, output_dir: str) -> None:
-        if (clipper := find()) is not None:
-            accelerator.save(clipper.state_dict(), Path(output_dir) / name)
-
-    def load(models: object, input_dir: str) -> None:
-        if (clipper := find()) is not None:
-            _load(clipper, Path(input_dir) / name)
-
     return [
-        accelerator.register_save_state_pre_hook(save),
-        accelerator.register_load_state_pre_hook(load),
+        accelerator.register_save_state_pre_hook(_Save(accelerator, find, name)),
+        accelerator.register_load_state_pre_hook(_Load(accelerator, find, name)),
     ]
+
+
+class _Hook:
+    def __init__(self, accelerator: Any, find: Callable[[], Stateful | None], name: str) -> None:
+        self._accelerator, self._find, self._name = accelerator, find, name
+
+    def __reduce__(self) -> Any:
+        """A pickled accelerator has no clipper, and saves nothing of ours."""
+        return _NoHook, ()
+
+
+class _Save(_Hook):
+    def __call__(self, models: object, weights: object, output_dir: str) -> None:
+        if (clipper := self._find()) is not None:
+            self._accelerator.save(clipper.state_dict(), Path(output_dir) / self._name)
+
+
+class _Load(_Hook):
+    def __call__(self, models: object, input_dir: str) -> None:
+        if (clipper := self._find()) is not None:
+            _load(clipper, Path(input_dir) / self._name)
+
+
+class _NoHook:
+    def __call__(self, *_: object) -> None: ...
 
 
 def _load(clipper: Stateful, file: Path) -> None:

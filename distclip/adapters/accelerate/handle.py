@@ -20,6 +20,7 @@ from distclip.report import Report
 from distclip.training import grad_scaler, optimizers, wrappers
 
 _OWNER = "distclip.adapters.accelerate"
+_INSTEAD = "(the norm is `clipper.report.total_norm`), or end the other by `clipper.detach()`"
 
 # All clippers that are in use, to find those whose accelerator has been freed.
 _living: weakref.WeakSet[AcceleratedClipper] = weakref.WeakSet()
@@ -54,7 +55,7 @@ class AcceleratedClipper:
             _release_all(claimed)
             raise
         self._steps = [DecidedStep(each) for each in self._optimizers]
-        own_clipping.refuse(self._accelerator, self._clipper)
+        own_clipping.refuse(self._accelerator, self._clipper, _OWNER, _INSTEAD)
         hooks = self._register_state(weakref.ref(self))
         clipper = weakref.ref(self._clipper)
         # Also where the user drops the clipper: nothing else holds it.

@@ -46,6 +46,7 @@ class DecidedStep:
 
     def remove(self) -> None:
         self._decision = None
+        self._forget_skip()
         if vars(self.optimizer).get("step") is self._wrapper:
             del vars(self.optimizer)["step"]
             if self._before is not None:
@@ -54,6 +55,8 @@ class DecidedStep:
     def _run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         decision, self._decision, self.is_due = self._decision, None, False
         if decision is None:
+            if self.optimizer.gradient_state.sync_gradients:
+                self._forget_skip()
             return step(*args, **kwargs)
         inner = wrappers.unwrapped([self.optimizer])
         scaler: GradScaler | None = self.optimizer.scaler
@@ -76,6 +79,11 @@ class DecidedStep:
             # schedulers read. On an accelerator a tensor, so that only who reads it waits.
             self.optimizer._is_overflow = bool(skip) if skip.is_cpu else skip.bool()
         return result
+
+    def _forget_skip(self) -> None:
+        """accelerate writes whether a step was skipped only under a scaler."""
+        if self.optimizer.scaler is None:
+            self.optimizer._is_overflow = False
 
     def _is_left_out(
         self, inner: list[Optimizer], scaler: GradScaler | None, skip: Tensor | None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.adapters.megatron.excluded import check_named, with_names
 from distclip.adapters.megatron.held_params import HeldParam, chained, held_params, is_layer_wise
 from distclip.adapters.megatron.model_shards import AXIS, ModelShard, model_shards
 from distclip.adapters.megatron.rank_groups import RankGroups
@@ -55,14 +56,15 @@ def attach(
 
     Raises:
         ValueError: no optimizer of Megatron, or one that something clips already; gradients that
-            lie where no test of distclip has looked; a `model` without its parameters. The
-            optimizer is left as it was.
+            lie where no test of distclip has looked; a `model` without its parameters; a policy
+            that excludes names, without a model. The optimizer is left as it was.
         TypeError: `model` is none.
         ImportError: megatron-core is not installed.
 
     Collective: all ranks must attach: with experts or pipeline stages, an all-gather of names over
-        their ranks. Each step makes one all-reduce of a few numbers, for all chained optimizers,
-        over the world; no process group is made.
+        their ranks, and one over the world where the policy excludes modules. Each step makes one
+        all-reduce of a few numbers, for all chained optimizers, over the world; no process group is
+        made.
     """
     import_framework(MEGATRON, "megatron.core")
     classes: Any = import_module("megatron.core.optimizer")
@@ -105,6 +107,7 @@ class Handle:
     ) -> None:
         members = chained(optimizer)
         groups, held = _read(optimizer)
+        check_named(policy, chunks)
         shards = model_shards(held, chunks, groups, is_layer_wise(optimizer))
         self._optimizer, self._claimed = optimizer, claimed
         self._configs = list({id(one.config): one.config for one in members}.values())
@@ -121,7 +124,7 @@ class Handle:
                 on_nonfinite=mode,
             )
 
-        self._clipper = clipper(policy, on_nonfinite)
+        self._clipper = clipper(with_names(policy, held, shards), on_nonfinite)
         self._measuring = clipper(ClipNorm(float("inf")), "propagate")
         self._decision: Decision | None = None  # in a step that is not left out
         self._is_stepping, self._is_attached = False, True

@@ -56,7 +56,8 @@ class DistClip(TrainerCallback):
 
     Args:
         policy: how large the gradients may be. If omitted, `ClipNorm(args.max_grad_norm)`, which
-            only measures where that is 0 or None.
+            only measures where that is 0 or None, and follows callbacks that change it between
+            steps.
         on_nonfinite, max_consecutive_skips, mesh, layouts: as `Clipper` has them. Under DeepSpeed
             only `on_nonfinite`.
 
@@ -66,7 +67,8 @@ class DistClip(TrainerCallback):
     Raises:
         ValueError: in `train()`: the Trainer has two of these, something else clips the gradients
             of its optimizer, or a checkpoint holds the state of another policy.
-        RuntimeError: in `train()`: the trainer is not known; see `DistClipMixin`.
+        RuntimeError: in `train()`: the trainer is not known, see `DistClipMixin`; or the callback
+            was added while it ran.
 
     Collective: each step as `Clipper.clip_`. As `train()` begins, what `Clipper` does at
         construction, and with `resume_from_checkpoint` a broadcast of the state from rank 0.
@@ -92,9 +94,10 @@ class DistClip(TrainerCallback):
         self._trainer: Any = None  # whose `train()` runs
         self._checkpoint: str | None = None  # that it resumes from
         self._clipping: Clipping | None = None
+        self._limit = math.inf  # without a policy
         self._ends = ExitStack()
         self._args_with_none: Any = None
-        self._kept: _Kept | None = None
+        self._kept: list[_Kept] = []
         self._has_warned = False
         _wrap_train()
 
@@ -103,7 +106,8 @@ class DistClip(TrainerCallback):
             raise RuntimeError(
                 "cannot clip for this trainer: its `train` does not call that of "
                 "`transformers.Trainer`, by which DistClip knows whose training begins. Derive a "
-                "class, `class MyTrainer(DistClipMixin, ThatTrainer)`, and use it instead."
+                "class, `class MyTrainer(DistClipMixin, ThatTrainer)`, and use it instead. If the "
+                "DistClip was added after `train()` had begun, add it before."
             )
         self._end()  # with auto_find_batch_size, training begins again in the same `train()`
         try:
@@ -113,6 +117,14 @@ class DistClip(TrainerCallback):
             raise
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._clipping is None:
+            raise RuntimeError(
+                "cannot clip in this training: it began without this DistClip, and the Trainer "
+                "clips by its own `max_grad_norm`. Add it to the callbacks before `train()`."
+            )
+        if self.policy is None and _limit_of(args) != self._limit:
+            self._end()
+            self._begin(self._trainer, kwargs["optimizer"], resumes=False)
         if args.max_grad_norm is None:
             args.max_grad_norm = 0.0  # the Trainer asks whether it is greater than 0
             self._args_with_none = args
@@ -126,18 +138,19 @@ class DistClip(TrainerCallback):
         if self._clipping is not None:
             self.report = self._clipping.after_step()
 
-    def _begin(self, trainer: Any, optimizer: Optimizer) -> None:
+    def _begin(self, trainer: Any, optimizer: Optimizer, resumes: bool = True) -> None:
         policy = self.policy
         if policy is None:
-            policy = ClipNorm(trainer.args.max_grad_norm or math.inf)
+            self._limit = _limit_of(trainer.args)
+            policy = ClipNorm(self._limit)
         self._warn_if_chosen(trainer.args)
         self._clipping = clipping = self._make_clipping(trainer, optimizer, policy)
         self._ends.callback(clipping.end)
-        if self._checkpoint is not None:
+        if self._checkpoint is not None and resumes:
             remembers = not isinstance(policy, StatelessPolicy)
             checkpoints.load(clipping, self._checkpoint, remembers)
-        elif self._kept is not None and self._kept.is_of(optimizer):
-            clipping.load_state_dict(self._kept.state)
+        elif kept := [each for each in self._kept if each.is_of(optimizer)]:
+            clipping.load_state_dict(kept[0].state)
         self._ends.callback(self._keep, clipping, optimizer)
         self._replace_norm(trainer, clipping)
         self._save_with(trainer, clipping)
@@ -158,7 +171,7 @@ class DistClip(TrainerCallback):
             on_nonfinite=self._on_nonfinite,
             max_consecutive_skips=self._max_skips,
         )
-        return InOptimizer(clipper, optimizer, trainer.accelerator.scaler)
+        return InOptimizer(clipper, optimizer, trainer.accelerator)
 
     def _replace_norm(self, trainer: Any, clipping: Clipping) -> None:
         for name in OWN_NORM:
@@ -168,7 +181,16 @@ class DistClip(TrainerCallback):
                     f"place distclip puts its norm, and would clip a second time. distclip is "
                     f"tested with transformers {TRANSFORMERS.lowest} to {TRANSFORMERS.highest}."
                 )
-            self._put(trainer, name, clipping.norm_to_log)
+            self._put(trainer, name, self._norm_instead_of(trainer, name, clipping))
+
+    def _norm_instead_of(self, trainer: Any, name: str, clipping: Clipping) -> Callable[..., Any]:
+        def norm(*args: Any, **kwargs: Any) -> Any:
+            if not any(each is self for each in trainer.callback_handler.callbacks):
+                self._end()  # it was removed: from here on the Trainer clips by itself
+                return getattr(trainer, name)(*args, **kwargs)
+            return clipping.norm_to_log(*args, **kwargs)
+
+        return norm
 
     def _save_with(self, trainer: Any, clipping: Clipping) -> None:
         """Saves in each checkpoint folder: the event `on_save` does not say which it is."""
@@ -200,12 +222,18 @@ class DistClip(TrainerCallback):
 
     def _put_none_back(self) -> None:
         if self._args_with_none is not None:
-            self._args_with_none.max_grad_norm = None
+            if self._args_with_none.max_grad_norm == 0:  # nobody else has changed it
+                self._args_with_none.max_grad_norm = None
             self._args_with_none = None
 
     def _keep(self, clipping: Clipping, optimizer: Optimizer) -> None:
         inner = [weakref.ref(each) for each in unwrapped([optimizer])]
-        self._kept = _Kept(inner, clipping.state_dict())
+        others = [each for each in self._kept if each.is_alive() and not each.is_of(optimizer)]
+        self._kept = [*others, _Kept(inner, clipping.state_dict())]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the references to optimizers, which cannot be pickled (Ray Tune does so)."""
+        return {**vars(self), "_kept": []}
 
     def _check_options_of_engine(self) -> None:
         given = {
@@ -245,10 +273,14 @@ class DistClip(TrainerCallback):
                 f"{type(trainer).__qualname__}: each would clip what the other has clipped. Give "
                 f"one; for the smaller limit of two policies, `DistClip(first & second)`."
             )
-        if not found or found[0]._trainer is trainer:  # the mixin has begun
+        if not found:
             yield
             return
         (clip,) = found
+        if clip._trainer is trainer:  # the mixin has begun, for a `train` that calls another
+            clip._checkpoint = _checkpoint_of(trainer, train, args, kwargs) or clip._checkpoint
+            yield
+            return
         if clip._trainer is not None:
             raise ValueError(
                 f"cannot train this {type(trainer).__qualname__} with a DistClip that is clipping "
@@ -274,6 +306,9 @@ class _Kept(NamedTuple):
         return len(inner) == len(self.optimizers) and all(
             ref() is each for ref, each in zip(self.optimizers, inner, strict=True)
         )
+
+    def is_alive(self) -> bool:
+        return all(ref() is not None for ref in self.optimizers)
 
 
 class DistClipMixin:
@@ -306,12 +341,17 @@ def _wrap_train() -> None:
     cast(Any, Trainer).train = followed
 
 
+def _limit_of(args: Any) -> float:
+    return args.max_grad_norm or math.inf
+
+
 def _checkpoint_of(
     trainer: Any, train: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """The folder that `train` resumes from."""
     given = inspect.signature(train).bind_partial(*args, **kwargs).arguments
-    checkpoint = given.get("resume_from_checkpoint")
+    name = "resume_from_checkpoint"
+    checkpoint = given.get(name, kwargs.get(name))  # kwargs: of a `train(self, **kwargs)`
     if checkpoint is True:
         # None: the Trainer raises.
         return cast(Any, trainer_utils).get_last_checkpoint(trainer.args.output_dir)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.adapters import deepspeed
+from distclip.adapters.accelerate import own_clipping
 from distclip.adapters.frameworks import claim, release
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
@@ -18,6 +19,7 @@ from distclip.report import Report
 from distclip.training.wrappers import unwrapped
 
 OWNER = "distclip.adapters.transformers"
+_INSTEAD = "in your trainer (the norm is the `.report.total_norm` of the DistClip)"
 
 
 class Clipping(Protocol):
@@ -47,8 +49,9 @@ class InOptimizer:
     its own in the place of the optimizer's. Ranks that decide alone would wait for each other.
     """
 
-    def __init__(self, clipper: Clipper, optimizer: Optimizer, scaler: Any) -> None:
-        self._clipper, self._optimizer = clipper, optimizer
+    def __init__(self, clipper: Clipper, optimizer: Optimizer, accelerator: Any) -> None:
+        self._clipper, self._optimizer, self._accelerator = clipper, optimizer, accelerator
+        scaler = accelerator.scaler
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._report: Report | None = None  # of the step that runs now
         self._norm: Tensor | None = None
@@ -58,6 +61,7 @@ class InOptimizer:
             for each in unwrapped([optimizer]):
                 claim(each, OWNER)
                 self._claimed.append(each)
+            own_clipping.refuse(accelerator, clipper, OWNER, _INSTEAD)
             if self._scaler is None:
                 self._attached = clipper.attach(optimizer)
         except BaseException:
@@ -102,6 +106,7 @@ class InOptimizer:
         for each in self._claimed:
             release(each)
         self._claimed = []
+        own_clipping.allow(self._accelerator, self._clipper)
 
 
 class InEngine:

@@ -1,0 +1,7 @@
+"""`python -m distclip.run`."""
+
+from __future__ import annotations
+
+from distclip.run import main
+
+main()
