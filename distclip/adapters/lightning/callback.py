@@ -1,40 +1,29 @@
-"""Any policy in Lightning: a callback of its Trainer, and a function in the place of Fabric's."""
+"""`DistClip`, the callback that users give to a Trainer."""
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from distclip.adapters import deepspeed
-from distclip.adapters.frameworks import Framework, claim, import_framework, release
-from distclip.clipper import Clipper
+from distclip.adapters.frameworks import Framework, import_framework
+from distclip.adapters.lightning.checks import check_clips_alone, check_options, refuse_to_clip
+from distclip.adapters.lightning.clipped_optimizer import ClippedOptimizer, clip_in_steps
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
-from distclip.training.wrappers import params_of, unwrapped
 
 LIGHTNING = Framework("lightning", "2.6.6", "2.6.6", install="'distclip[lightning]'")
 PYTORCH_LIGHTNING = LIGHTNING._replace(name="pytorch-lightning", install="pytorch-lightning")
 
 Policies: TypeAlias = "Policy[Any] | Sequence[Policy[Any]]"
-_OWNER = "distclip.adapters.lightning"
-# Set by the adapter itself: where the gradients are, and what the parameters are from.
-_OPTIONS = inspect.signature(Clipper).parameters.keys() - {
-    *("model_or_parameters", "policy", "gradient", "modules"),
-}
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
 elif find_spec("lightning") is None and find_spec("pytorch_lightning") is not None:
-    _Callback = import_framework(PYTORCH_LIGHTNING, "pytorch_lightning").Callback
+    _Callback = import_framework(PYTORCH_LIGHTNING, "pytorch_lightning", stacklevel=4).Callback
 else:
-    _Callback = import_framework(LIGHTNING, "lightning.pytorch").Callback
+    _Callback = import_framework(LIGHTNING, "lightning.pytorch", stacklevel=4).Callback
 
 
 class DistClip(_Callback):
@@ -72,12 +61,12 @@ class DistClip(_Callback):
         self.policy = ClipNorm(1.0) if policy is None else policy
         for each in self._policies(1):
             check_policy(each)
-        _check_options(options)
+        check_options(options)
         if metric is not None and not isinstance(cast(object, metric), str):
             raise TypeError(f"cannot log the norm as {metric!r}: pass a name, or None.")
         self.metric, self.options = metric, options
-        self._clipped: list[_Clipped] = []
-        self._stepping: _Clipped | None = None
+        self._clipped: list[ClippedOptimizer] = []
+        self._stepping: ClippedOptimizer | None = None
         self._latest: Report | None = None
         self._plugin: Any = None
         self._module: Any = None
@@ -131,7 +120,7 @@ class DistClip(_Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._module = weakref.ref(pl_module)
         if stage == "fit":
-            _check_clips_alone(trainer, pl_module)
+            check_clips_alone(trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._attach(trainer, pl_module)
@@ -204,7 +193,7 @@ class DistClip(_Callback):
             )
         try:
             for optimizer, policy in zip(trainer.optimizers, policies, strict=True):
-                self._clipped.append(_clip_in_steps(trainer, optimizer, policy, self.options))
+                self._clipped.append(clip_in_steps(trainer, optimizer, policy, self.options))
             saved = self._saved.get(pl_module) if self._given is None else self._given
             if saved is not None:
                 self._load(saved)
@@ -213,7 +202,7 @@ class DistClip(_Callback):
             raise
         self._given = None
         self._plugin = trainer.precision_plugin
-        _refuse_to_clip(self._plugin)
+        refuse_to_clip(self._plugin)
 
     def _detach(self) -> None:
         self._latest = self.report
@@ -246,158 +235,6 @@ class DistClip(_Callback):
             each.clipper.load_state_dict(state)
 
 
-def clip_gradients(
-    fabric: Any,
-    module: nn.Module,
-    optimizer: Any,
-    policy: Policy[Any] | None = None,
-    *,
-    scale: float | Tensor | None = None,
-    **options: Any,
-) -> Report:
-    """Clips the gradients that an optimizer steps, in the place of `fabric.clip_gradients`.
-
-    Call it after `fabric.backward` and before `optimizer.step()`. Gradients that are still scaled
-    are unscaled as well. The first call makes a `Clipper`, which is kept as long as the optimizer;
-    see `fabric_clipper`.
-
-    Args:
-        fabric: with which the module and the optimizer were set up.
-        module, optimizer: what `fabric.setup` returned.
-        policy: how large the gradients may be; `ClipNorm(1.0)` if omitted.
-        scale: a factor that the gradients still need, as `Clipper.clip_` has it.
-        **options: those of `Clipper`, such as `on_nonfinite`.
-
-    Raises:
-        ValueError: neither the module nor the optimizer was set up by Fabric; DeepSpeed; something
-            else clips what the optimizer steps; what `Clipper` and its `clip_` raise.
-        TypeError: `fabric` is none; an option that `Clipper` does not have.
-
-    Collective: as `Clipper` in the first call, then one all-reduce of a few numbers; none where
-        nothing is sharded.
-    """
-    clipper = fabric_clipper(fabric, module, optimizer, policy, **options)
-    scaler = getattr(fabric.strategy.precision, "scaler", None)
-    return clipper.clip_(optimizer, scaler=scaler, scale=scale)
-
-
-def fabric_clipper(
-    fabric: Any,
-    module: nn.Module,
-    optimizer: Any,
-    policy: Policy[Any] | None = None,
-    **options: Any,
-) -> Clipper:
-    """The `Clipper` that `clip_gradients` uses with these arguments; for checkpoints.
-
-    `fabric.save(path, {"model": model, "optimizer": optimizer, "clipper": clipper})`, and
-    `fabric.load` likewise. With another policy or another module than in the call before it is made
-    anew; a policy of the same class goes on with what the former one remembers.
-
-    Args, Raises: as `clip_gradients`.
-
-    Collective: as `Clipper`, where it is made.
-    """
-    _check_options(options)
-    policy = ClipNorm(1.0) if policy is None else policy
-    wrapped = _check_set_up(fabric, module, optimizer)
-    inner = unwrapped([optimizer])[0]
-    kept = _kept.get(inner)
-    if kept is not None and kept.is_for(wrapped, policy, options):
-        return kept.clipper
-    made = _with_mesh(fabric.strategy, options)
-    clipper = Clipper(params_of([optimizer]), policy, modules=wrapped, **made)
-    if kept is None:
-        claim(inner, f"{_OWNER}.clip_gradients")
-    elif type(kept.policy) is type(policy):
-        clipper.load_state_dict(kept.clipper.state_dict())
-    _kept[inner] = _Kept(clipper, weakref.ref(wrapped), policy, options)
-    return clipper
-
-
-@dataclass
-class _Clipped:
-    """One optimizer whose steps clip.
-
-    Attributes:
-        given: as the Trainer has it.
-        claimed: what `claim` was given: the optimizer, without a wrapper.
-        params: what it stepped when it was found.
-        clipper: with a state; a `Clipper`, or the handle of DeepSpeed's adapter.
-        handle: with a report.
-        logged: the latest report of which the norm was logged.
-    """
-
-    given: Any
-    claimed: Any
-    params: list[Tensor]
-    clipper: Any
-    handle: Any
-    logged: Report | None = None
-
-    def steps(self, optimizer: Any) -> bool:
-        return optimizer is self.given or optimizer is self.claimed
-
-    def has_changed(self) -> bool:
-        now = params_of([self.given])
-        return [*map(id, now)] != [*map(id, self.params)]
-
-    def remove(self) -> None:
-        if self.handle is self.clipper:
-            self.handle.detach()
-            return
-        self.handle.remove()
-        release(self.claimed)
-
-
-@dataclass
-class _Kept:
-    """The Clipper of a Fabric optimizer, and the arguments that it was made with."""
-
-    clipper: Clipper
-    module: weakref.ref[nn.Module]
-    policy: Policy[Any]
-    options: dict[str, Any]
-
-    def is_for(self, module: nn.Module, policy: Policy[Any], options: dict[str, Any]) -> bool:
-        same = self.module() is module and self.options == options
-        return same and type(self.policy) is type(policy) and self.policy == policy
-
-
-_kept: MutableMapping[Optimizer, _Kept] = weakref.WeakKeyDictionary()
-
-
-def _clip_in_steps(
-    trainer: Any, optimizer: Any, policy: Policy[Any], options: dict[str, Any]
-) -> _Clipped:
-    model = trainer.model  # as the strategy has wrapped it
-    if _is_engine(model):
-        if unknown := sorted(options.keys() - {"on_nonfinite"}):
-            raise ValueError(
-                f"cannot clip with {unknown[0]}= under DeepSpeed: its gradients lie in partitions "
-                f"that the adapter reads. Pass only `on_nonfinite`."
-            )
-        handle = deepspeed.attach(model, policy, **options)
-        return _Clipped(optimizer, None, [], handle, handle)
-    inner = unwrapped([optimizer])[0]
-    params = params_of([optimizer])
-    claim(inner, f"{_OWNER}.DistClip")
-    try:
-        made = _with_mesh(trainer.strategy, options)
-        clipper = Clipper(params, policy, modules=model, **made)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return _Clipped(optimizer, inner, params, clipper, clipper.attach(optimizer, scaler))
-    except BaseException:
-        release(inner)
-        raise
-
-
-def _with_mesh(strategy: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """With ModelParallelStrategy's mesh; each tensor of a model may be on one of its axes only."""
-    mesh: Any = options.get("mesh", getattr(strategy, "device_mesh", None))
-    return {**options, "mesh": mesh}
-
-
 def _restored(
     kind: type[DistClip],
     policy: Policies,
@@ -409,74 +246,3 @@ def _restored(
     if state:
         made.load_state_dict(state)
     return made
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    if unknown := sorted(options.keys() - _OPTIONS):
-        raise TypeError(
-            f"cannot clip with {unknown[0]}=: it is none of Clipper's options here, which are "
-            f"{', '.join(sorted(_OPTIONS))}."
-        )
-
-
-def _check_clips_alone(trainer: Any, pl_module: Any) -> None:
-    """Raises ValueError where the Trainer or the model clips in automatic optimization."""
-    value = trainer.gradient_clip_val
-    if value is not None and value > 0:
-        raise ValueError(
-            f"cannot clip with DistClip and Trainer(gradient_clip_val={value}): the gradients "
-            f"would be clipped twice, and the norm of the second would be that of clipped ones. "
-            f"Leave out one of the two."
-        )
-    hook = pl_module.configure_gradient_clipping
-    source = str(getattr(hook, "__module__", ""))
-    if not source.startswith(("lightning.", "pytorch_lightning.")):
-        raise ValueError(
-            f"cannot clip with DistClip: {type(pl_module).__qualname__} has its own "
-            f"`configure_gradient_clipping`, and the gradients would be clipped twice. Remove the "
-            f"method, or DistClip."
-        )
-
-
-def _refuse_to_clip(plugin: Any) -> None:
-    """Lets Lightning's own clipping raise, which a model may call as `self.clip_gradients`."""
-
-    def clip_gradients(optimizer: Any, clip_val: float = 0.0, *_: Any, **__: Any) -> None:
-        if clip_val > 0:
-            raise ValueError(
-                f"cannot clip with `self.clip_gradients(..., gradient_clip_val={clip_val})`: "
-                f"DistClip clips inside `optimizer.step()`, and the gradients would be clipped "
-                f"twice. Remove the call, or DistClip."
-            )
-
-    vars(plugin)["clip_gradients"] = clip_gradients
-
-
-def _check_set_up(fabric: Any, module: Any, optimizer: Any) -> nn.Module:
-    """The module as the strategy has wrapped it."""
-    if not hasattr(getattr(fabric, "strategy", None), "precision"):
-        raise TypeError(
-            f"cannot clip with a {type(fabric).__qualname__}: it is no Fabric, which knows how "
-            f"gradients are scaled and sharded. Pass the Fabric that has set up the module; with "
-            f"a Trainer use `DistClip`."
-        )
-    # Fabric's own wrapper keeps the strategy's one under a private name, and `.module` leads past.
-    wrapped = getattr(module, "_forward_module", None)
-    if wrapped is None and isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
-        raise ValueError(
-            f"cannot clip the gradients of this {type(module).__qualname__}: Fabric has set up "
-            f"neither it nor its optimizer, and ranks might train apart. Pass what "
-            f"`fabric.setup(module, optimizer)` returned."
-        )
-    wrapped = module if wrapped is None else wrapped
-    if _is_engine(wrapped):
-        raise ValueError(
-            "cannot clip here under DeepSpeed: its gradients lie in partitions, and are clipped in "
-            "its own step. Call `distclip.adapters.deepspeed.attach(fabric.strategy.model, "
-            "policy)` once after `fabric.setup`, and leave out `clip_gradients`."
-        )
-    return wrapped
-
-
-def _is_engine(model: Any) -> bool:
-    return hasattr(model, "seq_data_parallel_group")

@@ -1,0 +1,87 @@
+"""What DistClip and Fabric's function refuse."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distclip.clipper import Clipper
+
+# Set by the adapter itself: where the gradients are, and what the parameters are from.
+_OPTIONS = inspect.signature(Clipper).parameters.keys() - {
+    *("model_or_parameters", "policy", "gradient", "modules"),
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    if unknown := sorted(options.keys() - _OPTIONS):
+        raise TypeError(
+            f"cannot clip with {unknown[0]}=: it is none of Clipper's options here, which are "
+            f"{', '.join(sorted(_OPTIONS))}."
+        )
+
+
+def check_clips_alone(trainer: Any, pl_module: Any) -> None:
+    """Raises ValueError where the Trainer or the model clips in automatic optimization."""
+    value = trainer.gradient_clip_val
+    if value is not None and value > 0:
+        raise ValueError(
+            f"cannot clip with DistClip and Trainer(gradient_clip_val={value}): the gradients "
+            f"would be clipped twice, and the norm of the second would be that of clipped ones. "
+            f"Leave out one of the two."
+        )
+    hook = pl_module.configure_gradient_clipping
+    source = str(getattr(hook, "__module__", ""))
+    if not source.startswith(("lightning.", "pytorch_lightning.")):
+        raise ValueError(
+            f"cannot clip with DistClip: {type(pl_module).__qualname__} has its own "
+            f"`configure_gradient_clipping`, and the gradients would be clipped twice. Remove the "
+            f"method, or DistClip."
+        )
+
+
+def refuse_to_clip(plugin: Any) -> None:
+    """Lets Lightning's own clipping raise, which a model may call as `self.clip_gradients`."""
+
+    def clip_gradients(optimizer: Any, clip_val: float = 0.0, *_: Any, **__: Any) -> None:
+        if clip_val > 0:
+            raise ValueError(
+                f"cannot clip with `self.clip_gradients(..., gradient_clip_val={clip_val})`: "
+                f"DistClip clips inside `optimizer.step()`, and the gradients would be clipped "
+                f"twice. Remove the call, or DistClip."
+            )
+
+    vars(plugin)["clip_gradients"] = clip_gradients
+
+
+def check_set_up(fabric: Any, module: Any, optimizer: Any) -> nn.Module:
+    """The module as the strategy has wrapped it."""
+    if not hasattr(getattr(fabric, "strategy", None), "precision"):
+        raise TypeError(
+            f"cannot clip with a {type(fabric).__qualname__}: it is no Fabric, which knows how "
+            f"gradients are scaled and sharded. Pass the Fabric that has set up the module; with "
+            f"a Trainer use `DistClip`."
+        )
+    # Fabric's own wrapper keeps the strategy's one under a private name, and `.module` leads past.
+    wrapped = getattr(module, "_forward_module", None)
+    if wrapped is None and isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
+        raise ValueError(
+            f"cannot clip the gradients of this {type(module).__qualname__}: Fabric has set up "
+            f"neither it nor its optimizer, and ranks might train apart. Pass what "
+            f"`fabric.setup(module, optimizer)` returned."
+        )
+    wrapped = module if wrapped is None else wrapped
+    if is_engine(wrapped):
+        raise ValueError(
+            "cannot clip here under DeepSpeed: its gradients lie in partitions, and are clipped in "
+            "its own step. Call `distclip.adapters.deepspeed.attach(fabric.strategy.model, "
+            "policy)` once after `fabric.setup`, and leave out `clip_gradients`."
+        )
+    return wrapped
+
+
+def is_engine(model: Any) -> bool:
+    return hasattr(model, "seq_data_parallel_group")

@@ -1,0 +1,90 @@
+"""An optimizer of a Trainer, whose steps clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distclip.adapters import deepspeed
+from distclip.adapters.frameworks import claim, release
+from distclip.adapters.lightning.checks import is_engine
+from distclip.clipper import Clipper
+from distclip.policies import Policy
+from distclip.report import Report
+from distclip.training.wrappers import params_of, unwrapped
+
+OWNER = "distclip.adapters.lightning.DistClip"
+
+
+@dataclass
+class ClippedOptimizer:
+    """One optimizer whose steps clip.
+
+    Attributes:
+        given: as the Trainer has it.
+        claimed: what `claim` was given: the optimizer, without a wrapper.
+        params: what it stepped when it was found.
+        clipper: with a state; a `Clipper`, or the handle of DeepSpeed's adapter.
+        handle: with a report.
+        logged: the latest report of which the norm was logged.
+    """
+
+    given: Any
+    claimed: Any
+    params: list[Tensor]
+    clipper: Any
+    handle: Any
+    logged: Report | None = None
+
+    def steps(self, optimizer: Any) -> bool:
+        return optimizer is self.given or optimizer is self.claimed
+
+    def has_changed(self) -> bool:
+        now = params_of([self.given])
+        return [*map(id, now)] != [*map(id, self.params)]
+
+    def remove(self) -> None:
+        if self.handle is self.clipper:
+            self.handle.detach()
+            return
+        self.handle.remove()
+        release(self.claimed)
+
+
+def clip_in_steps(
+    trainer: Any, optimizer: Any, policy: Policy[Any], options: dict[str, Any]
+) -> ClippedOptimizer:
+    model = trainer.model  # as the strategy has wrapped it
+    if is_engine(model):
+        if unknown := sorted(options.keys() - {"on_nonfinite"}):
+            raise ValueError(
+                f"cannot clip with {unknown[0]}= under DeepSpeed: its gradients lie in partitions "
+                f"that the adapter reads. Pass only `on_nonfinite`."
+            )
+        handle = deepspeed.attach(model, policy, **options)
+        return ClippedOptimizer(optimizer, None, [], handle, handle)
+    inner = unwrapped([optimizer])[0]
+    params = params_of([optimizer])
+    claim(inner, OWNER)
+    try:
+        clipper = make_clipper(trainer.strategy, model, optimizer, policy, options)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return ClippedOptimizer(
+            optimizer, inner, params, clipper, clipper.attach(optimizer, scaler)
+        )
+    except BaseException:
+        release(inner)
+        raise
+
+
+def make_clipper(
+    strategy: Any, model: Any, optimizer: Any, policy: Policy[Any], options: dict[str, Any]
+) -> Clipper:
+    """Of what an optimizer steps, and of its model, as the strategy has wrapped it.
+
+    With ModelParallelStrategy's mesh: each tensor of a model may be on one of its axes only.
+    """
+    mesh: Any = options.get("mesh", getattr(strategy, "device_mesh", None))
+    return Clipper(params_of([optimizer]), policy, modules=model, **{**options, "mesh": mesh})
