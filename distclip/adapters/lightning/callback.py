@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from distclip.adapters.frameworks import Framework, import_framework
 from distclip.adapters.lightning.checks import check_clips_alone, check_options, refuse_to_clip
 from distclip.adapters.lightning.clipped_optimizer import ClippedOptimizer, clip_in_steps
+from distclip.adapters.lightning.remembered import Remembered, States, remembers_nothing
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
@@ -69,13 +69,15 @@ class DistClip(_Callback):
         self._stepping: ClippedOptimizer | None = None
         self._latest: Report | None = None
         self._plugin: Any = None
-        self._module: Any = None
-        self._saved: MutableMapping[Any, list[Any]] = weakref.WeakKeyDictionary()
-        self._given: list[Any] | None = None  # by somebody, before there was a model
+        self._remembered = Remembered(None)
 
-    def __reduce__(self) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
         """A copy, such as that of `ddp_spawn`, begins anew: what it clips is in another process."""
-        return _restored, (type(self), self.policy, self.metric, self.options, self.state_dict())
+        anew: dict[str, Any] = {"_clipped": [], "_stepping": None, "_latest": None, "_plugin": None}
+        return {**vars(self), **anew, "_remembered": self._states()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_remembered": Remembered(state["_remembered"])})
 
     @property
     def state_key(self) -> str:
@@ -98,8 +100,8 @@ class DistClip(_Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the policies remember; the same on every rank."""
-        saved = self._snapshot()
-        return {} if saved is None else {"optimizers": saved}
+        states = self._states()
+        return {} if states is None else {"optimizers": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on any number of ranks.
@@ -108,17 +110,12 @@ class DistClip(_Callback):
             ValueError: a state of other policies, parameters or optimizers; in `fit`, where it is
                 not yet known which these are.
         """
-        saved = state_dict["optimizers"]
-        module = None if self._module is None else self._module()
-        if module is None:
-            self._given = saved
-        else:
-            self._saved[module] = saved
+        self._remembered.set(states := state_dict["optimizers"])
         if self._clipped:
-            self._load(saved)
+            self._load(states)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._module = weakref.ref(pl_module)
+        self._remembered.follow(pl_module, fits=stage == "fit")
         if stage == "fit":
             check_clips_alone(trainer, pl_module)
 
@@ -141,13 +138,15 @@ class DistClip(_Callback):
             self._follow(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._stepping = next((each for each in self._clipped if each.steps(optimizer)), None)
-        if self._stepping is None:
+        stepping = next((each for each in self._clipped if each.steps(optimizer)), None)
+        if stepping is None:
             raise ValueError(
                 f"cannot clip in this step of {type(optimizer).__qualname__}: when the batch "
                 f"began, it was none of `trainer.optimizers`. Return it from "
                 f"`configure_optimizers`, or set `trainer.strategy.optimizers` before the epoch."
             )
+        if not stepping.tells_of_steps:
+            self._stepping = stepping
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -183,7 +182,7 @@ class DistClip(_Callback):
             self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:
-        self._module = weakref.ref(pl_module)
+        self._remembered.follow(pl_module, fits=True)
         policies = self._policies(len(trainer.optimizers))
         if len(policies) != len(trainer.optimizers):
             raise ValueError(
@@ -193,16 +192,19 @@ class DistClip(_Callback):
             )
         try:
             for optimizer, policy in zip(trainer.optimizers, policies, strict=True):
-                self._clipped.append(clip_in_steps(trainer, optimizer, policy, self.options))
-            saved = self._saved.get(pl_module) if self._given is None else self._given
-            if saved is not None:
-                self._load(saved)
+                clipped = clip_in_steps(trainer, optimizer, policy, self.options)
+                clipped.tell_of_steps(self._set_stepping)
+                self._clipped.append(clipped)
+            if (states := self._remembered.get()) is not None:
+                self._load(states)
         except BaseException:
             self._detach()
             raise
-        self._given = None
         self._plugin = trainer.precision_plugin
         refuse_to_clip(self._plugin)
+
+    def _set_stepping(self, stepping: ClippedOptimizer) -> None:
+        self._stepping = stepping
 
     def _detach(self) -> None:
         self._latest = self.report
@@ -214,35 +216,30 @@ class DistClip(_Callback):
             self._plugin = None
 
     def _keep(self) -> None:
-        module = None if self._module is None else self._module()
-        if self._clipped and module is not None:
-            self._saved[module] = cast("list[Any]", self._snapshot())
-
-    def _snapshot(self) -> list[Any] | None:
         if self._clipped:
-            return [each.clipper.state_dict() for each in self._clipped]
-        module = None if self._module is None else self._module()
-        return self._given if module is None else self._saved.get(module, self._given)
+            self._remembered.set([each.clipper.state_dict() for each in self._clipped])
 
-    def _load(self, saved: list[Any]) -> None:
-        if len(saved) != len(self._clipped):
+    def _states(self) -> States | None:
+        self._keep()
+        return self._remembered.get()
+
+    def _load(self, states: States) -> None:
+        if len(states) != len(self._clipped):
             raise ValueError(
-                f"cannot load the state of DistClip: it was saved for {len(saved)} optimizers, "
+                f"cannot load the state of DistClip: it was saved for {len(states)} optimizers, "
                 f"and `configure_optimizers` returned {len(self._clipped)}. Train with the same "
                 f"optimizers, or begin anew without the state."
             )
-        for each, state in zip(self._clipped, saved, strict=True):
-            each.clipper.load_state_dict(state)
+        for each, state in zip(self._clipped, states, strict=True):
+            if not remembers_nothing(state):  # else a run with another policy may go on from it
+                _load_state(each.clipper, state, self.state_key)
 
 
-def _restored(
-    kind: type[DistClip],
-    policy: Policies,
-    metric: str | None,
-    options: dict[str, Any],
-    state: dict[str, Any],
-) -> DistClip:
-    made = kind(policy, metric=metric, **options)
-    if state:
-        made.load_state_dict(state)
-    return made
+def _load_state(clipper: Any, state: Any, key: str) -> None:
+    try:
+        clipper.load_state_dict(state)
+    except (TypeError, ValueError) as reason:
+        raise ValueError(
+            f"cannot go on with what DistClip remembers: {reason} In a checkpoint of the Trainer "
+            f'it is `checkpoint["callbacks"]["{key}"]`: delete that to begin anew.'
+        ) from reason

@@ -8,20 +8,23 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from distclip import nonfinite
 from distclip.clipper import Clipper
 
 # Set by the adapter itself: where the gradients are, and what the parameters are from.
-_OPTIONS = inspect.signature(Clipper).parameters.keys() - {
-    *("model_or_parameters", "policy", "gradient", "modules"),
-}
+_OWN = ("model_or_parameters", "policy", "gradient", "modules")
+_OPTIONS = {k: v for k, v in inspect.signature(Clipper).parameters.items() if k not in _OWN}
+_ON_NONFINITE = ("on_nonfinite", "max_consecutive_skips")
 
 
 def check_options(options: dict[str, Any]) -> None:
-    if unknown := sorted(options.keys() - _OPTIONS):
+    if unknown := sorted(options.keys() - _OPTIONS.keys()):
         raise TypeError(
             f"cannot clip with {unknown[0]}=: it is none of Clipper's options here, which are "
             f"{', '.join(sorted(_OPTIONS))}."
         )
+    mode, skips = (options.get(name, _OPTIONS[name].default) for name in _ON_NONFINITE)
+    nonfinite.check_mode(mode, skips)
 
 
 def check_clips_alone(trainer: Any, pl_module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from distclip.adapters.lightning.checks import is_engine
 from distclip.clipper import Clipper
 from distclip.policies import Policy
 from distclip.report import Report
-from distclip.training.wrappers import params_of, unwrapped
+from distclip.training.wrappers import is_wrapper, params_of, unwrapped
 
 OWNER = "distclip.adapters.lightning.DistClip"
 
@@ -29,6 +30,7 @@ class ClippedOptimizer:
         clipper: with a state; a `Clipper`, or the handle of DeepSpeed's adapter.
         handle: with a report.
         logged: the latest report of which the norm was logged.
+        hook: of `tell_of_steps`.
     """
 
     given: Any
@@ -37,6 +39,23 @@ class ClippedOptimizer:
     clipper: Any
     handle: Any
     logged: Report | None = None
+    hook: Any = None
+
+    @property
+    def tells_of_steps(self) -> bool:
+        return self.hook is not None
+
+    def tell_of_steps(self, to: Callable[[ClippedOptimizer], None]) -> None:
+        """Calls `to` where a step begins, if this is an optimizer with hooks.
+
+        Lightning's own hooks do not see a step of `self.optimizers(use_pl_optimizer=False)`.
+        """
+        if self.claimed is not None and not is_wrapper(self.claimed):
+
+            def hook(*_: Any) -> None:
+                to(self)
+
+            self.hook = self.claimed.register_step_pre_hook(hook)
 
     def steps(self, optimizer: Any) -> bool:
         return optimizer is self.given or optimizer is self.claimed
@@ -46,6 +65,8 @@ class ClippedOptimizer:
         return [*map(id, now)] != [*map(id, self.params)]
 
     def remove(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
         if self.handle is self.clipper:
             self.handle.detach()
             return
