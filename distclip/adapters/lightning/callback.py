@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from distclip.adapters.frameworks import Framework, import_framework
 from distclip.adapters.lightning.checks import check_clips_alone, check_options, refuse_to_clip
 from distclip.adapters.lightning.clipped_optimizer import ClippedOptimizer, clip_in_steps
-from distclip.adapters.lightning.remembered import Remembered, States, remembers_nothing
+from distclip.adapters.lightning.remembered import (
+    Remembered,
+    States,
+    load_into,
+    remembers_nothing,
+)
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
@@ -179,9 +184,9 @@ class DistClip(_Callback):
         if [id(each.given) for each in self._clipped] != [*map(id, trainer.optimizers)]:
             self._keep()
             self._detach()
-            self._attach(trainer, pl_module)
+            self._attach(trainer, pl_module, goes_on=True)
 
-    def _attach(self, trainer: Any, pl_module: Any) -> None:
+    def _attach(self, trainer: Any, pl_module: Any, goes_on: bool = False) -> None:
         self._remembered.follow(pl_module, fits=True)
         policies = self._policies(len(trainer.optimizers))
         if len(policies) != len(trainer.optimizers):
@@ -192,11 +197,12 @@ class DistClip(_Callback):
             )
         try:
             for optimizer, policy in zip(trainer.optimizers, policies, strict=True):
-                clipped = clip_in_steps(trainer, optimizer, policy, self.options)
-                clipped.tell_of_steps(self._set_stepping)
+                clipped = clip_in_steps(
+                    trainer, optimizer, policy, self.options, self._set_stepping
+                )
                 self._clipped.append(clipped)
             if (states := self._remembered.get()) is not None:
-                self._load(states)
+                self._load(states, goes_on)
         except BaseException:
             self._detach()
             raise
@@ -223,7 +229,14 @@ class DistClip(_Callback):
         self._keep()
         return self._remembered.get()
 
-    def _load(self, states: States) -> None:
+    def _load(self, states: States, goes_on: bool = False) -> None:
+        """Loads them.
+
+        Args:
+            goes_on: they are of this run, and the optimizers may step other parameters since.
+        """
+        if all(map(remembers_nothing, states)):  # a run with another policy may go on from it
+            return
         if len(states) != len(self._clipped):
             raise ValueError(
                 f"cannot load the state of DistClip: it was saved for {len(states)} optimizers, "
@@ -231,15 +244,4 @@ class DistClip(_Callback):
                 f"optimizers, or begin anew without the state."
             )
         for each, state in zip(self._clipped, states, strict=True):
-            if not remembers_nothing(state):  # else a run with another policy may go on from it
-                _load_state(each.clipper, state, self.state_key)
-
-
-def _load_state(clipper: Any, state: Any, key: str) -> None:
-    try:
-        clipper.load_state_dict(state)
-    except (TypeError, ValueError) as reason:
-        raise ValueError(
-            f"cannot go on with what DistClip remembers: {reason} In a checkpoint of the Trainer "
-            f'it is `checkpoint["callbacks"]["{key}"]`: delete that to begin anew.'
-        ) from reason
+            load_into(each.clipper, state, self.state_key, goes_on)

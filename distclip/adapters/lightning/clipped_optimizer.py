@@ -37,7 +37,7 @@ class ClippedOptimizer:
     claimed: Any
     params: list[Tensor]
     clipper: Any
-    handle: Any
+    handle: Any = None
     logged: Report | None = None
     hook: Any = None
 
@@ -48,7 +48,8 @@ class ClippedOptimizer:
     def tell_of_steps(self, to: Callable[[ClippedOptimizer], None]) -> None:
         """Calls `to` where a step begins, if this is an optimizer with hooks.
 
-        Lightning's own hooks do not see a step of `self.optimizers(use_pl_optimizer=False)`.
+        Lightning's own hooks do not see a step of `self.optimizers(use_pl_optimizer=False)`. Call
+        it before the hook that clips, which may leave the step out.
         """
         if self.claimed is not None and not is_wrapper(self.claimed):
 
@@ -67,15 +68,20 @@ class ClippedOptimizer:
     def remove(self) -> None:
         if self.hook is not None:
             self.hook.remove()
-        if self.handle is self.clipper:
-            self.handle.detach()
+        if self.claimed is None:
+            self.handle.detach()  # of DeepSpeed's adapter
             return
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
         release(self.claimed)
 
 
 def clip_in_steps(
-    trainer: Any, optimizer: Any, policy: Policy[Any], options: dict[str, Any]
+    trainer: Any,
+    optimizer: Any,
+    policy: Policy[Any],
+    options: dict[str, Any],
+    on_step: Callable[[ClippedOptimizer], None],
 ) -> ClippedOptimizer:
     model = trainer.model  # as the strategy has wrapped it
     if is_engine(model):
@@ -87,17 +93,18 @@ def clip_in_steps(
         handle = deepspeed.attach(model, policy, **options)
         return ClippedOptimizer(optimizer, None, [], handle, handle)
     inner = unwrapped([optimizer])[0]
-    params = params_of([optimizer])
+    clipped = ClippedOptimizer(optimizer, inner, params_of([optimizer]), None)
     claim(inner, OWNER)
     try:
         clipper = make_clipper(trainer.strategy, model, optimizer, policy, options)
+        clipped.clipper = clipper
+        clipped.tell_of_steps(on_step)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return ClippedOptimizer(
-            optimizer, inner, params, clipper, clipper.attach(optimizer, scaler)
-        )
+        clipped.handle = clipper.attach(optimizer, scaler)
     except BaseException:
-        release(inner)
+        clipped.remove()
         raise
+    return clipped
 
 
 def make_clipper(
