@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from distclip.adapters.frameworks import Framework, import_framework
 from distclip.adapters.lightning.checks import check_clips_alone, check_options, refuse_to_clip
-from distclip.adapters.lightning.clipped_optimizer import ClippedOptimizer, clip_in_steps
+from distclip.adapters.lightning.clipped_optimizer import (
+    ClippedOptimizer,
+    clip_in_steps,
+    optimizers_of,
+)
 from distclip.adapters.lightning.remembered import (
     Remembered,
     States,
@@ -21,6 +25,7 @@ from distclip.report import Report
 LIGHTNING = Framework("lightning", "2.6.6", "2.6.6", install="'distclip[lightning]'")
 PYTORCH_LIGHTNING = LIGHTNING._replace(name="pytorch-lightning", install="pytorch-lightning")
 
+_FROM_A_MODEL = ("log", "log_dict")  # which the Trainer sets on every callback, in each `fit`
 Policies: TypeAlias = "Policy[Any] | Sequence[Policy[Any]]"
 
 if TYPE_CHECKING:
@@ -79,7 +84,8 @@ class DistClip(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy, such as that of `ddp_spawn`, begins anew: what it clips is in another process."""
         anew: dict[str, Any] = {"_clipped": [], "_stepping": None, "_latest": None, "_plugin": None}
-        return {**vars(self), **anew, "_remembered": self._states()}
+        own = {name: value for name, value in vars(self).items() if name not in _FROM_A_MODEL}
+        return {**own, **anew, "_remembered": self._states()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "_remembered": Remembered(state["_remembered"])})
@@ -144,13 +150,13 @@ class DistClip(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         stepping = next((each for each in self._clipped if each.steps(optimizer)), None)
-        if stepping is None:
+        if stepping is None and optimizer.param_groups:
             raise ValueError(
                 f"cannot clip in this step of {type(optimizer).__qualname__}: when the batch "
                 f"began, it was none of `trainer.optimizers`. Return it from "
                 f"`configure_optimizers`, or set `trainer.strategy.optimizers` before the epoch."
             )
-        if not stepping.tells_of_steps:
+        if stepping is not None and not stepping.tells_of_steps:
             self._stepping = stepping
 
     def on_train_batch_end(
@@ -181,22 +187,23 @@ class DistClip(_Callback):
 
     def _follow(self, trainer: Any, pl_module: Any) -> None:
         """Clips in the steps of the optimizers that the Trainer has now."""
-        if [id(each.given) for each in self._clipped] != [*map(id, trainer.optimizers)]:
+        if [id(each.given) for each in self._clipped] != [*map(id, optimizers_of(trainer))]:
             self._keep()
             self._detach()
             self._attach(trainer, pl_module, goes_on=True)
 
     def _attach(self, trainer: Any, pl_module: Any, goes_on: bool = False) -> None:
         self._remembered.follow(pl_module, fits=True)
-        policies = self._policies(len(trainer.optimizers))
-        if len(policies) != len(trainer.optimizers):
+        optimizers = optimizers_of(trainer)
+        policies = self._policies(len(optimizers))
+        if len(policies) != len(optimizers):
             raise ValueError(
                 f"cannot clip with {len(policies)} policies: `configure_optimizers` returned "
-                f"{len(trainer.optimizers)} optimizers, and it is unclear which policy is for "
+                f"{len(optimizers)} optimizers, and it is unclear which policy is for "
                 f"which. Pass one policy for each, or one for all."
             )
         try:
-            for optimizer, policy in zip(trainer.optimizers, policies, strict=True):
+            for optimizer, policy in zip(optimizers, policies, strict=True):
                 clipped = clip_in_steps(
                     trainer, optimizer, policy, self.options, self._set_stepping
                 )
@@ -230,11 +237,7 @@ class DistClip(_Callback):
         return self._remembered.get()
 
     def _load(self, states: States, goes_on: bool = False) -> None:
-        """Loads them.
-
-        Args:
-            goes_on: they are of this run, and the optimizers may step other parameters since.
-        """
+        """Loads states; `goes_on`: those of this run, with optimizers of other parameters."""
         if all(map(remembers_nothing, states)):  # a run with another policy may go on from it
             return
         if len(states) != len(self._clipped):

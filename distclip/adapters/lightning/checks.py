@@ -60,30 +60,34 @@ def refuse_to_clip(plugin: Any) -> None:
     vars(plugin)["clip_gradients"] = clip_gradients
 
 
-def check_set_up(fabric: Any, module: Any, optimizer: Any) -> nn.Module:
-    """The module as the strategy has wrapped it."""
+def check_set_up(fabric: Any, module: Any, optimizer: Any) -> list[nn.Module]:
+    """The module, or several, as the strategy has wrapped them."""
     if not hasattr(getattr(fabric, "strategy", None), "precision"):
         raise TypeError(
             f"cannot clip with a {type(fabric).__qualname__}: it is no Fabric, which knows how "
             f"gradients are scaled and sharded. Pass the Fabric that has set up the module; with "
             f"a Trainer use `DistClip`."
         )
+    given: list[Any] = [*module] if isinstance(module, list | tuple) else [module]
     # Fabric's own wrapper keeps the strategy's one under a private name, and `.module` leads past.
-    wrapped = getattr(module, "_forward_module", None)
-    if wrapped is None and isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
-        raise ValueError(
-            f"cannot clip the gradients of this {type(module).__qualname__}: Fabric has set up "
-            f"neither it nor its optimizer, and ranks might train apart. Pass what "
-            f"`fabric.setup(module, optimizer)` returned."
-        )
-    wrapped = module if wrapped is None else wrapped
-    if is_engine(wrapped):
+    wrapped = [getattr(each, "_forward_module", None) for each in given]
+    is_raw = isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer")
+    for each, inside in zip(given, wrapped, strict=True):
+        if inside is None and is_raw:
+            raise ValueError(
+                f"cannot clip the gradients of this {type(each).__qualname__}: Fabric has set up "
+                f"neither it nor its optimizer, and ranks might train apart. Pass what "
+                f"`fabric.setup(module, optimizer)` returned."
+            )
+    both = zip(given, wrapped, strict=True)
+    modules = [each if inside is None else inside for each, inside in both]
+    if any(map(is_engine, modules)):
         raise ValueError(
             "cannot clip here under DeepSpeed: its gradients lie in partitions, and are clipped in "
             "its own step. Call `distclip.adapters.deepspeed.attach(fabric.strategy.model, "
             "policy)` once after `fabric.setup`, and leave out `clip_gradients`."
         )
-    return wrapped
+    return modules
 
 
 def is_engine(model: Any) -> bool:

@@ -76,6 +76,11 @@ class ClippedOptimizer:
         release(self.claimed)
 
 
+def optimizers_of(trainer: Any) -> list[Any]:
+    """Without the one that Lightning takes where `configure_optimizers` returns None."""
+    return [each for each in trainer.optimizers if each.param_groups]
+
+
 def clip_in_steps(
     trainer: Any,
     optimizer: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ OWNER = "distclip.adapters.lightning.clip_gradients"
 
 def clip_gradients(
     fabric: Any,
-    module: nn.Module,
+    module: nn.Module | Sequence[nn.Module],
     optimizer: Any,
     policy: Policy[Any] | None = None,
     *,
@@ -38,7 +38,8 @@ def clip_gradients(
 
     Args:
         fabric: with which the module and the optimizer were set up.
-        module, optimizer: what `fabric.setup` returned.
+        module, optimizer: what `fabric.setup` returned; a list of modules where the optimizer steps
+            several.
         policy: how large the gradients may be; `ClipNorm(1.0)` if omitted.
         scale: a factor that the gradients still need, as `Clipper.clip_` has it.
         **options: those of `Clipper`, such as `on_nonfinite`.
@@ -58,7 +59,7 @@ def clip_gradients(
 
 def fabric_clipper(
     fabric: Any,
-    module: nn.Module,
+    module: nn.Module | Sequence[nn.Module],
     optimizer: Any,
     policy: Policy[Any] | None = None,
     **options: Any,
@@ -85,7 +86,7 @@ def fabric_clipper(
         claim(inner, OWNER)
     elif type(kept.policy) is type(policy):
         clipper.load_state_dict(kept.clipper.state_dict())
-    _kept[inner] = _Kept(clipper, weakref.ref(wrapped), policy, options)
+    _kept[inner] = _Kept(clipper, [weakref.ref(each) for each in wrapped], policy, options)
     return clipper
 
 
@@ -94,12 +95,15 @@ class _Kept:
     """The Clipper of a Fabric optimizer, and the arguments that it was made with."""
 
     clipper: Clipper
-    module: weakref.ref[nn.Module]
+    modules: list[weakref.ref[nn.Module]]
     policy: Policy[Any]
     options: dict[str, Any]
 
-    def is_for(self, module: nn.Module, policy: Policy[Any], options: dict[str, Any]) -> bool:
-        same = self.module() is module and self.options == options
+    def is_for(
+        self, modules: Sequence[nn.Module], policy: Policy[Any], options: dict[str, Any]
+    ) -> bool:
+        made_with = [id(ref()) for ref in self.modules]
+        same = made_with == [*map(id, modules)] and self.options == options
         return same and type(self.policy) is type(policy) and self.policy == policy
 
 
