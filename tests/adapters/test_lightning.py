@@ -54,6 +54,34 @@ def test_gradients_are_accumulated_first(two_lightning_ranks: Ranks) -> None:
     two_lightning_ranks.run(clips_as_one_process, ["ddp", "fsdp", "fsdp2"], options)
 
 
+def incomplete_batches() -> None:
+    """Five batches, two of which make a step: the last step has one."""
+    modules = runs.modules()
+    net = runs.make_net(torch.float64)
+    batches = [batch for (batch,) in runs.whole_batches(5)]
+    wanted = []
+    for accumulated in (batches[:2], batches[2:4], batches[4:]):
+        net.zero_grad()
+        for batch in accumulated:
+            inputs, targets = (torch.stack(each).double() for each in zip(*batch, strict=True))
+            (runs.loss_of(net, inputs, targets) / 2).backward()
+        grads = [p.grad for p in net.parameters()]
+        wanted.append(reference.total_norm(grads).item())
+        with torch.no_grad():
+            for p, clipped in zip(net.parameters(), reference.clip_norm(grads, LIMIT), strict=True):
+                p.sub_(LR * clipped)
+    assert min(wanted) > LIMIT
+    for layout in ("ddp", "fsdp2"):
+        with quietly():
+            run = modules.Run(layout, accumulate_grad_batches=2)
+            run.trainer.fit(modules.net_for(layout), modules.loader(layout, 5))
+        assert run.norms == pytest.approx(wanted, **CLOSE)
+
+
+def test_the_last_step_accumulates_what_is_left(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(incomplete_batches)
+
+
 def scaled(fused: bool, layout: str) -> None:
     modules = runs.modules()
     whole = train_whole(3)
@@ -452,8 +480,15 @@ def optimizers_of_other_kinds() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
+    class Nothing(modules.Net):
+        """Only runs its training steps."""
+
+        def configure_optimizers(self) -> None: ...
+
     norms: list[float] = []
     with quietly():
+        run = modules.Run("ddp").fit(2, Nothing())
+        assert (run.trainer.global_step, run.norms, run.trainer.callback_metrics) == (2, [], {})
         run = modules.Run("ddp").fit(2, Closing())
         assert len(norms) == 6
         assert run.norms == [pytest.approx(norms[2], rel=1e-6), pytest.approx(norms[5], rel=1e-6)]

@@ -108,6 +108,41 @@ def test_every_strategy_clips_as_one_process(two_lightning_ranks: Ranks) -> None
     two_lightning_ranks.run(strategies)
 
 
+def several_modules() -> None:
+    """One norm over two modules that one optimizer steps, set up one by one."""
+    from distclip.adapters.lightning import clip_gradients, fabric_clipper
+
+    for layout in ("ddp", "fsdp", "fsdp2"):
+        with quietly():
+            fabric, first, own = make(layout)
+            second = fabric.setup_module(nn.Sequential(*runs.make_net()))
+            both = [*first.parameters(), *second.parameters()]
+            optimizer = fabric.setup_optimizers(torch.optim.SGD(both, lr=LR))
+            for model, factor in ((first, 1.0), (second, 2.0)):
+                inputs = torch.full((3, 4), dist.get_rank() + 1.0)
+                fabric.backward(factor * model(inputs).square().sum())
+            grads = []
+            for factor in (1.0, 2.0):
+                net = runs.make_net(torch.float64)
+                for rank in range(WORLD):
+                    inputs = torch.full((3, 4), rank + 1.0, dtype=torch.float64)
+                    (factor * net(inputs).square().sum() / WORLD).backward()
+                grads += [p.grad for p in net.parameters()]
+            report = clip_gradients(fabric, [first, second], optimizer, distclip.ClipNorm(LIMIT))
+            wanted = reference.total_norm(grads).item()
+            assert wanted > LIMIT
+            assert report.total_norm.item() == pytest.approx(wanted, rel=3e-6), layout
+            kept = fabric_clipper(fabric, (first, second), optimizer, distclip.ClipNorm(LIMIT))
+            assert kept is fabric_clipper(fabric, [first, second], optimizer, kept.policy)
+            assert len(kept.plan.params) == len(both)
+            clipped = clip_gradients(fabric, first, own, distclip.ClipNorm(math.inf))
+            assert clipped.total_norm.item() < LIMIT  # a half of what was clipped before
+
+
+def test_an_optimizer_of_several_modules(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(several_modules)
+
+
 def scaled(fused: bool) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with quietly():

@@ -8,6 +8,7 @@ import math
 import sys
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ def names_are_replaced() -> None:
     weight.grad = torch.full((4,), 2.0)
     assert late.clip([weight], 1.0).item() == 4.0
     torch.testing.assert_close(weight.grad, torch.full((4,), 0.5))
+    # A module that was imported meanwhile follows a second `install`, too.
+    with titan.install():
+        late.clip, sys.modules["late"] = utils.clip_grad_norm_, late
+    assert late.clip is own
+    with titan.install():
+        assert late.clip is utils.clip_grad_norm_ is not own
+    del sys.modules["early"], sys.modules["late"]
 
     with pytest.raises(RuntimeError), titan.install():
         raise RuntimeError
@@ -212,6 +220,78 @@ def test_norms_that_are_not_finite(four_titan_ranks: Ranks) -> None:
     four_titan_ranks.run(nonfinite_norms)
 
 
+def errors_of_a_call() -> None:
+    from tests.support import titan
+
+    clip = titan.dist_utils
+
+    def call(**kwargs: Any) -> Tensor:
+        return clip.clip_grad_norm_(list(trained.model_parts[0].parameters()), 0.05, **kwargs)
+
+    installing = titan.install(on_nonfinite="skip", max_consecutive_skips=1)
+    with installing as installed, titan.trainer(titan.config()) as trained:
+        titan.run_steps(trained)
+        assert call(error_if_nonfinite=True) > 0.9
+        params = list(trained.model_parts[0].parameters())
+        before = [p.grad.to_local().clone() for p in params]
+        nan_on_one_rank(trained)
+        with pytest.raises(NonFiniteGradientError, match=r"tok_embeddings.*`error_if_nonfinite=Fa"):
+            call(error_if_nonfinite=True)
+        for p, grad in zip(params[1:], before[1:], strict=True):
+            assert torch.equal(p.grad.to_local(), grad)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        assert call().isfinite()
+
+        # The step after the first of these does not come, and the second is an error.
+        nan_on_one_rank(trained)
+        assert call().isnan()
+        with pytest.raises(NonFiniteGradientError, match="after 1 steps in a row"):
+            call()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        weights = whole_parameters(trained)
+        trained.optimizers.step()
+        assert all(not torch.equal(p, weights[n]) for n, p in whole_parameters(trained).items())
+        assert installed.report is not None
+
+
+def test_error_if_nonfinite_and_steps_that_do_not_come(four_titan_ranks: Ranks) -> None:
+    four_titan_ranks.run(errors_of_a_call)
+
+
+def several_optimizers() -> None:
+    """Two optimizers in torchtitan's container, and accumulated gradients."""
+    from tests.support import titan
+
+    made = titan.config()
+    made.training.max_norm = 0.05
+    made.training.global_batch_size = 2 * made.training.local_batch_size * dist.get_world_size()
+    group = made.optimizer.param_groups[0]
+    unfused = {**group.optimizer_kwargs, "fused": False}
+    first = replace(group, pattern="attention", optimizer_name="Adam", optimizer_kwargs=unfused)
+    made.optimizer.param_groups = [first, group]
+    with titan.install(on_nonfinite="skip"), titan.trainer(made) as trained:
+        assert [type(each).__name__ for each in trained.optimizers] == ["Adam", "AdamW"]
+        with watched(trained) as calls:
+            titan.run_steps(trained)
+        assert len(calls) == 1
+        assert trained.gradient_accumulation_steps == 2
+        norm = math.hypot(*norms_of_all_stages(calls[0].before).values())
+        torch.testing.assert_close(calls[0].norm.double().item(), norm, **ONE_ULP)
+        check_scaled(calls[0], 0.05 / (norm + 1e-6))
+        before = whole_parameters(trained)
+        with watched(trained, nan_on_one_rank):
+            titan.run_steps(trained)
+        assert all(torch.equal(p, before[name]) for name, p in whole_parameters(trained).items())
+        titan.run_steps(trained)
+        assert not any(torch.equal(p, before[n]) for n, p in whole_parameters(trained).items())
+
+
+def test_several_optimizers_in_its_container(four_titan_ranks: Ranks) -> None:
+    four_titan_ranks.run(several_optimizers)
+
+
 def state_in_checkpoints(folder: Path) -> None:
     from tests.support import titan
 
@@ -263,6 +343,41 @@ def state_in_checkpoints(folder: Path) -> None:
             assert "distclip" not in without.checkpointer.states  # nothing to remember
             titan.run_steps(without)
             assert installed.report is not None
+
+
+def begins_without_a_state(folder: Path) -> None:
+    from torch.distributed.checkpoint import CheckpointException
+
+    from tests.support import titan
+
+    def made(*excluded: str) -> Any:
+        config = titan.config()
+        config.checkpoint.enable = True
+        config.checkpoint.interval = 2
+        config.checkpoint.exclude_from_loading = list(excluded)
+        return config
+
+    with titan.trainer(made(), folder) as trained:
+        titan.run_steps(trained, 2)
+        trained.checkpointer.save(2)
+    with titan.install(distclip.ZClip()) as installed:
+        with (
+            titan.trainer(made(), folder) as trained,
+            pytest.raises(CheckpointException, match=r"Missing key.*distclip"),
+        ):
+            trained.checkpointer.load()
+        with titan.trainer(made("distclip"), folder) as trained:
+            assert trained.checkpointer.load()
+            assert trained.step == 2
+            titan.run_steps(trained)
+            state = flat(installed.add(trained).state_dict())
+            assert state["/groups/all/ZClip/num_steps"] == 1
+
+
+def test_a_checkpoint_without_a_state_is_loaded_where_it_is_excluded(
+    four_titan_ranks: Ranks, tmp_path: Path
+) -> None:
+    four_titan_ranks.run(begins_without_a_state, tmp_path)
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,13 +91,11 @@ class Installed:
         # By a weak reference: a trainer that is gone leaves no model behind.
         self._trainers: WeakKeyDictionary[Any, Trained] = WeakKeyDictionary()
         self._is_removed = False
-        own: Callable[..., Tensor] = _utils.clip_grad_norm_
-        init: Callable[..., None] = _trainer.Trainer.__init__
-        instead = self._function(own)
-        self._names = [_Name(module, name, own, instead) for module, name in _names_of(own)]
-        self._names.append(_Name(_trainer.Trainer, "__init__", init, self._init(init)))
-        for name in self._names:
-            name.replace()
+        self._own: Callable[..., Tensor] = _utils.clip_grad_norm_
+        self._own_init: Callable[..., None] = _trainer.Trainer.__init__
+        self._instead, self._init = self._function(self._own), self._adding(self._own_init)
+        _replace(self._own, self._instead)
+        _trainer.Trainer.__init__ = self._init
 
     def __enter__(self) -> Installed:
         return self
@@ -148,8 +144,9 @@ class Installed:
         if self._is_removed:
             return
         self._is_removed = True
-        for name in self._names:
-            name.restore()
+        _replace(self._instead, self._own)  # also where it was imported by name meanwhile
+        if _trainer.Trainer.__init__ is self._init:
+            _trainer.Trainer.__init__ = self._own_init
         for trainer, trained in list(self._trainers.items()):
             self._drop(trainer, trained)
         release(_utils)
@@ -162,7 +159,7 @@ class Installed:
             del states[STATE]
         del self._trainers[trainer]
 
-    def _init(self, own: Callable[..., None]) -> Callable[..., None]:
+    def _adding(self, own: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(own)
         def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
             own(trainer, *args, **kwargs)
@@ -185,7 +182,7 @@ class Installed:
         ) -> Tensor:
             params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
             how = (max_norm, norm_type, error_if_nonfinite, foreach)
-            if self._is_removed:  # somebody has imported it by name meanwhile
+            if self._is_removed:  # somebody holds it under no name of a module
                 return own(params, *how, pp_mesh, ep_enabled)
             ids = frozenset(map(id, sharded_params(params)))
             trained = next((each for each in self._trainers.values() if each.ids == ids), None)
@@ -262,28 +259,9 @@ class Installed:
         )
 
 
-@dataclass
-class _Name:
-    """A function under one of its names, and what stands there meanwhile."""
-
-    holder: Any
-    name: str
-    own: Callable[..., Any]
-    instead: Callable[..., Any]
-
-    def replace(self) -> None:
-        setattr(self.holder, self.name, self.instead)
-
-    def restore(self) -> None:
-        if getattr(self.holder, self.name, None) is self.instead:
-            setattr(self.holder, self.name, self.own)
-
-
-def _names_of(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
-    """The modules that have the function, its own and those that imported it, and its names."""
-    return [
-        (module, name)
-        for module in list(sys.modules.values())
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if value is function
-    ]
+def _replace(function: Callable[..., Any], instead: Callable[..., Any]) -> None:
+    """Under each of its names: in its own module, and in those that have imported it."""
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is function:
+                setattr(module, name, instead)
