@@ -124,6 +124,11 @@ def loss_scale(scaler: GradScaler) -> Tensor | None:
     return cast(Any, scaler)._scale
 
 
+def scale_and_growth(scaler: GradScaler) -> tuple[Tensor, Tensor]:
+    """What `update` changes, after the first `scale()`."""
+    return cast(Any, scaler)._scale, cast(Any, scaler)._growth_tracker
+
+
 def scaler_state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
     """`stage` and `found_inf_per_device` of an optimizer; in public only `unscale_` writes them."""
     return cast(Any, scaler)._per_optimizer_states[id(optimizer)]

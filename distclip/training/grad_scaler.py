@@ -7,7 +7,8 @@ always.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -111,6 +112,15 @@ def found_inf(scaler: GradScaler, stepped: Sequence[Optimizer]) -> Tensor:
     found = [each for state in states for each in state["found_inf_per_device"].values()]
     device = found[0].device
     return torch.stack([each.to(device).reshape(()) for each in found]).amax()
+
+
+@contextmanager
+def keeping_scale(scaler: GradScaler) -> Generator[None]:
+    """Lets `update` leave the scale as it was: it has been called for these gradients already."""
+    kept = [each.clone() for each in torch_private.scale_and_growth(scaler)]
+    yield
+    for now, before in zip(torch_private.scale_and_growth(scaler), kept, strict=True):
+        now.copy_(before)
 
 
 def mark_stepped(scaler: GradScaler, stepped: Sequence[Optimizer]) -> None:

@@ -164,6 +164,13 @@ def several_optimizers(way: str, scaled: bool) -> None:
                 handle.step()
         acc.check_report(report, acc.whole_norm(expected))
         acc.check_applied(model, before, clipped)
+        if scaled:  # one backward changes the scale once, and not for each of its steps
+            assert accelerator.scaler.state_dict()["_growth_tracker"] == 1
+            acc.run_backward(accelerator, model)
+            next(model.parameters()).grad.view(-1)[:1] = math.inf
+            clipper.step()
+            assert all(handle.step_was_skipped for handle in handles)
+            assert accelerator.scaler.get_scale() == 1024 / 2
 
 
 def every_several() -> None:

@@ -20,9 +20,10 @@ class DecidedStep:
     """Carries a decision into the next `optimizer.step()`; without one, a step is as it was.
 
     accelerate's step calls `scaler.step` and `scaler.update` itself: for a second optimizer the
-    scaler has then forgotten that its gradients are unscaled, and would unscale them again. And it
-    takes a step for done wherever the inner `step` was called, although a fused one may have been
-    skipped on the device: learning-rate schedulers would go on.
+    scaler has then forgotten that its gradients are unscaled, and would unscale them again and
+    change the scale a second time. And it takes a step for done wherever the inner `step` was
+    called, although a fused one may have been skipped on the device: learning-rate schedulers would
+    go on.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -62,17 +63,18 @@ class DecidedStep:
         scaler: GradScaler | None = self.optimizer.scaler
         scaler = scaler if grad_scaler.is_on(scaler) else None
         skip = decision.skip(scaler is not None)
-        if scaler is not None:
-            if any(grad_scaler.stage_of(scaler, each) is OptState.READY for each in inner):
-                grad_scaler.record(scaler, [self.optimizer], decision.found_inf)
-            skip = grad_scaler.found_inf(scaler, inner)
         result = None
-        if not self._is_left_out(inner, scaler, skip):
-            factor = decision.factor if self._multiplies else None
-            with ExitStack() as folded:
+        with ExitStack() as around:
+            if scaler is not None:
+                if any(grad_scaler.stage_of(scaler, each) is OptState.READY for each in inner):
+                    grad_scaler.record(scaler, [self.optimizer], decision.found_inf)
+                    around.enter_context(grad_scaler.keeping_scale(scaler))
+                skip = grad_scaler.found_inf(scaler, inner)
+            if not self._is_left_out(inner, scaler, skip):
+                factor = decision.factor if self._multiplies else None
                 if self._multiplies or (skip is not None and all(map(_can_skip, inner))):
                     for each in inner:
-                        folded.enter_context(optimizers.folded(each, factor, skip))
+                        around.enter_context(optimizers.folded(each, factor, skip))
                 result = step(*args, **kwargs)
         if skip is not None:
             # Private: nothing public sets what `optimizer.step_was_skipped` returns, which
