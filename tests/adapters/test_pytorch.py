@@ -213,8 +213,16 @@ def pipelines() -> None:
     root, _, wholes = stage_of_a_pipeline()
     flat = [whole for stage in wholes for whole in stage]
     expected = reference.total_norm(flat)
-    for options in ({}, {"mesh": root}, {"mesh": root["pp"]}, {"distinct": ("pp",)}):
-        for trainer in (adds_up_the_pipeline, measures_by_clipping, leaves_it_to_torch):
+    of_its_own = [adds_up_the_pipeline, measures_by_clipping]
+    every = [*of_its_own, leaves_it_to_torch]
+    runs: list[tuple[dict[str, Any], list[Any]]] = [
+        ({}, every),
+        ({"mesh": root}, every),
+        ({"distinct": ("pp",)}, every),
+        ({"mesh": root["pp"]}, of_its_own),
+    ]
+    for options, trainers in runs:
+        for trainer in trainers:
             _, params, _ = stage_of_a_pipeline()
             before = [p.grad.full_tensor().clone() for p in params]
             with replacing_torch(**options):
@@ -225,6 +233,22 @@ def pipelines() -> None:
                 torch.testing.assert_close(
                     param.grad.full_tensor(), was * (0.5 / expected.item()), rtol=1e-5, atol=0
                 )
+
+
+def no_tensors() -> None:
+    """Of one stage, such as one without experts: torch's norm is 0, and no other rank waits."""
+    root, params, _ = stage_of_a_pipeline()
+    first = root.get_local_rank("pp") == 0
+    listed = [] if first else params
+    for options in ({}, {"mesh": root}, {"mesh": root["pp"]}):
+        with replacing_torch(**options):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in listed])
+            assert (norm == 0) == first
+            assert (torch.nn.utils.clip_grad_norm_(listed, math.inf) == 0) == first
+
+
+def test_a_stage_without_tensors_has_the_norm_0(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(no_tensors)
 
 
 def test_a_trainer_that_adds_up_the_pipeline_counts_each_stage_once(four_on_cpus: Ranks) -> None:
