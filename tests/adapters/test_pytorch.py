@@ -153,6 +153,9 @@ def test_a_version_of_torch_with_other_arguments_is_refused(
     with pytest.raises(RuntimeError, match=r"cannot replace torch's.*norm_kind"), replacing_torch():
         pass
     assert newer.__code__.co_name == "newer"
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", functools.partial(imported_before))
+    with pytest.raises(RuntimeError, match=r"put functools.partial.* in its"), replacing_torch():
+        pass
 
 
 # --- ranks ---
