@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -108,6 +109,8 @@ class ReplacedTorch:
         self.num_calls["clip_grad_norm_"] += 1
         given, limit = _listed(parameters), _number(max_norm)
         where = self._stage(given) if _is_infinite(limit) else self._whole
+        if _is_infinite(limit) and where.mesh is None and _is_empty(given):
+            return torch.tensor(0.0)
         norm = clip_grad_norm_(given, limit, _number(norm_type), _is_true(error), **where._asdict())
         return _as_torch_returns(norm, given)
 
@@ -115,6 +118,8 @@ class ReplacedTorch:
         self.num_calls["get_total_norm"] += 1
         given = _listed(tensors)
         where = self._stage(given)
+        if where.mesh is None and _is_empty(given):
+            return torch.tensor(0.0)  # as torch: of no tensors, such as the experts of a stage
         norm = get_total_norm(given, _number(norm_type), _is_true(error), **where._asdict())
         return _as_torch_returns(norm, given)
 
@@ -156,6 +161,10 @@ def _tensors(given: Any) -> list[Tensor]:
 
 def _is_iterable(given: Any) -> bool:
     return hasattr(given, "__iter__")
+
+
+def _is_empty(given: Any) -> bool:
+    return isinstance(given, Sized) and not isinstance(given, nn.Module) and len(given) == 0
 
 
 def _number(given: Any) -> Any:

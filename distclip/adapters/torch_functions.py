@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,6 +83,12 @@ def _replacements() -> list[_Replacement]:
 
 def _check_arguments(one: _Replacement) -> None:
     """Raises where torch has other arguments: ours would take one for another."""
+    if not isinstance(one.inner, FunctionType):
+        raise RuntimeError(
+            f"cannot replace torch's {one.ours.__name__[1:]}: something has put {one.inner!r} in "
+            f"its place, which is no function. Enter `replacing_torch` before that, or call "
+            f"distclip's functions instead."
+        )
     theirs, ours = (f.__code__.co_varnames[: f.__code__.co_argcount] for f in one)
     if theirs != ours or one.inner.__closure__ is not None:
         raise RuntimeError(

@@ -39,7 +39,7 @@ def whole_gradients(
 
     Collective: none; in one process.
     """
-    each = steps if isinstance(steps, Sequence) else (steps,)
+    each = [steps] if callable(steps) else steps
     return run_whole(build, each, world_size, seed).gradients
 
 

@@ -153,6 +153,9 @@ def test_a_version_of_torch_with_other_arguments_is_refused(
     with pytest.raises(RuntimeError, match=r"cannot replace torch's.*norm_kind"), replacing_torch():
         pass
     assert newer.__code__.co_name == "newer"
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", functools.partial(imported_before))
+    with pytest.raises(RuntimeError, match=r"put functools.partial.* in its"), replacing_torch():
+        pass
 
 
 # --- ranks ---
@@ -213,8 +216,16 @@ def pipelines() -> None:
     root, _, wholes = stage_of_a_pipeline()
     flat = [whole for stage in wholes for whole in stage]
     expected = reference.total_norm(flat)
-    for options in ({}, {"mesh": root}, {"mesh": root["pp"]}, {"distinct": ("pp",)}):
-        for trainer in (adds_up_the_pipeline, measures_by_clipping, leaves_it_to_torch):
+    of_its_own = [adds_up_the_pipeline, measures_by_clipping]
+    every = [*of_its_own, leaves_it_to_torch]
+    runs: list[tuple[dict[str, Any], list[Any]]] = [
+        ({}, every),
+        ({"mesh": root}, every),
+        ({"distinct": ("pp",)}, every),
+        ({"mesh": root["pp"]}, of_its_own),
+    ]
+    for options, trainers in runs:
+        for trainer in trainers:
             _, params, _ = stage_of_a_pipeline()
             before = [p.grad.full_tensor().clone() for p in params]
             with replacing_torch(**options):
@@ -225,6 +236,22 @@ def pipelines() -> None:
                 torch.testing.assert_close(
                     param.grad.full_tensor(), was * (0.5 / expected.item()), rtol=1e-5, atol=0
                 )
+
+
+def no_tensors() -> None:
+    """Of one stage, such as one without experts: torch's norm is 0, and no other rank waits."""
+    root, params, _ = stage_of_a_pipeline()
+    first = root.get_local_rank("pp") == 0
+    listed = [] if first else params
+    for options in ({}, {"mesh": root}, {"mesh": root["pp"]}):
+        with replacing_torch(**options):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in listed])
+            assert (norm == 0) == first
+            assert (torch.nn.utils.clip_grad_norm_(listed, math.inf) == 0) == first
+
+
+def test_a_stage_without_tensors_has_the_norm_0(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(no_tensors)
 
 
 def test_a_trainer_that_adds_up_the_pipeline_counts_each_stage_once(four_on_cpus: Ranks) -> None:
@@ -380,7 +407,8 @@ def test_run(way: str, tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "train.py").write_text(SCRIPT)
+    relative = "from . import __name__ as package\n" if way == "module" else ""
+    (package / "train.py").write_text(relative + SCRIPT)
     target = ["package/train.py"] if way == "script" else ["-m", "package.train"]
     found = "Found(norm=37.417)"
     children = {"script": "pool", "module": "spawn"}
@@ -394,24 +422,18 @@ def test_run(way: str, tmp_path: Path) -> None:
     assert done.returncode == 3
 
 
-@pytest.mark.parametrize("way", ["script", "module"])
-def test_processes_that_are_started_by_the_name_of_the_main_module(
-    way: str, tmp_path: Path
-) -> None:
+def test_processes_that_are_started_by_the_name_of_the_main_module(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "other.py").touch()
-    (package / "train.py").write_text(f"from .other import __name__ as other\n{SCRIPT}")
-    if way == "script":
-        text = "try:\n    from .other import x\nexcept ImportError as error:\n    print(error)\n"
-        (package / "train.py").write_text(text + SCRIPT)
-    target = ["package/train.py"] if way == "script" else ["-m", "package.train"]
-    done = run([*target, "launch", "--lr", "1"], tmp_path)
+    text = "try:\n    from .other import x\nexcept ImportError as error:\n    print(error)\n"
+    (package / "train.py").write_text(text + SCRIPT)
+    done = run(["package/train.py", "launch", "--lr", "1"], tmp_path)
     lines = done.stdout.splitlines()
-    no_package = ["attempted relative import with no known parent package"] * (way == "script")
-    mains = ["main: Found(norm=37.417) ['launch', '--lr', '1'] True"]
-    assert lines[: len(no_package) + 1] == [*no_package, *mains], done.stderr
-    assert "main: Found(norm=37.417) ['--lr', '1'] True" in lines, done.stderr
+    no_package = "attempted relative import with no known parent package"
+    found = "Found(norm=37.417)"
+    assert lines[:2] == [no_package, f"main: {found} ['launch', '--lr', '1'] True"], done.stderr
+    assert f"main: {found} ['--lr', '1'] True" in lines, done.stderr
     assert done.stderr == ""
 
 

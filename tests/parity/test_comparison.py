@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip.parity import Clip, Outcome, ParityReport, Piece, assemble, compare
+from distclip.parity import (
+    Clip,
+    Outcome,
+    ParityReport,
+    Piece,
+    assemble,
+    compare,
+    whole_gradients,
+)
 from distclip.sharding import BlockShard, FlatShard, ParamShard
+from tests.parity import cases
 from tests.support import reference
 
 WHOLE = {
@@ -193,3 +202,10 @@ def test_gradients_of_zeros_stay_zeros() -> None:
     assert compare(zeros, zeros, 1.0, norms=[0.0, 0.0], before=zeros).agrees
     broken = {name: grad * math.nan for name, grad in zeros.items()}
     assert not compare(zeros, broken, 1.0, before=zeros).agrees
+
+
+def test_the_reference_of_one_step_needs_no_list() -> None:
+    (one,) = whole_gradients(cases.build, cases.step, 2)
+    (listed,) = whole_gradients(cases.build, [cases.step], 2)
+    assert one.keys() == listed.keys()
+    assert all(torch.equal(one[name], listed[name]) for name in one)
