@@ -92,9 +92,11 @@ class Watched:
         self.waits |= {Wait(case, seen.where, seen.what) for seen in watch.waits if seen.where}
 
 
-def model() -> nn.Module:
+def model(backend: str = "torch") -> nn.Module:
+    """One layer for Triton's interpreter, which takes its time for each tensor."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 12), nn.Linear(12, 8), nn.Linear(8, 3)).to(DEVICE)
+    widths = [7, 3] if backend == "triton" else [7, 12, 8, 3]
+    return nn.Sequential(*itertools.starmap(nn.Linear, itertools.pairwise(widths))).to(DEVICE)
 
 
 def backward(module: nn.Module, scaler: Any = None) -> None:
@@ -115,7 +117,7 @@ def set_up(backend: str) -> None:
 def waits_of_clipping(backend: str, name: str, mode: str) -> set[Wait]:
     """Without an optimizer."""
     set_up(backend)
-    watched, module = Watched(), model()
+    watched, module = Watched(), model(backend)
     for overlap in (False, True):
         facts = [name.split(maxsplit=1)[0], mode, *(["overlap"] if overlap else [])]
         with sizes():  # however small, gradients are measured in backward
@@ -186,7 +188,7 @@ def waits_of_steps(name: str, mode: str) -> set[Wait]:
 
 def waits_of_functions(backend: str) -> set[Wait]:
     set_up(backend)
-    watched, module = Watched(), model()
+    watched, module = Watched(), model(backend)
     params = [*module.parameters()]
     backward(module)
     grads = [param.grad for param in params]
@@ -245,7 +247,7 @@ def waits_on_a_mesh(backend: str, name: str, mode: str) -> set[Wait]:
 def waits_when_gradients_come_and_go(backend: str, name: str) -> set[Wait]:
     """As of experts that get no token, or of layers that are frozen in turn."""
     set_up(backend)
-    watched, module = Watched(), model()
+    watched, module = Watched(), model(backend)
     clipper = distclip.Clipper(module, POLICIES[name])
     for _ in range(2):
         backward(module)

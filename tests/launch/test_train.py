@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import resource
 import shutil
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from launch import train
+from launch.checkpoint import Checkpoints
 from launch.options import read_options
 from launch.ranks import UserError
 from tests.launch.runs import TINY, command, rows_of, run, without_seconds
@@ -72,7 +75,7 @@ def test_every_layout_trains_as_one_rank_does(
     check_same_training(tmp_path, one_rank)
 
 
-# fsdp2 is killed and resumed in test_run.
+# The ranks of fsdp2 are killed, and resumed, in test_run.
 @pytest.mark.parametrize("layout", ["ddp", "fsdp1", "fsdp2+tp", STAGES[1]])
 def test_a_resumed_run_goes_on_to_the_same_bits(
     four_on_cpus: Ranks, text: Path, tmp_path: Path, layout: str
@@ -128,6 +131,32 @@ def test_a_checkpoint_of_another_model_is_refused(
         assert "step-0000006 is of a run with width 32 and this one has width 64" in said
         assert "\n" not in said
     assert len(rows_of(one_rank)) == 6
+
+
+def without_room_for_checkpoints(*words: str) -> str:
+    save = Checkpoints.save
+
+    def limited(checkpoints: Checkpoints, step: int) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        try:
+            save(checkpoints, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with mock.patch.object(Checkpoints, "save", limited):
+        return refusal_here(*words)
+
+
+def test_a_checkpoint_for_which_there_is_no_room(
+    four_on_cpus: Ranks, text: Path, tmp_path: Path
+) -> None:
+    """How the mistake is shown, and once: test_run."""
+    words = (*SIX_STEPS, "--data", str(text), "--out", str(tmp_path), "--layout", "fsdp2")
+    for said in four_on_cpus.run(without_room_for_checkpoints, *words):
+        assert "cannot be written: " in said
+        assert "\n" not in said
+    assert len(rows_of(tmp_path)) == 3
 
 
 @needs_deepspeed
