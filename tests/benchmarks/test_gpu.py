@@ -104,18 +104,21 @@ def test_a_dry_run_of_every_section_on_a_bare_machine(tmp_path: Path) -> None:
     assert shown == records
 
 
+# Triton's interpreter needs numpy; a device does not.
 @pytest.mark.parametrize(
-    "file",
-    ["tests/test_gpu.py", "tests/kernels/test_cuda.py", "tests/kernels/test_tensor_table.py"],
+    ("names", "without"),
+    [(["test_gpu.py"], "numpy"), (["kernels/test_cuda.py", "kernels/test_tensor_table.py"], "")],
+    ids=["without numpy", "kernels"],
 )
-def test_the_tests_for_a_device_are_collected_on_a_bare_machine(file: str, tmp_path: Path) -> None:
+def test_the_tests_for_a_device_are_collected_on_a_bare_machine(
+    names: list[str], without: str, tmp_path: Path
+) -> None:
     """With the strict settings of pyproject.toml, although plugins are missing too."""
     options = ("--collect-only", "-q", "-p", "no:cacheprovider")
-    # Triton's interpreter needs numpy; a device does not.
-    without = "numpy" if file == "tests/test_gpu.py" else ""
-    run = on_bare_machine(tmp_path, "pytest", *options, file, without=without)
+    files = [f"tests/{name}" for name in names]
+    run = on_bare_machine(tmp_path, "pytest", *options, *files, without=without)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert f"{file}::test_" in run.stdout
+    assert all(f"{file}::test_" in run.stdout for file in files)
 
 
 def test_without_a_device_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
