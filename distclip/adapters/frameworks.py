@@ -18,13 +18,13 @@ class Framework(NamedTuple):
     Attributes:
         name: of the distribution, as pip has it.
         lowest, highest: the versions that the adapter was tested with, both included.
-        install: what to pass to pip.
+        options: those that pip needs for it.
     """
 
     name: str
     lowest: str
     highest: str
-    install: str
+    options: str = ""
 
 
 # What clips the gradients of an object: an optimizer, an engine. Weak: nothing is kept alive.
@@ -44,7 +44,7 @@ def import_framework(framework: Framework, module: str, stacklevel: int = 3) -> 
             raise  # something that the framework itself needs
         raise ImportError(
             f"cannot use distclip with {framework.name}: it is not installed. Install it with "
-            f"`pip install {framework.install}`.",
+            f"`pip install {framework.options}{framework.name}=={framework.highest}`.",
             name=error.name,
         ) from error
     installed = _version_of(found, framework.name)

@@ -81,7 +81,7 @@ def parity(
         gradients: `model -> {name: whole gradient, or None}`, called on every rank, for frameworks
             that keep gradients elsewhere. By default they are read from the parameters: plain, DDP,
             FSDP1, FSDP2, DTensors.
-        max_norm: the limit. By default half the norm of each step, so that each is clipped.
+        max_norm: the limit. By default half of each step's norm: every step is clipped.
         scale: a loss scale that the gradients carry until the clip removes it.
         nonfinite: whether to run the step with a NaN.
         dtype: that the ranks compute in, where it is less precise than their gradients show, as

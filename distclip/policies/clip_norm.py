@@ -54,16 +54,8 @@ class ClipNorm(StatelessPolicy):
         return constant_limit(self.max_norm, norms), state
 
 
-@dataclass(frozen=True)
-class TorchClipNorm(StatelessPolicy):
+class TorchClipNorm(ClipNorm):
     """torch's coefficient, max_norm / (norm + 1e-6), as a policy: for what stands in its place."""
-
-    max_norm: float
-    norm_type: float = 2.0
-    scope = Scope.MODEL
-
-    def __post_init__(self) -> None:
-        store_checked(self, max_norm=check_not_negative, norm_type=check_norm_type)
 
     def limit(
         self, norms: Tensor, state: EmptyState, context: NormContext

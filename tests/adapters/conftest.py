@@ -1,53 +1,30 @@
-"""Ranks that load a framework: for its tests alone, because it keeps state in the process."""
+"""Ranks that load a framework: for its tests alone, because it keeps state in the process.
+
+One pool for all files of a framework: importing it takes seconds on each rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.support.ranks import Ranks
 
 
-@pytest.fixture(scope="package")
-def two_engine_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
+def _pool(size: int) -> Any:
+    @pytest.fixture(scope="package")
+    def pool() -> Iterator[Ranks]:
+        ranks = Ranks(size)
+        yield ranks
+        ranks.stop()
+
+    return pool
 
 
-@pytest.fixture(scope="package")
-def four_engine_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="package")
-def four_titan_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="package")
-def two_lightning_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="package")
-def two_accelerated_ranks() -> Iterator[Ranks]:
-    """For accelerate, which keeps one state a process."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="package")
-def four_megatron_ranks() -> Iterator[Ranks]:
-    """Importing Megatron takes seconds on each rank: once for its files."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
+two_engine_ranks, four_engine_ranks = _pool(2), _pool(4)  # DeepSpeed, and the Trainer on it
+four_titan_ranks = _pool(4)
+two_lightning_ranks = _pool(2)
+two_accelerated_ranks = _pool(2)
+four_megatron_ranks = _pool(4)

@@ -57,5 +57,7 @@ def test_a_missing_accelerate_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     for name in ours:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ImportError, match=r"accelerate: it is not installed.*distclip\[accelerate"):
+    with pytest.raises(
+        ImportError, match=r"accelerate: it is not installed.*`pip install accelerate=="
+    ):
         importlib.import_module("distclip.adapters.accelerate")

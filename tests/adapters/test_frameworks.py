@@ -14,7 +14,7 @@ import torch
 
 from distclip.adapters.frameworks import Framework, claim, import_framework, release
 
-THIS = Framework("some-trainer", "1.2.0", "1.4.9", install="'distclip[some]'")
+THIS = Framework("some-trainer", "1.2.0", "1.4.9", options="--option ")
 
 
 def a_trainer(version: str | None) -> types.ModuleType:
@@ -25,7 +25,10 @@ def a_trainer(version: str | None) -> types.ModuleType:
 
 
 def test_a_missing_framework_is_an_import_error_that_says_how_to_install_it() -> None:
-    with pytest.raises(ImportError, match=r"some-trainer: it is not installed.*distclip\[some\]"):
+    with pytest.raises(
+        ImportError,
+        match=r"some-trainer: it is not installed.*`pip install --option some-trainer==1\.4\.9`",
+    ):
         import_framework(THIS, "some_trainer.engine")
 
 

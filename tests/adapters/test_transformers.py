@@ -434,7 +434,8 @@ def test_bf16(tmp_path: Path) -> None:
     assert norms_of(made) != pytest.approx(norms, rel=1e-6)
 
 
-def test_a_smaller_batch_after_an_out_of_memory_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_a_smaller_batch_after_an_out_of_memory_error(tmp_path: Path, own_optimizer: bool) -> None:
     class Hungry(Net):
         def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
             if self.training and len(self.seen) == 1 and len(inputs) == 8:
@@ -443,11 +444,13 @@ def test_a_smaller_batch_after_an_out_of_memory_error(tmp_path: Path) -> None:
             return super().forward(inputs, labels)
 
     clip, model = dist_clip(ClipNorm(MAX_NORM)), Hungry()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # the same before and after the error
     made = trainer(
         str(tmp_path),
         [clip],
         model,
         num=16,
+        optimizers=(sgd if own_optimizer else None, None),
         auto_find_batch_size=True,
         per_device_train_batch_size=8,
     )

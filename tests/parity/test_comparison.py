@@ -209,3 +209,10 @@ def test_the_reference_of_one_step_needs_no_list() -> None:
     (listed,) = whole_gradients(cases.build, [cases.step], 2)
     assert one.keys() == listed.keys()
     assert all(torch.equal(one[name], listed[name]) for name in one)
+
+
+def test_the_reference_is_computed_in_float64() -> None:
+    (whole,) = whole_gradients(cases.build, cases.step, 2)
+    assert all(grad.dtype is torch.float64 for grad in whole.values())
+    # Gradients of a float32 run, converted, would be float32 numbers.
+    assert all(bool((grad.float().double() != grad).any()) for grad in whole.values())

@@ -8,7 +8,7 @@ from typing import Any
 from distclip.adapters.frameworks import Framework, import_framework
 from distclip.clipper import Clipper
 
-ACCELERATE = Framework("accelerate", "1.15.0", "1.15.0", install="'distclip[accelerate]'")
+ACCELERATE = Framework("accelerate", "1.15.0", "1.15.0")
 _accelerate = import_framework(ACCELERATE, "accelerate")
 _Accelerated = import_framework(ACCELERATE, "accelerate.optimizer").AcceleratedOptimizer
 

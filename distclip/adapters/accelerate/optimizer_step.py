@@ -78,7 +78,7 @@ class DecidedStep:
                 result = step(*args, **kwargs)
         if skip is not None:
             # Private: nothing public sets what `optimizer.step_was_skipped` returns, which
-            # schedulers read. On an accelerator a tensor, so that only who reads it waits.
+            # schedulers read. On an accelerator it is a tensor: nothing waits until it is read.
             self.optimizer._is_overflow = bool(skip) if skip.is_cpu else skip.bool()
         return result
 

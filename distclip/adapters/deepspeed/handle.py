@@ -29,9 +29,7 @@ from distclip.policies import ClipNorm, Minimum, Policy, check_policy
 from distclip.report import Report
 from distclip.sharding.layout import Layout, LayoutFunction
 
-DEEPSPEED = Framework(
-    "deepspeed", "0.16.9", "0.19.8", install="--no-build-isolation deepspeed==0.19.8"
-)
+DEEPSPEED = Framework("deepspeed", "0.16.9", "0.19.8", options="--no-build-isolation ")
 
 
 def attach(

@@ -22,8 +22,8 @@ from distclip.adapters.lightning.remembered import (
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-LIGHTNING = Framework("lightning", "2.6.6", "2.6.6", install="'distclip[lightning]'")
-PYTORCH_LIGHTNING = LIGHTNING._replace(name="pytorch-lightning", install="pytorch-lightning")
+LIGHTNING = Framework("lightning", "2.6.6", "2.6.6")
+PYTORCH_LIGHTNING = LIGHTNING._replace(name="pytorch-lightning")
 
 _FROM_A_MODEL = ("log", "log_dict")  # which the Trainer sets on every callback, in each `fit`
 Policies: TypeAlias = "Policy[Any] | Sequence[Policy[Any]]"

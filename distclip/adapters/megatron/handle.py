@@ -25,7 +25,7 @@ from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1", install="megatron-core==0.16.1")
+MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1")
 _DEFAULT_CLIP_GRAD = 1.0  # of OptimizerConfig
 
 

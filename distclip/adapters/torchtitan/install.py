@@ -31,7 +31,7 @@ from distclip.report import Report
 from distclip.sharding.fsdp2 import sharded_params
 from distclip.training import wrappers
 
-TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0", install="torchtitan==0.3.0")
+TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0")
 OWNER = "distclip.adapters.torchtitan"
 STATE = "distclip"  # the key of what the policy remembers, in torchtitan's checkpoints
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,10 +25,12 @@ from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
 from distclip.training.wrappers import unwrapped
 
-TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0", install="'distclip[transformers]'")
+TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0")
 import_framework(TRANSFORMERS, "transformers", stacklevel=4)
 
-from transformers import Trainer, TrainerCallback, trainer_utils  # noqa: E402
+from transformers import trainer_utils  # noqa: E402
+
+from distclip.adapters.transformers.train_calls import FollowsTrain, wrap_train  # noqa: E402
 
 DEFAULT_SKIPS = 20
 # Of TrainingArguments, which do not say whether somebody chose it.
@@ -40,7 +41,7 @@ DEFAULT_MAX_GRAD_NORM = 1.0
 OWN_NORM = ("_clip_grad_norm", "_get_grad_norm")
 
 
-class DistClip(TrainerCallback):
+class DistClip(FollowsTrain):
     """Clips in every step of a Trainer: `Trainer(..., callbacks=[DistClip(policy)])`.
 
     The policy holds: while `train()` runs, the Trainer neither clips nor measures, whatever
@@ -85,35 +86,34 @@ class DistClip(TrainerCallback):
         mesh: DeviceMesh | None = None,
         layouts: LayoutFunction | None = None,
     ) -> None:
+        super().__init__()
         nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
         if policy is not None:
             check_policy(policy)
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._max_skips, self._mesh, self._layouts = max_consecutive_skips, mesh, layouts
-        self._trainer: Any = None  # whose `train()` runs
-        self._checkpoint: str | None = None  # that it resumes from
         self._clipping: Clipping | None = None
         self._limit = math.inf  # without a policy
         self._ends = ExitStack()
         self._args_with_none: Any = None
         self._kept: list[_Kept] = []
         self._has_warned = False
-        _wrap_train()
+        wrap_train()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer is None:
+        if self.trainer is None:
             raise RuntimeError(
                 "cannot clip for this trainer: its `train` does not call that of "
                 "`transformers.Trainer`, by which DistClip knows whose training begins. Derive a "
                 "class, `class MyTrainer(DistClipMixin, ThatTrainer)`, and use it instead. If the "
                 "DistClip was added after `train()` had begun, add it before."
             )
-        self._end()  # with auto_find_batch_size, training begins again in the same `train()`
+        self.end()  # with auto_find_batch_size, training begins again in the same `train()`
         try:
-            self._begin(self._trainer, kwargs["optimizer"])
+            self._begin(self.trainer, kwargs["optimizer"])
         except BaseException:
-            self._end()
+            self.end()
             raise
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,8 +123,8 @@ class DistClip(TrainerCallback):
                 "clips by its own `max_grad_norm`. Add it to the callbacks before `train()`."
             )
         if self.policy is None and _limit_of(args) != self._limit:
-            self._end()
-            self._begin(self._trainer, kwargs["optimizer"], resumes=False)
+            self.end()
+            self._begin(self.trainer, kwargs["optimizer"], resumes=False)
         if args.max_grad_norm is None:
             args.max_grad_norm = 0.0  # the Trainer asks whether it is greater than 0
             self._args_with_none = args
@@ -146,9 +146,9 @@ class DistClip(TrainerCallback):
         self._warn_if_chosen(trainer.args)
         self._clipping = clipping = self._make_clipping(trainer, optimizer, policy)
         self._ends.callback(clipping.end)
-        if self._checkpoint is not None and resumes:
+        if self.checkpoint is not None and resumes:
             remembers = not isinstance(policy, StatelessPolicy)
-            checkpoints.load(clipping, self._checkpoint, remembers)
+            checkpoints.load(clipping, self.checkpoint, remembers)
         elif kept := [each for each in self._kept if each.is_of(optimizer)]:
             clipping.load_state_dict(kept[0].state)
         self._ends.callback(self._keep, clipping, optimizer)
@@ -186,7 +186,7 @@ class DistClip(TrainerCallback):
     def _norm_instead_of(self, trainer: Any, name: str, clipping: Clipping) -> Callable[..., Any]:
         def norm(*args: Any, **kwargs: Any) -> Any:
             if not any(each is self for each in trainer.callback_handler.callbacks):
-                self._end()  # it was removed: from here on the Trainer clips by itself
+                self.end()  # it was removed: from here on the Trainer clips by itself
                 return getattr(trainer, name)(*args, **kwargs)
             return clipping.norm_to_log(*args, **kwargs)
 
@@ -214,7 +214,7 @@ class DistClip(TrainerCallback):
             self._ends.callback(attributes.pop, name, None)
         attributes[name] = function
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Leaves the trainer, its arguments and its optimizer as they were."""
         self._put_none_back()
         self._clipping = None
@@ -259,41 +259,6 @@ class DistClip(TrainerCallback):
                     stacklevel=2,
                 )
 
-    @classmethod
-    @contextmanager
-    def following(
-        cls, trainer: Any, train: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Generator[None]:
-        """Around each `train(*args, **kwargs)`; `DistClipMixin` and the wrapper call it."""
-        callbacks = cast("list[Any]", trainer.callback_handler.callbacks)
-        found = [each for each in callbacks if isinstance(each, DistClip)]
-        if len(found) > 1:
-            raise ValueError(
-                f"cannot train with {len(found)} DistClip in the callbacks of this "
-                f"{type(trainer).__qualname__}: each would clip what the other has clipped. Give "
-                f"one; for the smaller limit of two policies, `DistClip(first & second)`."
-            )
-        if not found:
-            yield
-            return
-        (clip,) = found
-        if clip._trainer is trainer:  # the mixin has begun, for a `train` that calls another
-            clip._checkpoint = _checkpoint_of(trainer, train, args, kwargs) or clip._checkpoint
-            yield
-            return
-        if clip._trainer is not None:
-            raise ValueError(
-                f"cannot train this {type(trainer).__qualname__} with a DistClip that is clipping "
-                f"for another trainer now. Give each its own."
-            )
-        clip._checkpoint = _checkpoint_of(trainer, train, args, kwargs)
-        clip._trainer = trainer
-        try:
-            yield
-        finally:
-            clip._end()
-            clip._trainer = clip._checkpoint = None
-
 
 class _Kept(NamedTuple):
     """What a policy remembered as `train()` ended, for these optimizers."""
@@ -311,48 +276,5 @@ class _Kept(NamedTuple):
         return all(ref() is not None for ref in self.optimizers)
 
 
-class DistClipMixin:
-    """For trainers whose own `train` does not call that of `transformers.Trainer`.
-
-    `class MyTrainer(DistClipMixin, ThatTrainer)`, with `callbacks=[DistClip(policy)]` as always.
-
-    A callback alone is given neither its trainer nor the DeepSpeed engine, it is not called where
-    training ends with an exception, and it has no event between backward and the Trainer's own
-    clipping. So the first DistClip that is made wraps `transformers.Trainer.train`; this class does
-    the same by inheritance.
-    """
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        train = cast(Any, super()).train
-        with DistClip.following(self, train, args, kwargs):
-            return train(*args, **kwargs)
-
-
-@functools.cache  # once
-def _wrap_train() -> None:
-    """Lets every `Trainer.train` begin and end what its DistClip does."""
-    train = cast("Callable[..., Any]", Trainer.train)
-
-    @functools.wraps(train)
-    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with DistClip.following(self, functools.partial(train, self), args, kwargs):
-            return train(self, *args, **kwargs)
-
-    cast(Any, Trainer).train = followed
-
-
 def _limit_of(args: Any) -> float:
     return args.max_grad_norm or math.inf
-
-
-def _checkpoint_of(
-    trainer: Any, train: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
-    """The folder that `train` resumes from."""
-    given = inspect.signature(train).bind_partial(*args, **kwargs).arguments
-    name = "resume_from_checkpoint"
-    checkpoint = given.get(name, kwargs.get(name))  # kwargs: of a `train(self, **kwargs)`
-    if checkpoint is True:
-        # None: the Trainer raises.
-        return cast(Any, trainer_utils).get_last_checkpoint(trainer.args.output_dir)
-    return checkpoint or None
