@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from distclip.kernels.kept_indices import KeptIndices
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
+from distclip.norms.unit_rows import Rows
 from distclip.norms.units import Units, rows_of
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
@@ -36,6 +37,8 @@ class GroupMeasurement(NamedTuple):
             where the group has no units, or its policy does not ask for weights.
         tensor_lists: the memory of the gradients; None where it was not looked at.
         norm: of the group, where no other rank adds to it and the kernels have computed it.
+        tensors: the partials of every tensor on this rank, [num_tensors, num_partials]; None where
+            they are not wanted, or where the group's units are its tensors.
     """
 
     payload: Tensor
@@ -45,18 +48,62 @@ class GroupMeasurement(NamedTuple):
     weights: Tensor | None = None
     tensor_lists: TensorLists | None = None
     norm: Tensor | None = None
+    tensors: Tensor | None = None
 
 
 def measure(
-    gradients: Sequence[Tensor | None], plan: Plan, per_tensor: bool = False
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    per_tensor: bool = False,
+    tensors: bool = False,
 ) -> list[GroupMeasurement]:
     """Reads every gradient once, and every weight where a policy asks for its norm.
 
     Args:
         gradients: on this rank, in the order of `plan.params`; None where there is none.
         per_tensor: fill `names` and `per_tensor` in any case.
+        tensors: fill `tensors`. Nothing else changes, down to its bits.
     """
-    return [_measure_group(gradients, plan, group, per_tensor) for group in plan.groups]
+    found = [_measure_group(gradients, plan, group, per_tensor) for group in plan.groups]
+    return with_tensors(found, gradients, plan) if tensors else found
+
+
+def with_tensors(
+    measured: Sequence[GroupMeasurement], gradients: Sequence[Tensor | None], plan: Plan
+) -> list[GroupMeasurement]:
+    """What was measured, and the partials of every tensor. Reads gradients again if need be."""
+    return [
+        each
+        if of_tensors is group or each.tensors is not None
+        else each._replace(tensors=_tensor_partials(gradients, plan, of_tensors, each))
+        for group, of_tensors, each in zip(plan.groups, plan.tensor_groups, measured, strict=True)
+    ]
+
+
+def _tensor_partials(
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    group: ParamGroup,
+    measured: GroupMeasurement,
+) -> Tensor:
+    units, grads = cast(Units, group.units), gradients[group.members]
+    here = [i for i, grad in enumerate(grads) if grad is not None]
+    is_known = here and units.are_params and len(measured.per_tensor) == len(here)
+    if not is_known or measured.units is not None:
+        return _unit_partials(grads, group.power, units)
+    if group.has_copies:  # in the order of `_measure_each`
+        params = plan.params[group.members]
+        here.sort(key=lambda i: not params[i].counted)
+    index = units.indexes.of_rows(tuple([Rows(i, 1) for i in here]), 0, units.num_units)
+    partials = power_sums.partials(measured.per_tensor, group.power)
+    return power_sums.gathered(partials, index, group.norm_type)
+
+
+def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
+    """What is reduced of the tensors of `Plan.only_measured`; float64, flat."""
+    assert group.units is not None
+    assert measured.tensors is not None
+    return _in_slots(_added(measured.tensors, group, group.units), group, group.units).flatten()
 
 
 def _measure_group(
@@ -151,17 +198,23 @@ def _only_nonfinite(of_copies: Tensor) -> Tensor:
 def _of_units(
     partials: Tensor, params: Sequence[LocalParam], group: ParamGroup, units: Units
 ) -> GroupMeasurement:
-    counted, p = units.counted.unsqueeze(1), group.norm_type
-    added = partials
-    if not math.isinf(p):  # copies leave a maximum as it is
-        added = torch.where(counted | ~partials.isfinite(), partials, 0.0)
-    payload, weights = [power_sums.combine(added, p), _in_slots(added, group, units)], None
+    added = _added(partials, group, units)
+    total = power_sums.combine(added, group.norm_type)
+    payload, weights = [total, _in_slots(added, group, units)], None
     if group.needs_weights:
+        counted = units.counted.unsqueeze(1)
         weights = _unit_partials([_weights(param) for param in params], group.power, units)
         payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
     flat = torch.cat([part.flatten() for part in payload])
     norms = power_sums.norm_from_partials(partials, group.power)
     return GroupMeasurement(flat, units.row_names, norms, partials, weights)
+
+
+def _added(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
+    """What this rank adds to the sums of units: of copies nothing but what is not finite."""
+    if math.isinf(group.norm_type):  # copies leave a maximum as it is
+        return partials
+    return torch.where(units.counted.unsqueeze(1) | ~partials.isfinite(), partials, 0.0)
 
 
 def _weights(param: LocalParam) -> Tensor | None:
@@ -281,12 +334,30 @@ class NormBuffer:
             now = kernels.power_sums_where(grads, p, changed, before)
         self.per_tensor.index_copy_(0, rows, now)
 
-    def measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
+    def measurement(self, rest: Sequence[Tensor | None], tensors: bool = False) -> GroupMeasurement:
         """Of what was put, and of the other gradients, which are measured now.
 
         Args:
             rest: in the order of `plan.params`, as `measure` takes them; None for what was put.
+            tensors: fill `GroupMeasurement.tensors`, where the sums of tensors are known; else
+                `with_tensors` reads the gradients for them.
         """
+        found = self._measurement(rest)
+        return self._with_tensors(found, rest) if tensors else found
+
+    def _with_tensors(
+        self, found: GroupMeasurement, rest: Sequence[Tensor | None]
+    ) -> GroupMeasurement:
+        both = zip(self._plan.groups, self._plan.tensor_groups, strict=True)
+        units = next(other.units for group, other in both if group is self._group)
+        if self._group.units is not None or units is None or not units.are_params:
+            return found
+        power = self._group.power
+        partials = power_sums.partials(self.per_tensor, power).clone()
+        _add_units_(partials, units.views(rest[self._group.members]), power, units)
+        return found._replace(tensors=partials)
+
+    def _measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
         group, per_tensor = self._group, self.per_tensor.clone()
         if (units := group.units) is not None:
             _add_units_(per_tensor, units.views(rest[group.members]), group.power, units)

@@ -45,6 +45,10 @@ class UnitSpan:
     first_unit: int
     count: int
 
+    def is_param(self) -> bool:
+        """Whether the span is one unit, of which the parameter has all elements that it has."""
+        return self.dim is None and isinstance(self.shard.shard, BlockShard)
+
     def views(self, values: Tensor) -> Iterator[UnitView]:
         """Views of a parameter's values in which units lie along one dim, and their first rows."""
         for view in self.shard.shard.unit_views(values, self.dim):
@@ -93,6 +97,12 @@ class Units:
         for span in self.spans:
             spans.setdefault(span.member, []).append(span)
         return spans
+
+    @cached_property
+    def are_params(self) -> bool:
+        """Whether each parameter of the group is one unit, and has no element of another."""
+        members = [span.member for span in self.spans]
+        return members == list(range(len(members))) and all(map(UnitSpan.is_param, self.spans))
 
     @cached_property
     def row_names(self) -> list[str]:
