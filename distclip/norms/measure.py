@@ -64,7 +64,9 @@ def measure(
         per_tensor: fill `names` and `per_tensor` in any case.
         tensors: fill `tensors`. Nothing else changes, down to its bits.
     """
-    found = [_measure_group(gradients, plan, group, per_tensor) for group in plan.groups]
+    of_tensors = plan.tensor_groups if tensors else [None] * len(plan.groups)
+    groups = zip(plan.groups, of_tensors, strict=True)
+    found = [_measure_group(gradients, plan, *each, per_tensor) for each in groups]
     return with_tensors(found, gradients, plan) if tensors else found
 
 
@@ -107,7 +109,11 @@ def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
 
 
 def _measure_group(
-    gradients: Sequence[Tensor | None], plan: Plan, group: ParamGroup, per_tensor: bool
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    group: ParamGroup,
+    of_tensors: ParamGroup | None,
+    per_tensor: bool,
 ) -> GroupMeasurement:
     params, grads = plan.params[group.members], gradients[group.members]
     if group.units is not None:
@@ -115,7 +121,7 @@ def _measure_group(
         return _of_units(partials, params, group, group.units)
     # An accelerator's kernels give a number for each tensor at no cost.
     if not per_tensor and plan.device.type == "cpu" and not group.power.needs_norms:
-        together = _measure_together(params, grads, group, plan.device)
+        together = _measure_together(params, grads, group, of_tensors, plan.device)
         added = together.payload.sum()
         if not host_has_values(added) or math.isfinite(added.item()):
             return together
@@ -126,16 +132,54 @@ def _measure_together(
     params: Sequence[LocalParam],
     grads: Sequence[Tensor | None],
     group: ParamGroup,
+    of_tensors: ParamGroup | None,
     device: torch.device,
 ) -> GroupMeasurement:
     counted, copies = _by_counted(params, grads, group)
     lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
-    p = group.norm_type
-    sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
-    sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
+    p, tensors = group.norm_type, None
+    if of_tensors is not None and all(each.is_cpu for each in [*counted, *copies]):
+        both, tensors = _sums_and_tensors(lists, lists_of_copies, params, grads, of_tensors)
+        sums = both[: len(lists)] + list(map(_only_nonfinite, both[len(lists) :]))
+    else:
+        sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
+        sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
     added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
     payload = power_sums.combine(power_sums.partials(added, group.power), p)
-    return GroupMeasurement(payload, [], added[:0], tensor_lists=[*lists, *lists_of_copies])
+    lists += lists_of_copies
+    return GroupMeasurement(payload, [], added[:0], tensor_lists=lists, tensors=tensors)
+
+
+def _sums_and_tensors(
+    lists: TensorLists,
+    lists_of_copies: TensorLists,
+    params: Sequence[LocalParam],
+    grads: Sequence[Tensor | None],
+    group: ParamGroup,
+) -> tuple[list[Tensor], Tensor]:
+    """The sum of each list, as `power_sum` has it, and the partials of every tensor."""
+    units = cast(Units, group.units)
+    views_of: dict[tuple[bool, torch.dtype], list[UnitView]] = {}
+    for span in units.spans:
+        if (grad := grads[span.member]) is not None:
+            key = params[span.member].counted, grad.dtype
+            views_of.setdefault(key, []).extend(span.views(grad))
+    sums: list[Tensor] = []
+    of_views: list[Tensor] = [torch.zeros(0, dtype=torch.float64, device="cpu")]
+    views: list[UnitView] = []
+    counted = [(True, tensors) for tensors in lists]
+    for is_counted, tensors in [*counted, *((False, each) for each in lists_of_copies)]:
+        here = views_of.get((is_counted, tensors[0].dtype), [])
+        values = [view.values for view in here]
+        together, each = kernels.power_sum_and_each(tensors, values, group.norm_type)
+        sums.append(together)
+        of_views.append(each)
+        views += here
+    if not views:
+        return sums, _unit_partials([None] * len(grads), group.power, units)
+    index = units.indexes.of_rows(rows_of(views), 0, units.num_units)
+    partials = power_sums.partials(torch.cat(of_views), group.power)
+    return sums, power_sums.gathered(partials, index, group.norm_type)
 
 
 def _measure_each(
@@ -368,7 +412,7 @@ class NormBuffer:
         payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
         if all(grad is None for grad in rest[group.members]):
             return GroupMeasurement(payload, self._names, per_tensor)
-        more = _measure_group(rest, self._plan, group, per_tensor=False)
+        more = _measure_group(rest, self._plan, group, None, per_tensor=False)
         payload = power_sums.combine(torch.stack([payload, more.payload]), group.norm_type)
         names = [*self._names, *more.names]
         return GroupMeasurement(payload, names, torch.cat([per_tensor, more.per_tensor]))
