@@ -102,10 +102,12 @@ def _tensor_partials(
 
 
 def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
-    """What is reduced of the tensors of `Plan.only_measured`; float64, flat."""
-    assert group.units is not None
-    assert measured.tensors is not None
-    return _in_slots(_added(measured.tensors, group, group.units), group, group.units).flatten()
+    """What is reduced of the tensors of a group of `Plan.only_measured`; float64, flat."""
+    units, partials = cast(Units, group.units), cast(Tensor, measured.tensors)
+    added = _added(partials, group, units) if group.has_copies else partials
+    if units.all_in_slots and group.num_slots == units.num_slots:
+        return added.flatten()
+    return _in_slots(added, group, units).flatten() if group.num_slots else added[:0, 0]
 
 
 def _measure_group(

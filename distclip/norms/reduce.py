@@ -310,6 +310,10 @@ def _with_tensor_norms(
 def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
     """The norms of this rank's units; those of sharded units from the sums of all ranks."""
     assert group.units is not None
+    if not group.num_slots:
+        return power_sums.norm_from_partials(partials, group.power)
+    if group.units.all_in_slots and group.num_slots == group.units.num_slots:
+        return power_sums.norm_from_partials(slots, group.power)
     complete = partials.clone()
     complete[group.units.sharded] = slots[group.first_slot + group.units.slots]
     return power_sums.norm_from_partials(complete, group.power)
