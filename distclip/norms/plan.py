@@ -160,9 +160,9 @@ class Plan:
         Raises:
             LayoutError: on every rank, with the same message: a parameter that a rank lacks or
                 lays out otherwise, copies that differ, other policies, another order of groups,
-                another `on_nonfinite` or `max_consecutive_skips`, another mesh. A rank
-                that does not call within the timeout of the process group is named on the ranks
-                that did.
+                another `on_nonfinite`, `max_consecutive_skips` or `tensor_norms`, another mesh. A
+                rank that does not call within the timeout of the process group is named on the
+                ranks that did.
 
         Collective: all ranks of the mesh (without one: of the world) must call, and no others.
         """
