@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 def located(spans: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Place] | None:
-    """Where the parts lie; None where that is unclear, because spans overlap."""
+    """Where the parts lie; None where that is unclear, because spans or parts overlap."""
     numels = list(map(Tensor.numel, parts))
     if len(spans) == len(parts) and all(map(is_, spans, parts)):
         return [Place(i, 0, numel) for i, numel in enumerate(numels)]
@@ -59,7 +59,13 @@ def located(spans: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Place] | N
         if i < 0 or begin + numel * itemsize > ends[i]:
             return None
         places.append(Place(full[i], (begin - begins[i]) // itemsize, numel))
-    return places
+    return None if _overlap(places) else places
+
+
+def _overlap(places: Sequence[Place]) -> bool:
+    ordered = sorted(places)
+    neighbours = zip(ordered, ordered[1:], strict=False)
+    return any(a.span == b.span and a.offset + a.numel > b.offset for a, b in neighbours)
 
 
 def are_whole(places: Sequence[Place], spans: Sequence[Tensor]) -> bool:

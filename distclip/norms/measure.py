@@ -144,7 +144,7 @@ def _measure_together(
         both, tensors = _sums_and_tensors(lists, lists_of_copies, params, grads, of_tensors)
         sums = both[: len(lists)] + list(map(_only_nonfinite, both[len(lists) :]))
     else:
-        sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
+        sums = [kernels.power_sum(each, p).to(device) for each in lists]
         sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
     added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
     payload = power_sums.combine(power_sums.partials(added, group.power), p)
