@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import is_
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def located(spans: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Place] | N
 
 def _overlap(places: Sequence[Place]) -> bool:
     ordered = sorted(places)
-    neighbours = zip(ordered, ordered[1:], strict=False)
+    neighbours = pairwise(ordered)
     return any(a.span == b.span and a.offset + a.numel > b.offset for a, b in neighbours)
 
 
