@@ -109,13 +109,17 @@ def power_sum_and_each(
 
     Args:
         spans: a list of `tensor_lists`.
-        parts: contiguous tensors that lie in the memory of spans, or are one; none is empty.
+        parts: contiguous tensors that lie in the memory of spans, or are one.
     """
     if norm_type == 2 and spans[0].dtype in _NUMBA_FROM and parts:
         within = located(spans, parts)
         # Numba has a sum for each span, and none for a part of one.
-        if within is not None and (are_whole(within, spans) or not _numba_for(spans)):
+        if within is not None and (not _numba_for(spans) or are_whole(within, spans)):
             return _squares_and_each(spans, parts, within)
+        if (compiled := _numba_for(parts)) and all(map(Tensor.is_contiguous, parts)):
+            return power_sum(spans, norm_type), _in_range(
+                compiled.squares_and_each(parts)[1], parts
+            )
     return power_sum(spans, norm_type), power_sums(parts, norm_type)
 
 
@@ -240,11 +244,21 @@ def _squares_and_each(
     elif read.of_long is not None:
         position = {span: i for i, span in enumerate(long)}
         each[members] += read.of_long[[position[places[part].span] for part in members]]
-    found_in_rows = cast("list[float]", each[members].tolist())
-    for part, found in zip(members, found_in_rows, strict=True):
-        if not _LEAST_MEAN * places[part].numel <= found < math.inf:
-            each[part] = naive.power_sum([parts[part]], 2.0)
+    each = _in_range(each, parts, members)
     return read.total, each
+
+
+def _in_range(sums: Tensor, tensors: Sequence[Tensor], read: Sequence[int] | None = None) -> Tensor:
+    """The sums of squares, of which those that have left the range of float32 are taken again.
+
+    Args:
+        read: which were summed in float32; None for all.
+    """
+    found = cast("list[float]", sums.tolist())
+    for i in range(len(tensors)) if read is None else read:
+        if not _LEAST_MEAN * tensors[i].numel() <= found[i] < math.inf:
+            sums[i] = naive.power_sum([tensors[i]], 2.0)
+    return sums
 
 
 def _row_norms(tensors: Sequence[Tensor]) -> Tensor:

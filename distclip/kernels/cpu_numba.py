@@ -43,7 +43,7 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`squares`, the same bits, and those of each tensor. None is empty. Shapes: [], [n]."""
+    """`squares`, the same bits, and those of each tensor. Shapes: [], [n]."""
     return torch.ops.distclip.squares_and_each(tensors)
 
 
@@ -64,10 +64,10 @@ def _squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     chunks = _chunks(tensors)
     sums = np.empty(len(chunks))
     _run(_loops.squares, tensors[0].dtype, chunks, sums)
-    counts = [-(-tensor.numel() // _CHUNK) for tensor in tensors]
-    first = np.cumsum([0, *counts[:-1]])
-    each = torch.from_numpy(np.add.reduceat(sums, first))
-    return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu"), each
+    counts = np.array([-(-tensor.numel() // _CHUNK) for tensor in tensors])
+    each, full = np.zeros(len(tensors)), counts > 0
+    each[full] = np.add.reduceat(sums, (np.cumsum(counts) - counts)[full])
+    return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu"), torch.from_numpy(each)
 
 
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distclip.kernels.contiguous import flat
+
+_flatten: Any = torch.ops.aten.flatten_dense_tensors
 
 
 class Place(NamedTuple):
@@ -35,18 +37,18 @@ class Rows(NamedTuple):
     end: int
 
 
-class Piece(NamedTuple):
-    """Elements of a tensor that are in none of its rows."""
+class Pieces(NamedTuple):
+    """Elements that are in none of the rows, and the part that each belongs to."""
 
-    part: int
-    values: Tensor
+    parts: list[int]
+    values: list[Tensor]
 
 
 def located(spans: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Place] | None:
     """Where the parts lie; None where that is unclear, because spans or parts overlap."""
     numels = list(map(Tensor.numel, parts))
     if len(spans) == len(parts) and all(map(is_, spans, parts)):
-        return [Place(i, 0, numel) for i, numel in enumerate(numels)]
+        return list(map(Place, range(len(parts)), repeat(0), numels))
     full = [i for i, span in enumerate(spans) if span.numel()]
     full.sort(key=lambda i: spans[i].data_ptr())
     begins = [spans[i].data_ptr() for i in full]
@@ -56,6 +58,9 @@ def located(spans: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Place] | N
     itemsize = parts[0].itemsize
     places: list[Place] = []
     for begin, numel in zip(map(Tensor.data_ptr, parts), numels, strict=True):
+        if not numel:
+            places.append(Place(0, 0, 0))
+            continue
         i = bisect_right(begins, begin) - 1
         if i < 0 or begin + numel * itemsize > ends[i]:
             return None
@@ -75,24 +80,29 @@ def are_whole(places: Sequence[Place], spans: Sequence[Tensor]) -> bool:
 
 def divided(
     parts: Sequence[Tensor], places: Sequence[Place], first_row: dict[int, int], row: int
-) -> tuple[list[Rows], list[Piece]]:
+) -> tuple[list[Rows], Pieces]:
     """The rows of each part, and the pieces that are left.
 
     Args:
         first_row: of the spans that are read in rows of `row` elements.
     """
+    if not first_row:
+        return [], Pieces(list(range(len(parts))), list(parts))
     rows: list[Rows] = []
-    pieces: list[Piece] = []
-    for i, (part, (span, offset, numel)) in enumerate(zip(parts, places, strict=True)):
+    pieces = Pieces([], [])
+    for i, (span, offset, numel) in enumerate(places):
         begin, end = -(-offset // row), (offset + numel) // row
         if span not in first_row or begin >= end:
-            pieces.append(Piece(i, part))
+            pieces.parts.append(i)
+            pieces.values.append(parts[i])
             continue
         rows.append(Rows(i, first_row[span] + begin, first_row[span] + end))
         if begin * row > offset:
-            pieces.append(Piece(i, flat(part)[: begin * row - offset]))
+            pieces.parts.append(i)
+            pieces.values.append(flat(parts[i])[: begin * row - offset])
         if end * row < offset + numel:
-            pieces.append(Piece(i, flat(part)[end * row - offset :]))
+            pieces.parts.append(i)
+            pieces.values.append(flat(parts[i])[end * row - offset :])
     return rows, pieces
 
 
@@ -105,14 +115,14 @@ def add_rows_(sums: Tensor, norms: Tensor, rows: Sequence[Rows]) -> None:
     sums.index_add_(0, _indices([each.part for each in rows]), found)
 
 
-def add_pieces_(sums: Tensor, pieces: Sequence[Piece]) -> None:
+def add_pieces_(sums: Tensor, pieces: Pieces) -> None:
     """Adds the squares of the elements of these pieces to the sums of their parts."""
-    if not pieces:
+    if not pieces.parts:
         return
-    values = torch.cat([flat(each.values) for each in pieces])
-    lengths = _indices([each.values.numel() for each in pieces])
-    found = torch.segment_reduce(values.double().square_(), "sum", lengths=lengths)
-    sums.index_add_(0, _indices([each.part for each in pieces]), found)
+    lengths = _indices(list(map(Tensor.numel, pieces.values)))
+    values = _flatten(pieces.values).double().square_()
+    found = torch.segment_reduce(values, "sum", lengths=lengths)
+    sums.index_add_(0, _indices(pieces.parts), found)
 
 
 def _indices(numbers: Sequence[int]) -> Tensor:

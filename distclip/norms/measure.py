@@ -161,6 +161,10 @@ def _sums_and_tensors(
 ) -> tuple[list[Tensor], Tensor]:
     """The sum of each list, as `power_sum` has it, and the partials of every tensor."""
     units = cast(Units, group.units)
+    given = [grad for grad in grads if grad is not None]
+    if units.are_params and len(lists) == 1 and not lists_of_copies and len(given) == len(grads):
+        together, each = kernels.power_sum_and_each(lists[0], given, group.norm_type)
+        return [together], power_sums.partials(each, group.power)
     views_of: dict[tuple[bool, torch.dtype], list[UnitView]] = {}
     for span in units.spans:
         if (grad := grads[span.member]) is not None:
