@@ -302,18 +302,24 @@ def _with_tensor_norms(
         tensors = each.units
         if here.tensors is not None:
             reduced = next(of_groups).view(-1, group.power.num_partials)
-            tensors = _unit_norms(here.tensors, reduced, group)
+            tensors = _tensor_norms(here.tensors, reduced, group)
         found.append(each._replace(tensors=tensors))
     return found
 
 
-def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
-    """The norms of this rank's units; those of sharded units from the sums of all ranks."""
+def _tensor_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
+    """As `_unit_norms`, in fewer operations where no tensor is sharded, or each is."""
     assert group.units is not None
     if not group.num_slots:
         return power_sums.norm_from_partials(partials, group.power)
     if group.units.all_in_slots and group.num_slots == group.units.num_slots:
         return power_sums.norm_from_partials(slots, group.power)
+    return _unit_norms(partials, slots, group)
+
+
+def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
+    """The norms of this rank's units; those of sharded units from the sums of all ranks."""
+    assert group.units is not None
     complete = partials.clone()
     complete[group.units.sharded] = slots[group.first_slot + group.units.slots]
     return power_sums.norm_from_partials(complete, group.power)
