@@ -277,6 +277,19 @@ def test_gradients_of_every_kind() -> None:
         assert torch.equal(report.total_norm, bare.total_norm)
 
 
+def test_without_a_gradient_the_norm_is_zero() -> None:
+    model = small_model()
+    model[0].bias.grad = None
+    for policy in (ClipNorm(0.1), ClipNorm(0.1, 8.0), ClipTensorNorm(0.1), AGC(0.1)):
+        norms = Clipper(model, policy, tensor_norms=True).decide().report.tensor_norms()
+        assert norms["0.bias"] == 0
+        assert min(norms[name] for name in ("0.weight", "1.weight", "1.bias")) > 2
+    for param in model.parameters():
+        param.grad = None
+    report = Clipper(model, tensor_norms=True).decide().report
+    assert list(report.tensor_norms().values()) == [0.0] * 4
+
+
 @pytest.mark.parametrize("policy", [ClipNorm(0.1), ClipTensorNorm(0.1)], ids=str)
 def test_scales_are_in_the_norms(policy: Policy[Any]) -> None:
     model = small_model(value=8.0)
