@@ -69,6 +69,7 @@ def in_turn(turn: int) -> list[Policy[Any]]:
 
 def on_layouts(device: str) -> None:
     for turn, (layout, placed) in enumerate(LAYOUTS.items()):
+        placed = placed[::-1] if turn % 2 else placed  # copies also before what this rank counts
         for seed, policy in enumerate(in_turn(turn)):
             wholes = random_wholes(placed, seed)
             ours, plain = (names_of(lay_out(wholes, placed, device)) for _ in range(2))
