@@ -68,8 +68,8 @@ def in_turn(turn: int) -> list[Policy[Any]]:
 
 
 def on_layouts(device: str) -> None:
-    for turn, (layout, placed) in enumerate(LAYOUTS.items()):
-        placed = placed[::-1] if turn % 2 else placed  # copies also before what this rank counts
+    for turn, (layout, given) in enumerate(LAYOUTS.items()):
+        placed = given[::-1] if turn % 2 else given  # copies also before what this rank counts
         for seed, policy in enumerate(in_turn(turn)):
             wholes = random_wholes(placed, seed)
             ours, plain = (names_of(lay_out(wholes, placed, device)) for _ in range(2))
