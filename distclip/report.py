@@ -116,9 +116,9 @@ class Report:
     def tensor_norms(self, prefix: str | None = None) -> dict[str, float]:
         """The norm of every tensor before clipping, whole, by its name; or of every module.
 
-        Those that this rank holds a part of: along the `distinct` axes ranks have other names. 0 for
-        a tensor without a gradient on any rank. Each norm has the order p of its group's policy. Empty in
-        steps that `Clipper(tensor_norms=...)` leaves out. Waits for the device.
+        Those that this rank holds a part of: along the `distinct` axes ranks have other names. 0
+        for a tensor without a gradient on any rank. Each norm has the order p of its group's
+        policy. Empty in steps that `Clipper(tensor_norms=...)` leaves out. Waits for the device.
 
         Args:
             prefix: the path of a module: one norm for each module or tensor directly in it, over
