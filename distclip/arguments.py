@@ -88,6 +88,26 @@ def as_flag(name: str, value: Any) -> bool:
     )
 
 
+def as_interval(name: str, value: Any) -> int:
+    """In which steps something happens: 0 for none (False), 1 for each (True), n for every n-th.
+
+    Raises:
+        TypeError: neither a flag nor a number.
+        ValueError: a number that is not whole, or below 1.
+    """
+    flag = _element(value)
+    if isinstance(flag, bool):
+        return int(flag)
+    number = as_number(name, value, "True, False, or n for every n-th step")
+    if number >= 1 and number.is_integer():
+        return int(number)
+    raise ValueError(
+        f"cannot make a Clipper with {name}={shown(value)}: steps are counted in whole numbers "
+        f"from 1, and no step could be chosen by this one. Pass n for every n-th step, True for "
+        f"each, or False for none."
+    )
+
+
 def as_axes(name: str, value: Any) -> tuple[str, ...]:
     """Names of mesh axes as a tuple.
 

@@ -16,6 +16,7 @@ from distclip import nonfinite, param_groups, parameters, step
 from distclip.arguments import (
     as_axes,
     as_flag,
+    as_interval,
     as_modules,
     check_function,
     check_mesh_type,
@@ -24,7 +25,8 @@ from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
-from distclip.norms.plan import Plan, make_plan
+from distclip.norms.plan import Plan, make_plan, with_tensor_groups
+from distclip.norms.reduce import check_same_call
 from distclip.param_groups import NamedParameters, ParamGroups
 from distclip.parameters import GradientFunction, Parameters
 from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
@@ -89,6 +91,11 @@ class Clipper:
             they are trained: parameters without a name have their names in it, those that the
             optimizer gets later too, and FSDP1 keeps its layout there. Nothing but the list is
             clipped.
+        tensor_norms: measure the norm of every tensor, for `report.tensor_norms()`: True for each
+            call, or n for the first call and every n-th after it. The sums travel in the same
+            all-reduce. Nothing that clips depends on them, and other calls do nothing for them.
+            Read once more for it are groups with limits per unit, on a CPU those with p other than
+            2, and on an accelerator FSDP1's parameters. The same on every rank.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -99,12 +106,13 @@ class Clipper:
         ValueError, TypeError: something that cannot be clipped.
 
     Collective: at construction, an all-gather of a few numbers where pipeline stages have norms per
-        tensor or unit, and one where tensors count as copies along an axis that nothing speaks of
-        (see docs/sharding.md), or may do so on other ranks: with `mesh` or pipeline stages. All
-        ranks of the mesh must make the clipper, and call it every step. Where its axes are a part
-        of the world, a collective is one along each axis; no process group is made. On an
-        accelerator one all-reduce, which makes NCCL's communicators before the first step; and two
-        all-gathers for `symmetric_memory`.
+        tensor or unit, or `tensor_norms`, and one where tensors count as copies along an axis that
+        nothing speaks of (see docs/sharding.md), or may do so on other ranks: with `mesh` or
+        pipeline stages. All ranks of the mesh must make the clipper, and call it every step. Where
+        its axes are a part of the world, a collective is one along each axis; no process group is
+        made. On an accelerator one all-reduce, which makes NCCL's communicators before the first
+        step; two all-gathers for `symmetric_memory`; and for `tensor_norms` one all-reduce, in
+        which the ranks find out whether all ask for them.
     """
 
     @outside_of_graphs
@@ -121,6 +129,7 @@ class Clipper:
         on_nonfinite: OnNonFinite = "propagate",
         max_consecutive_skips: int = 20,
         overlap: bool = False,
+        tensor_norms: bool | int = False,
         symmetric_memory: bool = False,
         modules: nn.Module | Iterable[nn.Module] = (),
     ) -> None:
@@ -146,6 +155,10 @@ class Clipper:
             check_policy(group.policy, group.name)
         self._policies = [group.policy for group in self._sources]
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
+        self._tensor_norms = as_interval("tensor_norms", tensor_norms)
+        self._num_calls = 0
+        if self._tensor_norms:
+            rule += f", tensor_norms={self._tensor_norms}"
 
         def plan_for(read: NamedParameters) -> Plan:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
@@ -154,25 +167,31 @@ class Clipper:
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
-        self._hold(self._read_sources())
-        self.plan.connect()
+        self._hold(self._read_sources(), is_first=True)
         self._rounds = Rounds(self.plan)
 
     def _read_sources(self) -> NamedParameters:
         return param_groups.read_sources(self._sources, self._modules)
 
-    def _hold(self, read: NamedParameters) -> None:
+    def _hold(self, read: NamedParameters, is_first: bool = False) -> None:
         """Makes the plan for these parameters, and the policies' states before the first step."""
-        self.plan = plan = self._plan_for(read)
-        self._read, self._changes = read, ModelChanges(read)
-        self._params = [param.param for param in plan.params]
-        self._states = self._initial_states()
-        self._limit_checks = LimitChecks(plan, self._policies)
+        plan = self._plan_for(read)
         policies = zip(plan.groups, self._policies, strict=True)
         texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
         # With layouts= the ranks may hold different parameters, such as experts.
         held = "" if self._layouts is not None else plan.parameters_text
         self._call = "; ".join([plan.rule, *texts, held])
+        if is_first:
+            plan.connect()
+        if self._tensor_norms:
+            if is_first:
+                check_same_call(plan, self._call)
+            plan = with_tensor_groups(plan)
+        self.plan = plan
+        self._read, self._changes = read, ModelChanges(read)
+        self._params = [param.param for param in plan.params]
+        self._states = self._initial_states()
+        self._limit_checks = LimitChecks(plan, self._policies)
         self._checked.look_again()
         self._backward = BackwardNorms(plan, read.modules) if self._overlap else None
 
@@ -384,9 +403,12 @@ class Clipper:
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
             fault = unheld_gradient(stepped, self.plan.params)
+        wants_tensors = self._tensor_norms > 0 and self._num_calls % self._tensor_norms == 0
+        self._num_calls += 1
+        call = self._call if at_step is None else f"{self._call}; step={at_step}"
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
-            measured = self._backward.measurements(gradients)
+            measured = self._backward.measurements(gradients, wants_tensors)
         decision = step.decide(
             gradients,
             self.plan,
@@ -394,13 +416,14 @@ class Clipper:
             self._states,
             scale=None if scale is None else on_device(scale, self.plan.device),
             mode=self._on_nonfinite,
-            call=self._call if at_step is None else f"{self._call}; step={at_step}",
+            call=f"{call}; with tensor norms" if wants_tensors else call,
             reduce=partial(reduce_gradients_, self._params),
             fault=fault,
             measured=measured,
             in_grad=self._gradient is None,
             on_apply=on_apply,
             invalid=self._limit_checks.invalid,
+            tensor_norms=wants_tensors,
         )
         valid = [clip.valid for clip in decision.clips]
         self._limit_checks.check(valid, lambda: decision.finite)

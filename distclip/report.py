@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from fnmatch import fnmatchcase
+from itertools import repeat
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +21,14 @@ class GroupFigures(NamedTuple):
     norm: Tensor
     limit: Tensor
     coefficient: Tensor
+
+
+class TensorFigures(NamedTuple):
+    """The norms of all tensors of a parameter group, of order `norm_type`; float64."""
+
+    names: Sequence[str]
+    norms: Tensor
+    norm_type: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +63,7 @@ class Report:
     total: Tensor
     dtype: torch.dtype
     search: Callable[[], dict[str, list[int]]] = field(compare=False)
+    tensors: Sequence[TensorFigures] = field(default=(), compare=False)
 
     @property
     def total_norm(self) -> Tensor:
@@ -101,6 +113,46 @@ class Report:
         return {} if bool(self.finite) else self.search()
 
     @outside_of_graphs
+    def tensor_norms(self, prefix: str | None = None) -> dict[str, float]:
+        """The norm of every tensor before clipping, whole, by its name; or of every module.
+
+        Those that this rank holds a part of: along the `distinct` axes ranks have other names. 0
+        for a tensor without a gradient on any rank. Each norm has the order p of its group's
+        policy. Empty in steps that `Clipper(tensor_norms=...)` leaves out. Waits for the device.
+
+        Args:
+            prefix: the path of a module: one norm for each module or tensor directly in it, over
+                all tensors there, under its own path. A part of a path may be a pattern, as
+                `fnmatch` has them. "" is the model.
+
+        Raises:
+            ValueError: a module has tensors of groups whose p differ.
+
+        Example:
+            >>> import torch, distclip
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 2))
+            >>> for param in model.parameters():
+            ...     param.grad = torch.full_like(param, 2.0)
+            >>> report = distclip.Clipper(model, tensor_norms=True).clip_()
+            >>> {name: round(norm, 2) for name, norm in report.tensor_norms().items()}
+            {'0.weight': 2.83, '0.bias': 2.0, '1.weight': 2.83, '1.bias': 2.83}
+            >>> {name: round(norm, 2) for name, norm in report.tensor_norms(prefix="").items()}
+            {'0': 3.46, '1': 4.0}
+        """
+        found = [_Norm(*each) for group in self.tensors for each in self._each(group)]
+        if prefix is not None:
+            return _by_module(found, prefix)
+        norms: dict[str, float] = {}
+        for each in found:  # two modules that were given as parameters may have a "weight" each
+            same = sum(name == each.name or name.startswith(f"{each.name} (") for name in norms)
+            norms[f"{each.name} ({same + 1})" if same else each.name] = each.norm
+        return norms
+
+    def _each(self, group: TensorFigures) -> Iterator[tuple[str, float, float]]:
+        norms = cast("list[float]", group.norms.to(self.dtype).tolist())
+        return zip(group.names, norms, repeat(group.norm_type))
+
+    @outside_of_graphs
     def to_dict(self) -> dict[str, float | bool]:
         """Plain numbers for a log. Waits for the device."""
         return {
@@ -117,7 +169,8 @@ class Report:
             name: GroupFigures(*(self._shown(figure) for figure in group))
             for name, group in self.figures.items()
         }
-        return replace(self, figures=groups, total=self.total_norm)
+        tensors = [each._replace(norms=each.norms.to(self.dtype)) for each in self.tensors]
+        return replace(self, figures=groups, total=self.total_norm, tensors=tensors)
 
     @outside_of_graphs
     def _shown(self, figure: Tensor) -> Tensor:
@@ -134,3 +187,37 @@ def _smallest(scalars: dict[str, Tensor]) -> Tensor:
     if len(scalars) == 1:
         return next(iter(scalars.values()))
     return torch.stack(list(scalars.values())).amin()
+
+
+class _Norm(NamedTuple):
+    name: str
+    norm: float
+    norm_type: float
+
+
+def _by_module(norms: Sequence[_Norm], prefix: str) -> dict[str, float]:
+    patterns = prefix.split(".") if prefix else []
+    modules: dict[str, list[_Norm]] = {}
+    for each in norms:
+        path = each.name.split(".")
+        inside = len(path) > len(patterns) and all(map(fnmatchcase, path, patterns))
+        if inside:
+            modules.setdefault(".".join(path[: len(patterns) + 1]), []).append(each)
+    return {module: _norm_of(module, inside) for module, inside in modules.items()}
+
+
+def _norm_of(module: str, norms: Sequence[_Norm]) -> float:
+    """The norm of all together, as `power_sums.norm_of_norms`."""
+    if len(orders := {each.norm_type for each in norms}) > 1:
+        raise ValueError(
+            f"cannot combine the norms of the tensors in {module!r}: they are norms of the orders "
+            f"{sorted(orders)}, and together they have none. Give the groups policies of one "
+            f"norm_type, or combine the norms of `report.tensor_norms()` yourself."
+        )
+    (p,), numbers = orders, [each.norm for each in norms]
+    largest = max(numbers)
+    if any(map(math.isnan, numbers)):
+        return math.nan
+    if largest == 0 or math.isinf(largest) or math.isinf(p):
+        return largest
+    return largest * math.fsum((number / largest) ** p for number in numbers) ** (1 / p)

@@ -28,7 +28,7 @@ from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
 from distclip.policies import NormContext, Policy, Scope, StatelessPolicy
-from distclip.report import GroupFigures, Report
+from distclip.report import GroupFigures, Report, TensorFigures
 from distclip.scaling import (
     check_real,
     check_writable,
@@ -58,6 +58,7 @@ def decide(
     in_grad: bool = True,
     on_apply: Callable[[Tensor], None] | None = None,
     invalid: Tensor | None = None,
+    tensor_norms: bool = False,
 ) -> Decision:
     """Measures, reduces, and asks the policies for limits. Writes nothing.
 
@@ -74,6 +75,8 @@ def decide(
         in_grad: the gradients are those in `.grad`, which optimizers read.
         on_apply: called with `Decision.found_inf` when the decision takes effect.
         invalid: whether a limit of the last step was none, which the other ranks do not know yet.
+        tensor_norms: whether the report has the norm of every tensor. `plan` has `tensor_groups`
+            then, and `measured` the sums.
 
     Raises:
         LayoutError: the ranks do not mean the same call; see `total_norms`.
@@ -86,20 +89,21 @@ def decide(
     header = Header(call, unreduced_text(gradients), lacks, fault is not None)
     if measured is None or header.unreduced:
         known = reducible(gradients) if header.unreduced else gradients
-        measured = measure(known, plan)
+        measured = measure(known, plan, tensors=tensor_norms)
     if invalid is not None:
         make_nan_(measured[0].payload, plan.groups[0].power, invalid)
-    totals = total_norms(measured, plan, header)
+    totals = total_norms(measured, plan, header, tensor_norms)
     if totals.reduce_gradients and reduce is not None:
         try:
             gradients = reduce(plan.reduce_mesh is not None, totals.alike)
         except LayoutError as error:
             fault, gradients = fault or error, reducible(gradients)
-        measured = measure(gradients, plan)
+        measured = measure(gradients, plan, tensors=tensor_norms)
         if invalid is not None:
             make_nan_(measured[0].payload, plan.groups[0].power, invalid)
         fault = fault or _fault(gradients, plan, policies)
-        totals = total_norms(measured, plan, Header(call, fault=fault is not None))
+        header = Header(call, fault=fault is not None)
+        totals = total_norms(measured, plan, header, tensor_norms)
     if totals.fault:
         raise_fault(fault, plan)
     norms = totals.norms
@@ -129,7 +133,7 @@ def decide(
         total,
         scale,
         mode,
-        _report(plan, measured, clips, total, finite, mode, captures),
+        _report(plan, measured, norms, clips, total, finite, mode, captures),
         in_grad,
         on_apply,
         finite,
@@ -190,6 +194,7 @@ def _one(like: Tensor, plan: Plan) -> Tensor:
 def _report(
     plan: Plan,
     measured: Sequence[GroupMeasurement],
+    norms: Sequence[GroupNorms],
     clips: Sequence[GroupClip],
     total: Tensor,
     finite: Tensor | None,
@@ -207,9 +212,21 @@ def _report(
         figures[group.name] = GroupFigures(clip.norm, limit, _smallest(applied, 1.0))
     names, per_tensor = [m.names for m in measured], [m.per_tensor for m in measured]
     report = Report(
-        figures, total, plan.norm_dtype, NonFiniteSearch(names, per_tensor, rank_group(plan))
+        figures,
+        total,
+        plan.norm_dtype,
+        NonFiniteSearch(names, per_tensor, rank_group(plan)),
+        _tensor_figures(plan, norms),
     )
     return report.converted() if captures else report
+
+
+def _tensor_figures(plan: Plan, norms: Sequence[GroupNorms]) -> list[TensorFigures]:
+    figures: list[TensorFigures] = []
+    for group, each in zip(plan.tensor_groups, norms, strict=False):
+        if each.tensors is not None and group.units is not None:
+            figures.append(TensorFigures(group.units.row_names, each.tensors, group.norm_type))
+    return figures
 
 
 def _smallest(numbers: Tensor | None, default: float) -> Tensor:

@@ -81,6 +81,9 @@ class Options(Generic[PolicyT]):
     save_every: int = 50
     """Steps between checkpoints, of which the last two are kept; with 0, one only when asked to
     stop."""
+    tensor_norms: int = 0
+    """Every so many steps, counted from the first one of this process, a row of metrics.jsonl has
+    the norm of each tensor that rank 0 has a part of; with 0, none has."""
     seed: int = 0
     """Seed of the first weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -161,9 +164,11 @@ def _check_numbers(options: Options[Any]) -> None:
     for name in ("steps", "batch", "context"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: at least 1")
-    for name in ("save_every", "warmup"):
+    for name in ("save_every", "warmup", "tensor_norms"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more")
+    if options.tensor_norms and options.layout.startswith("zero"):
+        raise UserError(f"--tensor-norms with --layout {options.layout}: DeepSpeed has none yet")
     for name in ("lr", "timeout"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} {getattr(options, name)}: a finite number above 0")

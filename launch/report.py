@@ -122,12 +122,14 @@ def _row(line: str) -> Row | None:
 
 
 def _line(row: Row) -> str:
-    # JSON has no NaN and no inf, and many readers refuse Python's spelling of them.
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no inf, and many readers refuse Python's spelling of them."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:

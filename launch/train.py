@@ -147,12 +147,16 @@ def train_step(run: Run, step: int, log: report.Log | None) -> tuple[report.Row,
     with run.wrapped.autocast:
         logits = run.trainer.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    clipped = run.trainer.update(loss).to_dict()
+    clipped = run.trainer.update(loss)
     failed = log is not None and log.failure is not None
     mean, (stop, log_failed) = over_ranks(loss, signals.warned(), failed)
-    row = {"step": step, "loss": mean} | {name: clipped[name] for name in MEASURED}
+    figures = clipped.to_dict()
+    row = {"step": step, "loss": mean} | {name: figures[name] for name in MEASURED}
     row |= {"lr": lr, "seconds": round(time.perf_counter() - began, 4)}
-    return row | {"tokens": run.options.batch * run.options.context}, stop, log_failed
+    row |= {"tokens": run.options.batch * run.options.context}
+    if norms := clipped.tensor_norms():
+        row |= {"tensor_norms": norms}
+    return row, stop, log_failed
 
 
 def learning_rate(options: Options[Any], step: int) -> float:

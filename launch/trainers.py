@@ -32,7 +32,9 @@ class TorchTrainer(Stateful):
     def __init__(self, model: nn.Module, options: Options[Any], device: torch.device) -> None:
         self.model, self.optimizer = model, _make_optimizer(model, options)
         self.scaler = GradScaler(device.type, enabled=options.precision == "fp16")
-        self.clipper = distclip.Clipper(model, options.policy)
+        self.clipper = distclip.Clipper(
+            model, options.policy, tensor_norms=options.tensor_norms or False
+        )
 
     def update(self, loss: Tensor) -> distclip.Report:
         self.scaler.scale(loss).backward()

@@ -371,6 +371,30 @@ def test_on_a_mesh(name: str, on_two_accelerators: Accelerator) -> None:
     on_two_accelerators.run(clip_on_a_mesh, name)
 
 
+def norms_of_tensors() -> None:
+    on = mesh((2,), ("dp",), NAME)
+    for policy in (distclip.ClipNorm(2.0), distclip.ClipNorm(2.0, 8.0), distclip.AGC(0.5)):
+        params = parameters()
+        grads = set_gradients(params)
+        sharded = [nn.Parameter(DTensor.from_local(p, on, [Replicate()])) for p in params]
+        wide = nn.Parameter(DTensor.from_local(torch.zeros(2, 3, device=DEVICE), on, [Shard(0)]))
+        wide.grad = DTensor.from_local(torch.full((2, 3), 3.0, device=DEVICE), on, [Shard(0)])
+        for param, plain in zip(sharded, params, strict=True):
+            param.grad = DTensor.from_local(plain.grad, on, [Replicate()])
+        clipper = distclip.Clipper([*sharded, wide], policy, tensor_norms=2)
+        reports = [clipper.decide(scale=0.5).report for _ in range(3)]
+        wholes = [*grads, torch.full((4, 3), 3.0)]
+        expected = [reference.total_norm([each], policy.norm_type).item() / 2 for each in wholes]
+        for report in reports[::2]:
+            assert [*report.tensor_norms().values()] == pytest.approx(expected, rel=3e-7)
+        assert reports[1].tensor_norms() == {}
+
+
+def test_norms_of_tensors(on_two_accelerators: Accelerator) -> None:
+    """Copies beside a shard; no value is looked at before the report is read."""
+    on_two_accelerators.run(norms_of_tensors)
+
+
 def refused_by_gloo() -> str:
     try:
         accelerator.by_gloo(torch.ones(2, device=DEVICE))

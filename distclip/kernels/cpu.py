@@ -13,14 +13,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from operator import attrgetter
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from distclip.kernels import naive
 from distclip.kernels.contiguous import contiguous_spans, flat, grouped
+from distclip.kernels.cpu_parts import Place, add_pieces_, add_rows_, are_whole, divided, located
 from distclip.kernels.naive import (
     clamp_,
     coefficients,
@@ -37,6 +39,7 @@ __all__ = [
     "coefficients",
     "norms",
     "power_sum",
+    "power_sum_and_each",
     "power_sums",
     "power_sums_where",
     "prepare",
@@ -72,6 +75,7 @@ class _Compiled(Protocol):
     """The functions of `cpu_numba`."""
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor: ...
+    def squares_and_each(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
     def scale_(self, tensors: Sequence[Tensor], coefficient: Tensor) -> None: ...
 
 
@@ -96,6 +100,27 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     if math.isinf(norm_type) and not dtype.is_complex:
         return _maximum(tensors)
     return naive.power_sum(tensors, norm_type)
+
+
+def power_sum_and_each(
+    spans: Sequence[Tensor], parts: Sequence[Tensor], norm_type: float
+) -> tuple[Tensor, Tensor]:
+    """`power_sum(spans)`, the same bits, and `power_sums(parts)`, in one reading for p = 2.
+
+    Args:
+        spans: a list of `tensor_lists`.
+        parts: contiguous tensors that lie in the memory of spans, or are one.
+    """
+    if norm_type == 2 and spans[0].dtype in _NUMBA_FROM and parts:
+        within = located(spans, parts)
+        # Numba has a sum for each span, and none for a part of one.
+        if within is not None and (not _numba_for(spans) or are_whole(within, spans)):
+            return _squares_and_each(spans, parts, within)
+        if (compiled := _numba_for(parts)) and all(map(Tensor.is_contiguous, parts)):
+            return power_sum(spans, norm_type), _in_range(
+                compiled.squares_and_each(parts)[1], parts
+            )
+    return power_sum(spans, norm_type), power_sums(parts, norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -165,26 +190,83 @@ def _maximum(tensors: Sequence[Tensor]) -> Tensor:
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of squares of tensors of float32 or 16 bits."""
+    return _read_squares(tensors).total
+
+
+class _Squares(NamedTuple):
+    """What one reading of tensors gives: sums of squares, float64.
+
+    Attributes:
+        of_long: where Numba has read them, of each tensor that is not packed.
+        row_norms: where torch has, of each row of these.
+    """
+
+    total: Tensor
+    of_long: Tensor | None = None
+    row_norms: Tensor | None = None
+
+
+def _read_squares(tensors: Sequence[Tensor], each: bool = False) -> _Squares:
     numels = list(map(Tensor.numel, tensors))
     numel = sum(numels)
     long, packs = _long_and_packed(tensors, numels, _SHORT if numel > _EXACT else numel, _ROW)
     # `dot` would wake the other cores for so few elements.
     sums = [_norm(pack.double()).square() for pack in packs]
+    of_long = row_norms = None
     if long:
-        compiled = _numba_for(long)
-        found = compiled.squares(long) if compiled else _squares_by_rows(long)
+        if (compiled := _numba_for(long)) is None:
+            row_norms = _row_norms(long)
+            found = torch.dot(row_norms, row_norms)
+        elif each:
+            found, of_long = compiled.squares_and_each(long)
+        else:
+            found = compiled.squares(long)
         in_range = _LEAST_MEAN * numel <= found.item() < math.inf
         sums.append(found if in_range else naive.power_sum(long, 2.0))
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return _Squares(total, of_long, row_norms)
 
 
-def _squares_by_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of flat tensors of whole rows."""
+def _squares_and_each(
+    spans: Sequence[Tensor], parts: Sequence[Tensor], places: Sequence[Place]
+) -> tuple[Tensor, Tensor]:
+    numels = list(map(Tensor.numel, spans))
+    short = _SHORT if sum(numels) > _EXACT else sum(numels)  # as in `_read_squares`
+    long = [i for i, numel in enumerate(numels) if numel > short]
+    first_rows = accumulate((numels[i] // _ROW for i in long), initial=0)
+    rows, pieces = divided(parts, places, dict(zip(long, first_rows, strict=False)), _ROW)
+    members = [each.part for each in rows]
+    read = _read_squares(spans, each=True)
+    each = torch.zeros(len(parts), dtype=torch.float64, device="cpu")
+    add_pieces_(each, pieces)
+    if read.row_norms is not None and rows:
+        add_rows_(each, read.row_norms, rows)
+    elif read.of_long is not None:
+        position = {span: i for i, span in enumerate(long)}
+        each[members] += read.of_long[[position[places[part].span] for part in members]]
+    each = _in_range(each, parts, members)
+    return read.total, each
+
+
+def _in_range(sums: Tensor, tensors: Sequence[Tensor], read: Sequence[int] | None = None) -> Tensor:
+    """The sums of squares, of which those that have left the range of float32 are taken again.
+
+    Args:
+        read: which were summed in float32; None for all.
+    """
+    found = cast("list[float]", sums.tolist())
+    for i in range(len(tensors)) if read is None else read:
+        if not _LEAST_MEAN * tensors[i].numel() <= found[i] < math.inf:
+            sums[i] = naive.power_sum([tensors[i]], 2.0)
+    return sums
+
+
+def _row_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each row of flat tensors of whole rows."""
     if tensors[0].dtype is not torch.float32:
         tensors = [block for tensor in tensors for block in torch.split(tensor, _BLOCK)]
     of_rows = [_norm(t.float().view(-1, _ROW), dim=1) for t in tensors]
-    norms = torch.cat(of_rows).double()
-    return torch.dot(norms, norms)
+    return torch.cat(of_rows).double()
 
 
 def _numba_for(tensors: Sequence[Tensor]) -> _Compiled | None:

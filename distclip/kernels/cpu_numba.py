@@ -29,6 +29,7 @@ DTYPES = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np
 # Operators of torch, because profilers and dispatch modes must see them. `custom_op` would take
 # 13 us more a call, nearly half of all that a call costs.
 torch.library.define("distclip::squares", "(Tensor[] tensors) -> Tensor")
+torch.library.define("distclip::squares_and_each", "(Tensor[] tensors) -> (Tensor, Tensor)")
 torch.library.define("distclip::scale_", "(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 
 
@@ -39,6 +40,11 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     threads. The result is infinite or less exact where squares leave the range of float32.
     """
     return torch.ops.distclip.squares(tensors)
+
+
+def squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`squares`, the same bits, and those of each tensor. Shapes: [], [n]."""
+    return torch.ops.distclip.squares_and_each(tensors)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -54,11 +60,22 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu")
 
 
+def _squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    chunks = _chunks(tensors)
+    sums = np.empty(len(chunks))
+    _run(_loops.squares, tensors[0].dtype, chunks, sums)
+    counts = np.array([-(-tensor.numel() // _CHUNK) for tensor in tensors])
+    each, full = np.zeros(len(tensors)), counts > 0
+    each[full] = np.add.reduceat(sums, (np.cumsum(counts) - counts)[full])
+    return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu"), torch.from_numpy(each)
+
+
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     _run(_loops.scale, tensors[0].dtype, _chunks(tensors), np.array([coefficient.item()]))
 
 
 torch.library.impl("distclip::squares", "cpu", _squares)
+torch.library.impl("distclip::squares_and_each", "cpu", _squares_and_each)
 torch.library.impl("distclip::scale_", "cpu", _scale_)
 
 

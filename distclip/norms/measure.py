@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from distclip.kernels.kept_indices import KeptIndices
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
+from distclip.norms.unit_rows import Rows
 from distclip.norms.units import Units, rows_of
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
@@ -36,6 +37,8 @@ class GroupMeasurement(NamedTuple):
             where the group has no units, or its policy does not ask for weights.
         tensor_lists: the memory of the gradients; None where it was not looked at.
         norm: of the group, where no other rank adds to it and the kernels have computed it.
+        tensors: the partials of every tensor on this rank, [num_tensors, num_partials]; None where
+            they are not wanted, or where the group's units are its tensors.
     """
 
     payload: Tensor
@@ -45,22 +48,74 @@ class GroupMeasurement(NamedTuple):
     weights: Tensor | None = None
     tensor_lists: TensorLists | None = None
     norm: Tensor | None = None
+    tensors: Tensor | None = None
 
 
 def measure(
-    gradients: Sequence[Tensor | None], plan: Plan, per_tensor: bool = False
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    per_tensor: bool = False,
+    tensors: bool = False,
 ) -> list[GroupMeasurement]:
     """Reads every gradient once, and every weight where a policy asks for its norm.
 
     Args:
         gradients: on this rank, in the order of `plan.params`; None where there is none.
         per_tensor: fill `names` and `per_tensor` in any case.
+        tensors: fill `tensors`. Nothing else changes, down to its bits.
     """
-    return [_measure_group(gradients, plan, group, per_tensor) for group in plan.groups]
+    of_tensors = plan.tensor_groups if tensors else [None] * len(plan.groups)
+    groups = zip(plan.groups, of_tensors, strict=True)
+    found = [_measure_group(gradients, plan, *each, per_tensor) for each in groups]
+    return with_tensors(found, gradients, plan) if tensors else found
+
+
+def with_tensors(
+    measured: Sequence[GroupMeasurement], gradients: Sequence[Tensor | None], plan: Plan
+) -> list[GroupMeasurement]:
+    """What was measured, and the partials of every tensor. Reads gradients again if need be."""
+    return [
+        each
+        if of_tensors is group or each.tensors is not None
+        else each._replace(tensors=_tensor_partials(gradients, plan, of_tensors, each))
+        for group, of_tensors, each in zip(plan.groups, plan.tensor_groups, measured, strict=True)
+    ]
+
+
+def _tensor_partials(
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    group: ParamGroup,
+    measured: GroupMeasurement,
+) -> Tensor:
+    units, grads = cast(Units, group.units), gradients[group.members]
+    here = [i for i, grad in enumerate(grads) if grad is not None]
+    is_known = here and units.are_params and len(measured.per_tensor) == len(here)
+    if not is_known or measured.units is not None:
+        return _unit_partials(grads, group.power, units)
+    if group.has_copies:  # in the order of `_measure_each`
+        params = plan.params[group.members]
+        here.sort(key=lambda i: not params[i].counted)
+    index = units.indexes.of_rows(tuple([Rows(i, 1) for i in here]), 0, units.num_units)
+    partials = power_sums.partials(measured.per_tensor, group.power)
+    return power_sums.gathered(partials, index, group.norm_type)
+
+
+def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
+    """What is reduced of the tensors of a group of `Plan.only_measured`; float64, flat."""
+    units, partials = cast(Units, group.units), cast(Tensor, measured.tensors)
+    added = _added(partials, group, units) if group.has_copies else partials
+    if units.all_in_slots and group.num_slots == units.num_slots:
+        return added.flatten()
+    return _in_slots(added, group, units).flatten() if group.num_slots else added[:0, 0]
 
 
 def _measure_group(
-    gradients: Sequence[Tensor | None], plan: Plan, group: ParamGroup, per_tensor: bool
+    gradients: Sequence[Tensor | None],
+    plan: Plan,
+    group: ParamGroup,
+    of_tensors: ParamGroup | None,
+    per_tensor: bool,
 ) -> GroupMeasurement:
     params, grads = plan.params[group.members], gradients[group.members]
     if group.units is not None:
@@ -68,7 +123,7 @@ def _measure_group(
         return _of_units(partials, params, group, group.units)
     # An accelerator's kernels give a number for each tensor at no cost.
     if not per_tensor and plan.device.type == "cpu" and not group.power.needs_norms:
-        together = _measure_together(params, grads, group, plan.device)
+        together = _measure_together(params, grads, group, of_tensors, plan.device)
         added = together.payload.sum()
         if not host_has_values(added) or math.isfinite(added.item()):
             return together
@@ -79,16 +134,58 @@ def _measure_together(
     params: Sequence[LocalParam],
     grads: Sequence[Tensor | None],
     group: ParamGroup,
+    of_tensors: ParamGroup | None,
     device: torch.device,
 ) -> GroupMeasurement:
     counted, copies = _by_counted(params, grads, group)
     lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
-    p = group.norm_type
-    sums = [kernels.power_sum(tensors, p).to(device) for tensors in lists]
-    sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
+    p, tensors = group.norm_type, None
+    if of_tensors is not None and all(each.is_cpu for each in [*counted, *copies]):
+        both, tensors = _sums_and_tensors(lists, lists_of_copies, params, grads, of_tensors)
+        sums = both[: len(lists)] + list(map(_only_nonfinite, both[len(lists) :]))
+    else:
+        sums = [kernels.power_sum(each, p).to(device) for each in lists]
+        sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
     added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
     payload = power_sums.combine(power_sums.partials(added, group.power), p)
-    return GroupMeasurement(payload, [], added[:0], tensor_lists=[*lists, *lists_of_copies])
+    lists += lists_of_copies
+    return GroupMeasurement(payload, [], added[:0], tensor_lists=lists, tensors=tensors)
+
+
+def _sums_and_tensors(
+    lists: TensorLists,
+    lists_of_copies: TensorLists,
+    params: Sequence[LocalParam],
+    grads: Sequence[Tensor | None],
+    group: ParamGroup,
+) -> tuple[list[Tensor], Tensor]:
+    """The sum of each list, as `power_sum` has it, and the partials of every tensor."""
+    units = cast(Units, group.units)
+    given = [grad for grad in grads if grad is not None]
+    if units.are_params and len(lists) == 1 and not lists_of_copies and len(given) == len(grads):
+        together, each = kernels.power_sum_and_each(lists[0], given, group.norm_type)
+        return [together], power_sums.partials(each, group.power)
+    views_of: dict[tuple[bool, torch.dtype], list[UnitView]] = {}
+    for span in units.spans:
+        if (grad := grads[span.member]) is not None:
+            key = params[span.member].counted, grad.dtype
+            views_of.setdefault(key, []).extend(span.views(grad))
+    sums: list[Tensor] = []
+    of_views: list[Tensor] = [torch.zeros(0, dtype=torch.float64, device="cpu")]
+    views: list[UnitView] = []
+    counted = [(True, tensors) for tensors in lists]
+    for is_counted, tensors in [*counted, *((False, each) for each in lists_of_copies)]:
+        here = views_of.get((is_counted, tensors[0].dtype), [])
+        values = [view.values for view in here]
+        together, each = kernels.power_sum_and_each(tensors, values, group.norm_type)
+        sums.append(together)
+        of_views.append(each)
+        views += here
+    if not views:
+        return sums, _unit_partials([None] * len(grads), group.power, units)
+    index = units.indexes.of_rows(rows_of(views), 0, units.num_units)
+    partials = power_sums.partials(torch.cat(of_views), group.power)
+    return sums, power_sums.gathered(partials, index, group.norm_type)
 
 
 def _measure_each(
@@ -151,17 +248,23 @@ def _only_nonfinite(of_copies: Tensor) -> Tensor:
 def _of_units(
     partials: Tensor, params: Sequence[LocalParam], group: ParamGroup, units: Units
 ) -> GroupMeasurement:
-    counted, p = units.counted.unsqueeze(1), group.norm_type
-    added = partials
-    if not math.isinf(p):  # copies leave a maximum as it is
-        added = torch.where(counted | ~partials.isfinite(), partials, 0.0)
-    payload, weights = [power_sums.combine(added, p), _in_slots(added, group, units)], None
+    added = _added(partials, group, units)
+    total = power_sums.combine(added, group.norm_type)
+    payload, weights = [total, _in_slots(added, group, units)], None
     if group.needs_weights:
+        counted = units.counted.unsqueeze(1)
         weights = _unit_partials([_weights(param) for param in params], group.power, units)
         payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
     flat = torch.cat([part.flatten() for part in payload])
     norms = power_sums.norm_from_partials(partials, group.power)
     return GroupMeasurement(flat, units.row_names, norms, partials, weights)
+
+
+def _added(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
+    """What this rank adds to the sums of units: of copies nothing but what is not finite."""
+    if math.isinf(group.norm_type):  # copies leave a maximum as it is
+        return partials
+    return torch.where(units.counted.unsqueeze(1) | ~partials.isfinite(), partials, 0.0)
 
 
 def _weights(param: LocalParam) -> Tensor | None:
@@ -281,12 +384,30 @@ class NormBuffer:
             now = kernels.power_sums_where(grads, p, changed, before)
         self.per_tensor.index_copy_(0, rows, now)
 
-    def measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
+    def measurement(self, rest: Sequence[Tensor | None], tensors: bool = False) -> GroupMeasurement:
         """Of what was put, and of the other gradients, which are measured now.
 
         Args:
             rest: in the order of `plan.params`, as `measure` takes them; None for what was put.
+            tensors: fill `GroupMeasurement.tensors`, where the sums of tensors are known; else
+                `with_tensors` reads the gradients for them.
         """
+        found = self._measurement(rest)
+        return self._with_tensors(found, rest) if tensors else found
+
+    def _with_tensors(
+        self, found: GroupMeasurement, rest: Sequence[Tensor | None]
+    ) -> GroupMeasurement:
+        both = zip(self._plan.groups, self._plan.tensor_groups, strict=True)
+        units = next(other.units for group, other in both if group is self._group)
+        if self._group.units is not None or units is None or not units.are_params:
+            return found
+        power = self._group.power
+        partials = power_sums.partials(self.per_tensor, power).clone()
+        _add_units_(partials, units.views(rest[self._group.members]), power, units)
+        return found._replace(tensors=partials)
+
+    def _measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
         group, per_tensor = self._group, self.per_tensor.clone()
         if (units := group.units) is not None:
             _add_units_(per_tensor, units.views(rest[group.members]), group.power, units)
@@ -297,7 +418,7 @@ class NormBuffer:
         payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
         if all(grad is None for grad in rest[group.members]):
             return GroupMeasurement(payload, self._names, per_tensor)
-        more = _measure_group(rest, self._plan, group, per_tensor=False)
+        more = _measure_group(rest, self._plan, group, None, per_tensor=False)
         payload = power_sums.combine(torch.stack([payload, more.payload]), group.norm_type)
         names = [*self._names, *more.names]
         return GroupMeasurement(payload, names, torch.cat([per_tensor, more.per_tensor]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from distclip.norms.late_reads import LateReads
 from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units, prepare_units
 from distclip.norms.verify import verify
-from distclip.policies import GroupSpec, Scope
+from distclip.policies import ClipTensorNorm, GroupSpec, Scope
 from distclip.sharding.arrivals import missing_ranks
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
@@ -61,6 +62,11 @@ class ParamGroup:
         return Power(self.norm_type, self.norm_dtype)
 
     @property
+    def slots_size(self) -> int:
+        """How many numbers are reduced for the sharded units."""
+        return self.power.num_partials * self.num_slots
+
+    @property
     def payload_size(self) -> int:
         """How many numbers are reduced: for the total, the sharded units, and their weights."""
         num_norms = 1 + self.num_slots * (2 if self.needs_weights else 1)
@@ -95,6 +101,9 @@ class Plan:
         rule: what must be the same on all ranks beside the policies, as text.
         copied_dtensors: the indices of parameters of which another rank may have a gradient that
             must be reduced before it is measured, while this one has none.
+        tensor_groups: for each of `groups` one with Scope.TENSOR, which is only measured, in steps
+            that want the norm of every tensor; the group itself where that is its scope. Empty
+            where no step does.
         one_shot: how the sums travel through symmetric memory, where they do.
         not_one_shot: why they do not, although that was asked for.
     """
@@ -107,6 +116,7 @@ class Plan:
     mesh: ReduceMesh | None = None
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
+    tensor_groups: Sequence[ParamGroup] = ()
     one_shot: OneShot | None = field(default=None, compare=False, repr=False)
     not_one_shot: str = ""
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
@@ -115,6 +125,18 @@ class Plan:
     def message_size(self) -> int:
         """How many numbers each rank sends in the all-reduce."""
         return message_size([group.payload_size for group in self.groups])
+
+    @cached_property
+    def message_size_with_tensors(self) -> int:
+        """As `message_size`, in a step that wants the norm of every tensor."""
+        sizes = [group.payload_size for group in self.groups]
+        return message_size([*sizes, *(group.slots_size for group in self.only_measured)])
+
+    @cached_property
+    def only_measured(self) -> list[ParamGroup]:
+        """The groups of `tensor_groups` that are none of `groups`."""
+        both = zip(self.groups, self.tensor_groups, strict=False)
+        return [of_tensors for group, of_tensors in both if of_tensors is not group]
 
     @cached_property
     def names(self) -> list[str]:
@@ -138,9 +160,9 @@ class Plan:
         Raises:
             LayoutError: on every rank, with the same message: a parameter that a rank lacks or
                 lays out otherwise, copies that differ, other policies, another order of groups,
-                another `on_nonfinite` or `max_consecutive_skips`, another mesh. A rank
-                that does not call within the timeout of the process group is named on the ranks
-                that did.
+                another `on_nonfinite`, `max_consecutive_skips` or `tensor_norms`, another mesh. A
+                rank that does not call within the timeout of the process group is named on the
+                ranks that did.
 
         Collective: all ranks of the mesh (without one: of the world) must call, and no others.
         """
@@ -252,6 +274,36 @@ def make_plan(
     if isinstance(opened, str):
         return replace(plan, not_one_shot=opened)
     return replace(plan, one_shot=opened)
+
+
+def with_tensor_groups(plan: Plan) -> Plan:
+    """The plan with `tensor_groups`.
+
+    Collective: as `make_plan`, where ranks along a distinct axis hold tensors of their own.
+    """
+    made = [group for group in plan.groups if group.scope is not Scope.TENSOR]
+    made = [_of_tensors(group, plan.params[group.members], plan.device) for group in made]
+    mesh = plan.reduce_mesh
+    if mesh is not None and mesh.distinct and made:
+        made = _with_slots_of_other_ranks(made, mesh)
+    each = iter(made)
+    of_all = [group if group.scope is Scope.TENSOR else next(each) for group in plan.groups]
+    return replace(plan, tensor_groups=of_all)
+
+
+def _of_tensors(
+    group: ParamGroup, params: Sequence[LocalParam], device: torch.device
+) -> ParamGroup:
+    units = make_units(params, ClipTensorNorm(math.inf, group.norm_type), device)
+    prepare_units(units, params, group.norm_type)
+    return replace(
+        group,
+        scope=Scope.TENSOR,
+        needs_weights=False,
+        units=units,
+        num_slots=units.num_slots,
+        first_slot=0,
+    )
 
 
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:

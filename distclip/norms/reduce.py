@@ -15,7 +15,7 @@ from torch import Tensor
 from distclip.errors import LayoutError
 from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
-from distclip.norms.measure import GroupMeasurement
+from distclip.norms.measure import GroupMeasurement, tensor_slots
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values, is_capturing
@@ -26,17 +26,22 @@ T = TypeVar("T")
 class GroupNorms(NamedTuple):
     """The norms of one group, float64: its total, and those of its units and of their weights.
 
+    Attributes:
+        tensors: the norms of all tensors, [num_tensors]; None where they are not wanted.
+
     Shapes: total: []; units, weights: [num_units], None where the group has none.
     """
 
     total: Tensor
     units: Tensor | None
     weights: Tensor | None
+    tensors: Tensor | None = None
 
     def scaled(self, scale: Tensor) -> GroupNorms:
         """The norms of the gradients times `scale`."""
         units = None if self.units is None else self.units * scale
-        return GroupNorms(self.total * scale, units, self.weights)
+        tensors = None if self.tensors is None else self.tensors * scale
+        return GroupNorms(self.total * scale, units, self.weights, tensors)
 
 
 class Totals(NamedTuple):
@@ -55,8 +60,13 @@ class Totals(NamedTuple):
     fault: bool
 
 
-def total_norms(measured: Sequence[GroupMeasurement], plan: Plan, header: Header) -> Totals:
+def total_norms(
+    measured: Sequence[GroupMeasurement], plan: Plan, header: Header, tensors: bool = False
+) -> Totals:
     """The norms of each group over all ranks; the same bits on every rank.
+
+    Args:
+        tensors: and of each tensor, which `measured` has the sums of.
 
     Raises:
         LayoutError: on every rank, where the ranks do not mean the same call. On an accelerator the
@@ -66,13 +76,22 @@ def total_norms(measured: Sequence[GroupMeasurement], plan: Plan, header: Header
         sums and others maxima; one along each axis where no process group has exactly its ranks;
         none if the plan has no reduce mesh.
     """
-    payload = [group.payload for group in measured]
+    payload, slots = [group.payload for group in measured], plan.only_measured if tensors else []
+    if tensors:
+        of_tensors = [each for each in measured if each.tensors is not None]
+        payload += [tensor_slots(*each) for each in zip(of_tensors, slots, strict=True)]
     if plan.reduce_mesh is None:
-        norms = [_norms(*each) for each in zip(plan.groups, payload, measured, strict=True)]
-        return Totals(norms, bool(header.unreduced) or header.missing, False, header.fault)
-    reduced, flags = _reduce(payload, plan, header)
-    parts = torch.split(reduced, [group.payload_size for group in plan.groups])
-    norms = [_norms(*each) for each in zip(plan.groups, parts, measured, strict=True)]
+        parts, flags = (
+            payload,
+            _Flags(bool(header.unreduced) or header.missing, False, header.fault),
+        )
+    else:
+        reduced, flags = _reduce(payload, plan, header, tensors)
+        parts = torch.split(reduced, [len(part) for part in payload])
+    each = zip(plan.groups, parts[: len(measured)], measured, strict=True)
+    norms = [_norms(*one) for one in each]
+    if tensors:
+        norms = _with_tensor_norms(norms, parts[len(measured) :], measured, plan)
     return Totals(norms, *flags)
 
 
@@ -82,17 +101,21 @@ class _Flags(NamedTuple):
     fault: bool
 
 
-def _reduce(payload: Sequence[Tensor], plan: Plan, header: Header) -> tuple[Tensor, _Flags]:
+def _reduce(
+    payload: Sequence[Tensor], plan: Plan, header: Header, tensors: bool = False
+) -> tuple[Tensor, _Flags]:
     """The payloads of all groups, combined over the ranks, and what the ranks said beside them.
 
     On an accelerator, where nobody looks now, they become NaN where the ranks do not agree.
     """
     assert plan.reduce_mesh is not None
     ranks = plan.reduce_mesh.rank_group
-    is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    groups = [*plan.groups, *plan.only_measured] if tensors else plan.groups
+    is_max = [math.isinf(group.norm_type) for group in groups]
+    size = plan.message_size_with_tensors if tensors else plan.message_size
     num_filled = HEADER_SIZE + sum(map(len, payload))
     call = header, all(is_max), ranks.num_combined
-    encoded = encode(*call, plan.message_size - num_filled, payload[0])
+    encoded = encode(*call, size - num_filled, payload[0])
     parts = [encoded.header, *payload, encoded.filling]
     message = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)
     first, reduced = message[:HEADER_SIZE], message[HEADER_SIZE:num_filled]
@@ -105,7 +128,8 @@ def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan) -> Te
     """The parts of all ranks, one after the other: of some the maxima, of others the sums."""
     assert plan.reduce_mesh is not None
     ranks = plan.reduce_mesh.rank_group
-    if plan.one_shot is not None and has_values(parts[0]):
+    fits = sum(map(len, parts)) == plan.message_size
+    if plan.one_shot is not None and fits and has_values(parts[0]):
         messages = plan.one_shot.all_gather(parts)
     elif any(is_max) and not all(is_max):
         messages = ranks.all_gather(torch.cat([*parts]))
@@ -142,6 +166,31 @@ def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: in
     if answer is not None and not answer.agrees:
         raise _disagreement(plan, header.text)
     return flags
+
+
+def check_same_call(plan: Plan, call: str) -> None:
+    """Raises the LayoutError of `total_norms` where a rank means another call; waits.
+
+    What meets it is the same, or the first step of a rank that does not ask for norms per tensor:
+    both send messages of one size, and all ranks raise.
+
+    Collective: that of a step.
+    """
+    if plan.reduce_mesh is None:
+        return
+    sizes = [group.payload_size for group in plan.groups]
+    nothing = torch.zeros(sum(sizes), dtype=torch.float64, device=plan.device)
+    ranks = plan.reduce_mesh.rank_group
+    is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    header, num_filling = Header(call), plan.message_size - HEADER_SIZE - len(nothing)
+    encoded = encode(header, all(is_max), ranks.num_combined, num_filling, nothing)
+    parts = [encoded.header, *torch.split(nothing, sizes), encoded.filling]
+    first = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)[:HEADER_SIZE]
+    if not has_values(first):
+        return
+    reduced = cast("list[float]", first.tolist())
+    if not decode(reduced, header, all(is_max), ranks.num_combined).agrees:
+        raise _disagreement(plan, call)
 
 
 def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
@@ -239,6 +288,33 @@ def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> Gr
     if measured.weights is not None:
         weights = _unit_norms(measured.weights, of_weights, group)
     return GroupNorms(total, _unit_norms(measured.units, of_units, group), weights)
+
+
+def _with_tensor_norms(
+    norms: Sequence[GroupNorms],
+    slots: Sequence[Tensor],
+    measured: Sequence[GroupMeasurement],
+    plan: Plan,
+) -> list[GroupNorms]:
+    found: list[GroupNorms] = []
+    of_groups = iter(slots)
+    for group, each, here in zip(plan.tensor_groups, norms, measured, strict=True):
+        tensors = each.units
+        if here.tensors is not None:
+            reduced = next(of_groups).view(-1, group.power.num_partials)
+            tensors = _tensor_norms(here.tensors, reduced, group)
+        found.append(each._replace(tensors=tensors))
+    return found
+
+
+def _tensor_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
+    """As `_unit_norms`, in fewer operations where no tensor is sharded, or each is."""
+    assert group.units is not None
+    if not group.num_slots:
+        return power_sums.norm_from_partials(partials, group.power)
+    if group.units.all_in_slots and group.num_slots == group.units.num_slots:
+        return power_sums.norm_from_partials(slots, group.power)
+    return _unit_norms(partials, slots, group)
 
 
 def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:

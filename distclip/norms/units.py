@@ -45,6 +45,10 @@ class UnitSpan:
     first_unit: int
     count: int
 
+    def is_param(self) -> bool:
+        """Whether the span is one unit, of which the parameter has all elements that it has."""
+        return self.dim is None and isinstance(self.shard.shard, BlockShard)
+
     def views(self, values: Tensor) -> Iterator[UnitView]:
         """Views of a parameter's values in which units lie along one dim, and their first rows."""
         for view in self.shard.shard.unit_views(values, self.dim):
@@ -64,6 +68,7 @@ class Units:
         sizes: how many elements the unit has over all ranks; float64.
         sharded: the rows whose unit a boundary between ranks cuts.
         slots: of each of these, its slot among those of ranks that hold the same parameters.
+        all_in_slots: each unit is sharded, and its row is its slot.
     """
 
     spans: Sequence[UnitSpan]
@@ -74,6 +79,7 @@ class Units:
     sizes: Tensor
     sharded: Tensor
     slots: Tensor
+    all_in_slots: bool
 
     def views(self, values: Sequence[Tensor | None]) -> Iterator[UnitView]:
         """The views of all spans, from the values of the group's parameters."""
@@ -93,6 +99,12 @@ class Units:
         for span in self.spans:
             spans.setdefault(span.member, []).append(span)
         return spans
+
+    @cached_property
+    def are_params(self) -> bool:
+        """Whether each parameter of the group is one unit, and has no element of another."""
+        members = [span.member for span in self.spans]
+        return members == list(range(len(members))) and all(map(UnitSpan.is_param, self.spans))
 
     @cached_property
     def row_names(self) -> list[str]:
@@ -131,6 +143,7 @@ def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.
         sizes=per_unit([_unit_size(span) for span in spans]),
         sharded=torch.tensor(rows, dtype=torch.int64, device=device),
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        all_in_slots=rows == slots == list(range(num_units)) and num_slots == num_units,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import torch_private
-from distclip.norms.measure import GroupMeasurement, NormBuffer, measure
+from distclip.norms.measure import GroupMeasurement, NormBuffer, measure, with_tensors
 from distclip.norms.plan import Plan
 from distclip.sharding.local_tensors import (
     final_gradient,
@@ -102,7 +102,9 @@ class BackwardNorms:
                 return [*values]
         return local_gradients(self._params)
 
-    def measurements(self, gradients: Sequence[Tensor | None]) -> list[GroupMeasurement]:
+    def measurements(
+        self, gradients: Sequence[Tensor | None], tensors: bool = False
+    ) -> list[GroupMeasurement]:
         """As `measure`, without reading again what was measured. Forgets the gradients after."""
         known = sorted(self._known.items())
         fresh = [i for i, k in known if k.is_still(gradients[i]) and self._samples.has(i)]
@@ -111,7 +113,7 @@ class BackwardNorms:
             fresh = [i for i in fresh if i not in changed]
         if not fresh or self._is_too_little(fresh):
             self._forget_gradients()
-            return measure(gradients, self._plan)
+            return measure(gradients, self._plan, tensors=tensors)
         if not self._waits:
             self._refresh(fresh, gradients)
         self._clear(self._put.difference(fresh))
@@ -120,7 +122,8 @@ class BackwardNorms:
         for i in fresh:
             rest[i] = None
         buffers = dict.fromkeys(slot.buffer for slot in self._slots)
-        return [buffer.measurement(rest) for buffer in buffers]
+        found = [buffer.measurement(rest, tensors) for buffer in buffers]
+        return with_tensors(found, gradients, self._plan) if tensors else found
 
     def accumulated(self, param: Tensor) -> None:
         """`.grad` has its final values, on the current stream."""

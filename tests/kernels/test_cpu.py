@@ -208,3 +208,53 @@ def test_any_cut_of_one_buffer(
         kernels.scale_(part, torch.tensor(0.5, dtype=torch.float64))
     assert all(torch.equal(part, e) for part, e in zip(parts, expected, strict=True))
     assert buffer.isnan().sum() == len(buffer) - sum(sizes)
+
+
+CUTS = [1, 255, 256, 257, 4096, 4097, 0, 5000, 70_000, 100, 3]
+
+
+def parts_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
+    if kind == "apart":
+        return [torch.randn(numel).to(dtype) for numel in CUTS]
+    if kind == "of other orders":
+        return [torch.randn(70, 1000).to(dtype).t(), torch.randn(300, 300).to(dtype)[:, :100]]
+    neighbours = list(torch.randn(sum(CUTS)).to(dtype).split(CUTS))
+    if kind == "not finite":
+        neighbours[8][300], neighbours[5][4] = math.inf, math.nan
+    if kind == "far from 1":
+        neighbours[8] *= 1e-30 if dtype is not torch.float16 else 1e-4
+        neighbours[7].zero_()
+    if kind == "twice":
+        return [neighbours[8], neighbours[3], neighbours[8]]
+    return neighbours[::-2] if kind == "with gaps" else neighbours
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["apart", "neighbours", "with gaps", "of other orders", "not finite", "far from 1", "twice"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, math.inf])
+def test_the_sum_of_each_beside_that_of_all(
+    kind: str, dtype: torch.dtype, norm_type: float
+) -> None:
+    torch.manual_seed(0)
+    (spans,) = cpu.tensor_lists(parts := parts_of(kind, dtype))
+    parts = [part for part in parts if part.numel()]
+    together, each = kernels.power_sum_and_each(spans, parts, norm_type)
+    torch.testing.assert_close(
+        together, cpu.power_sum(spans, norm_type), rtol=0, atol=0, equal_nan=True
+    )
+    expected = naive.power_sums(parts, norm_type)
+    torch.testing.assert_close(each, expected, rtol=SAME_ROUNDING, atol=0, equal_nan=True)
+
+
+def test_each_element_is_read_once_for_the_sum_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for less than two rows of each tensor."""
+    parts = list(torch.randn(4 * 70_000).split(70_000))
+    (spans,) = cpu.tensor_lists(parts)
+    monkeypatch.setattr(cpu, "power_sums", lambda *_: pytest.fail("reads every element again"))
+    if cpu._numba_for(spans) is None or len(spans) == len(parts):
+        cpu.power_sum_and_each(spans, parts, 2.0)
+    apart = [part.clone() for part in parts]
+    cpu.power_sum_and_each(apart, apart, 2.0)

@@ -127,6 +127,12 @@ DIFFERENT: dict[str, Call] = {
     "max_consecutive_skips": with_option(
         on_nonfinite=("skip", "skip"), max_consecutive_skips=(20, 3)
     ),
+    "tensor_norms": with_option(tensor_norms=(False, True)),
+    "tensor_norms on most": with_option(tensor_norms=(True, False)),
+    "tensor_norms, other steps": with_option(tensor_norms=(2, 3)),
+    "tensor_norms and p = inf": with_option(
+        policy=(ClipNorm(1.0, math.inf), ClipNorm(1.0, math.inf)), tensor_norms=(True, False)
+    ),
     "groups": grouped,
     "two clippers": two_clippers,
     "two clippers, p = inf": two_clippers_of_other_policies,
