@@ -2,6 +2,7 @@
 
 from distclip import adapters as adapters
 from distclip import functional as functional
+from distclip import monitoring as monitoring
 from distclip import sharding as sharding
 from distclip.api import clip_grad_norm_ as clip_grad_norm_
 from distclip.api import clip_grad_value_ as clip_grad_value_
@@ -11,6 +12,7 @@ from distclip.clipper import Clipper as Clipper
 from distclip.decision import Decision as Decision
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
+from distclip.monitoring import History as History
 from distclip.norms.plan import Plan as Plan
 from distclip.parity import parity as parity
 from distclip.policies import AGC as AGC

@@ -163,6 +163,20 @@ class Report:
             "clipped": bool(self.clipped),
         }
 
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Report:
+        """With its figures on another device, as `Tensor.to`.
+
+        With `non_blocking`, figures of an accelerator are right on the CPU when the copies have
+        arrived: record an event, and wait for it.
+        """
+
+        def moved(figure: Tensor) -> Tensor:
+            return figure.to(device, non_blocking=non_blocking)
+
+        groups = {name: GroupFigures(*map(moved, group)) for name, group in self.figures.items()}
+        tensors = [each._replace(norms=moved(each.norms)) for each in self.tensors]
+        return replace(self, figures=groups, total=moved(self.total), tensors=tensors)
+
     def converted(self) -> Report:
         """With all figures as they are shown, each a tensor that stays the same."""
         groups = {

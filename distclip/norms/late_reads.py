@@ -52,12 +52,8 @@ class LateReads:
             return None
         if numbers.is_cpu:
             return Late(_listed(numbers), about)
-        device_module: Any = torch.get_device_module(numbers.device.type)
-        event = device_module.Event() if hasattr(device_module, "Event") else None
-        copy = numbers.to("cpu", non_blocking=event is not None)
-        if event is not None:
-            with as_current(numbers.device):  # an event is recorded on the current device
-                event.record()
+        copy = numbers.to("cpu", non_blocking=has_events(numbers.device))
+        event = recorded_event(numbers.device)
         self._in_flight.append(_Copy(event, copy, about))
         if len(self._in_flight) <= _LAG:
             return None
@@ -65,6 +61,21 @@ class LateReads:
         if earlier.event is not None:
             earlier.event.synchronize()
         return Late(_listed(earlier.numbers), earlier.about)
+
+
+def has_events(device: torch.device) -> bool:
+    """Whether the host can find out that a copy from there has arrived."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device.type), "Event")
+
+
+def recorded_event(device: torch.device) -> Any:
+    """An event after all that the current stream of an accelerator has to do; else None."""
+    if not has_events(device):
+        return None
+    event = torch.get_device_module(device.type).Event()
+    with as_current(device):  # an event is recorded on the current device
+        event.record()
+    return event
 
 
 def _listed(numbers: Tensor) -> list[float]:

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": API,
     "functional": API | {"api"},
     "parity": BOTTOM | {"sharding", "policies", "clipper", "api"},
+    "monitoring": BOTTOM | {"sharding", "policies", "norms", "report"},
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
@@ -53,7 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
 # What is not torch, the standard library or distclip -> where it may be imported.
 THIRD_PARTY: dict[str, set[str]] = {
-    **{name: {"kernels"} for name in ("triton", "numba", "llvmlite", "numpy")},
+    **{name: {"kernels"} for name in ("triton", "numba", "llvmlite")},
+    "numpy": {"kernels", "monitoring"},
+    **{name: {"monitoring"} for name in ("matplotlib", "bokeh", "jinja2", "tensorboard", "wandb")},
     **{
         name: {"adapters"}
         for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]

@@ -1,0 +1,317 @@
+"""Each step's report as a line of JSON, without a wait for the device."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distclip.arguments import kind_of, shown
+from distclip.monitoring.lines import FILE_NAME, FORMAT, RESERVED, line_of
+from distclip.norms.late_reads import recorded_event
+from distclip.report import Report
+from distclip.sharding.local_tensors import is_dtensor
+from distclip.torch_private import has_values
+
+_MOST_PENDING = 16  # steps; the host is rarely so far ahead of an accelerator
+_STEP = re.compile(rb'\{"step": (\d+), .*\}\n')
+_AFTER = re.compile(rb'^\{"history": .*"after": (\d+)\}\n')
+
+
+class Writer(Protocol):
+    """Where a `History` also writes each row, such as TensorBoard."""
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Writes one row: plain numbers, with "groups" and "tensor_norms" as dicts of them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Pending(NamedTuple):
+    step: int
+    report: Report
+    values: dict[str, Any]
+    events: Sequence[Any]
+
+    def has_arrived(self) -> bool:
+        return all(event.query() for event in self.events)
+
+
+class History:
+    """Appends what happened in each step to `history.jsonl` in a folder.
+
+    Rank 0 writes; on other ranks every call checks its arguments and does nothing else. Figures on
+    an accelerator are copied without a wait, and their row is written in a later call, when they
+    have arrived. `close` writes the last ones; so does the end of the program. On a CPU each row is
+    handed to the system at once: `kill -9` loses no earlier step, and at most cuts the last line.
+
+    A file that exists is continued, on a copy that takes its place: a process of an earlier start
+    that still runs writes no more into it. Where the steps go back, as after a resume from a
+    checkpoint, readers take the later rows.
+
+    Training goes on where a row cannot be written, as on a full disk: one warning says so, and no
+    later row is written.
+
+    Args:
+        folder: made where it does not exist.
+        after: the step that this run goes on after, such as that of the checkpoint; 0 for a run
+            that starts anew in a used folder. Readers leave out later rows of earlier starts.
+        writers: where each row goes too: `distclip.monitoring.TensorBoardWriter` or `WandbWriter`.
+
+    Attributes:
+        path: of the file.
+        failure: why a row could not be written, or None.
+
+    Raises:
+        ValueError: `history.jsonl` is there and was not written by this class (on rank 0).
+        OSError: the folder or the file cannot be made (on rank 0).
+
+    Example:
+        >>> import tempfile, torch, distclip
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> clipper = distclip.Clipper([weight], distclip.ClipNorm(1.0))
+        >>> with distclip.History(tempfile.mkdtemp()) as history:
+        ...     for step in range(1, 4):
+        ...         weight.grad = torch.tensor([0.0, float(step)])
+        ...         history.append(clipper.clip_(), step=step, lr=0.1)
+        >>> print(history.path.read_text().splitlines()[-1])  # doctest: +ELLIPSIS
+        {"step": 3, "total_norm": 3.0, "limit": 1.0, "coefficient": 0.33..., "clipped": true, ...
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        after: int | None = None,
+        writers: Iterable[Writer] = (),
+    ) -> None:
+        self.path = Path(folder) / FILE_NAME
+        self.failure: str | None = None
+        self._writers = list(writers)
+        self._pending: deque[_Pending] = deque()
+        self._last_step = 0 if after is None else _as_step("after", after)
+        self._file: int | None = None
+        if not _is_rank_0():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        last_step = _take_over(self.path, _header(after))
+        self._last_step = last_step if after is None else self._last_step
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        atexit.register(self.close)
+
+    def append(
+        self,
+        report: Report,
+        step: int | None = None,
+        *,
+        nonfinite_parameters: Mapping[str, Sequence[int]] | None = None,
+        **values: float | bool | str | Tensor,
+    ) -> None:
+        """Adds the row of one step. No collective, and no wait for the device.
+
+        Args:
+            report: of the step; with the norm of every tensor where it has them.
+            step: None for the one after the last.
+            nonfinite_parameters: what `report.nonfinite_parameters()` said: who caused a NaN. That
+                call is a collective where the norm is not finite, so this one does not make it.
+            values: anything else: numbers, strings, and tensors of one element, on any device, such
+                as `loss=loss.detach()`. A tensor that is written in place meanwhile keeps the
+                number that it had.
+
+        Raises:
+            TypeError, ValueError: something that cannot be written, on every rank.
+        """
+        if not isinstance(report, Report):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"cannot append {shown(report)} to a history: it is {kind_of(report)}. Pass the "
+                f"report that `clip_` or `step` returned."
+            )
+        for name, value in values.items():
+            _check_value(name, value)
+        step = self._last_step + 1 if step is None else _as_step("step", step)
+        self._last_step = step
+        if self._file is None or not has_values(report.total):
+            return
+        if nonfinite_parameters:
+            ranks = {name: list(each) for name, each in nonfinite_parameters.items()}
+            values["nonfinite_parameters"] = ranks  # pyright: ignore[reportArgumentType]
+        self._pending.append(_copied(step, report, values))
+        while self._pending and (
+            len(self._pending) > _MOST_PENDING or self._pending[0].has_arrived()
+        ):
+            self._write(self._pending.popleft())
+
+    def flush(self) -> None:
+        """Writes every row that was appended. Waits for the device."""
+        while self._pending:
+            self._write(self._pending.popleft())
+
+    def close(self) -> None:
+        """Writes every row that was appended, and closes the file and the writers."""
+        if self._file is None:
+            return
+        atexit.unregister(self.close)
+        try:
+            self.flush()
+        finally:
+            os.close(self._file)
+            self._file = None
+            for writer in self._writers:
+                writer.close()
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, pending: _Pending) -> None:
+        if self.failure is not None or self._file is None:
+            return
+        for event in pending.events:
+            event.synchronize()
+        row = _row(pending)
+        try:
+            _write_whole(self._file, line_of(row))
+            removed = os.fstat(self._file).st_nlink == 0
+        except OSError as error:
+            self._fail(f"{self.path} cannot be written: {error.strerror or error}")
+            return
+        if removed:
+            self._fail(f"{self.path} was removed, or belongs to a later start of this run")
+            return
+        for writer in [*self._writers]:
+            try:
+                writer.write(pending.step, row)
+            except Exception as error:  # rank 0 alone must not end while the others wait for it
+                self._writers.remove(writer)
+                name, why = type(writer).__name__, f"{type(error).__name__}: {error}"
+                self._warn(f"{name} failed in step {pending.step}: {why}")
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        self._warn(why)
+
+    def _warn(self, why: str) -> None:
+        warnings.warn(f"{why}. Training goes on, and no later row is written to it.", stacklevel=5)
+
+
+def _is_rank_0() -> bool:
+    # torchrun says so before there is a process group.
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+def _header(after: int | None) -> bytes:
+    from distclip import __version__
+
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    header: dict[str, Any] = {"history": FORMAT, "distclip": __version__, "started": started}
+    return line_of(header if after is None else header | {"after": after})
+
+
+def _take_over(path: Path, header: bytes) -> int:
+    """Puts a copy in the file's place, with the header of this start; the last step in it.
+
+    The copy leaves out a last line that a kill has cut.
+    """
+    temporary = path.with_suffix(".tmp")
+    last_step = 0
+    with temporary.open("wb") as copy:
+        if path.exists():
+            with path.open("rb") as file:
+                for i, line in enumerate(file):
+                    if i == 0:
+                        _check_own(path, line)
+                    if not line.endswith(b"\n"):
+                        break
+                    copy.write(line)
+                    if found := _STEP.match(line) or _AFTER.search(line):
+                        last_step = int(found[1])
+        copy.write(header)
+    temporary.replace(path)
+    return last_step
+
+
+def _check_own(path: Path, first_line: bytes) -> None:
+    if not first_line.startswith((b'{"history":', b'{"step":')):
+        raise ValueError(
+            f"cannot append to {path}: it was not written by distclip.History, and its rows would "
+            f"be mixed with others. Choose another folder, or move the file."
+        )
+
+
+def _copied(step: int, report: Report, values: dict[str, Any]) -> _Pending:
+    """Everything on its way to the host."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    devices = {report.total.device, *(tensor.device for tensor in tensors.values())}
+    report = report.to("cpu", non_blocking=True)
+    for name, tensor in tensors.items():
+        # A CPU's tensor would change with the next loss that is written into it.
+        values[name] = tensor.item() if tensor.is_cpu else _to_host(tensor)
+    events = [event for device in devices if (event := recorded_event(device)) is not None]
+    return _Pending(step, report, values, events)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", non_blocking=True)
+
+
+def _row(pending: _Pending) -> dict[str, Any]:
+    report = pending.report
+    row: dict[str, Any] = {"step": pending.step, **report.to_dict()}
+    row |= {
+        name: value.item() if isinstance(value, Tensor) else value
+        for name, value in pending.values.items()
+    }
+    if len(report.figures) > 1:
+        figures = {"norm": report.norms, "limit": report.limits, "coefficient": report.coefficients}
+        row["groups"] = {
+            group: {name: float(each[group]) for name, each in figures.items()}
+            for group in report.figures
+        }
+    if tensor_norms := report.tensor_norms():
+        row["tensor_norms"] = tensor_norms
+    return row
+
+
+def _write_whole(file: int, line: bytes) -> None:
+    while line:
+        line = line[os.write(file, line) :]
+
+
+def _as_step(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(
+        f"cannot write a history with {name}={shown(value)}: steps are counted in whole numbers "
+        f"from 0. Pass an int."
+    )
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name in RESERVED:
+        raise ValueError(
+            f"cannot append {name}={shown(value)} to a history: that is a figure of the report. "
+            f"Choose another name."
+        )
+    if isinstance(value, Tensor):
+        writable = value.numel() == 1 and not value.is_complex() and not is_dtensor(value)
+    else:
+        writable = isinstance(value, str | bool | Real)
+    if not writable:
+        raise TypeError(
+            f"cannot append {name}={shown(value)} to a history: it is {kind_of(value)}. Pass a "
+            f"number, a string, or a plain tensor of one element, such as `loss.detach()`; of a "
+            f"DTensor, `loss.full_tensor()` on all ranks."
+        )
