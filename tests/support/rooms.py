@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
 # What is not torch, the standard library or distclip -> where it may be imported.
 THIRD_PARTY: dict[str, set[str]] = {
-    **{name: {"kernels"} for name in ("triton", "numba", "llvmlite", "numpy")},
+    **{name: {"kernels", "cli"} for name in ("triton", "numba", "llvmlite", "numpy")},
     **{
         name: {"adapters"}
         for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]
@@ -77,8 +77,8 @@ LOCAL = {
 }
 # A part of torch.distributed -> where it may be named.
 TORCH: dict[str, set[str]] = {
-    "torch.distributed.tensor": {"sharding", "torch_private"},
-    "torch.distributed.fsdp": {"sharding"},
+    "torch.distributed.tensor": {"sharding", "torch_private", "cli.doctor.ranks"},
+    "torch.distributed.fsdp": {"sharding", "cli.doctor.ranks"},
 }
 
 # Calls that make ranks communicate -> where they may be made; during a step only in `norms.reduce`,
@@ -90,6 +90,7 @@ AT_SETUP = """all_gather all_gather_object gather_object broadcast_object_list
 CALLS: dict[str, set[str]] = {
     **{name: {"norms.reduce", "sharding.rank_group"} for name in EACH_STEP.split()},
     **{name: {"sharding", "norms.reduce", "norms.verify", "adapters"} for name in AT_SETUP.split()},
+    "all_reduce": {"norms.reduce", "sharding.rank_group", "cli.doctor.ranks"},  # tries one
     "redistribute": {"sharding"},  # a Partial gradient, once, before it is measured
 }
 # Names that tensors and strings have too: a collective only where they come from torch.distributed.
