@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from distclip.cli.doctor.finding import Finding
 
 _GRACE_S = 3.0  # for a process to end by itself at its limit, and for the other ranks of a call
+_NUMBERS = count()  # of files in which processes write where they hang
 _PRELOAD = ["distclip", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 
 
@@ -71,8 +72,7 @@ def run_apart(checks: Sequence[Check], timeout: float) -> Iterator[tuple[Check, 
             while waiting or running:
                 while waiting and len(running) < at_once:
                     check = waiting.pop(0)
-                    logs = (Path(folder, f"{check.name}.{i}") for i in count())
-                    group = [_start(*one, timeout) for one in zip(check.calls, logs)]
+                    group = [_start(call, Path(folder), timeout) for call in check.calls]
                     running.append((check, group))
                 _listen([one for _, group in running for one in group])
                 for check, group in [*running]:
@@ -85,11 +85,12 @@ def run_apart(checks: Sequence[Check], timeout: float) -> Iterator[tuple[Check, 
                 _kill(one.process)
 
 
-def _start(call: Call, log: Path, timeout: float) -> _Running:
+def _start(call: Call, folder: Path, timeout: float) -> _Running:
     context = get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOAD)  # torch is imported once for all processes
     ours, theirs = context.Pipe(duplex=False)
+    log = folder / str(next(_NUMBERS))
     args = (call, dict(os.environ), str(log), timeout, theirs)
     process = context.Process(target=_serve, args=args, daemon=True)
     process.start()

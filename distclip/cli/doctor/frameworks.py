@@ -27,9 +27,9 @@ _SECTION = "frameworks"
 
 def checks() -> Iterator[Check]:
     """One for each framework that is installed."""
-    for framework in MODULES:
+    for framework, modules in MODULES.items():
         if _installed(framework):
-            call = Call(try_import, (MODULES[framework],))
+            call = Call(try_import, (modules,))
             yield Check(framework.name, [call], partial(findings, framework))
 
 

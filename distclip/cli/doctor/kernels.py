@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,9 @@ def clip_error(device: torch.device) -> float:
         norm = distclip.clip_grad_norm_(params, LIMIT)
         clipped = torch.cat([_grad(param).cpu().double().flatten() for param in params])
         rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-        errors.append(_relative(norm.cpu().double(), whole.norm()))
-        errors.append(max(0.0, _relative(clipped, whole * LIMIT / whole.norm()) - rounding))
+        right = whole * LIMIT / _length(whole)
+        errors.append(abs(norm.item() / _length(whole) - 1))
+        errors.append(max(0.0, _relative(clipped, right) - rounding))
     return max(errors)
 
 
@@ -100,7 +103,11 @@ def _grad(param: Tensor) -> Tensor:
 
 
 def _relative(found: Tensor, right: Tensor) -> float:
-    return float((found - right).norm() / right.norm())
+    return _length(found - right) / _length(right)
+
+
+def _length(tensor: Tensor) -> float:
+    return math.sqrt(tensor.square().sum().item())
 
 
 def _device_name(kind: str, index: int) -> str:
@@ -131,13 +138,11 @@ def _triton(kind: str | None) -> Finding:
         found, advice = "not installed: clipping on CUDA is slower", "pip install triton"
         return line._replace(status="warning", found=found, advice=advice)
     try:
-        import triton
-
         from distclip.kernels import cuda
 
         tensors = [tensor.cuda() for tensor in gradients()]
         return judged(
-            line._replace(status="ok", found=triton.__version__), _kernel_error(cuda, tensors)
+            line._replace(status="ok", found=version("triton")), _kernel_error(cuda, tensors)
         )
     except Exception as error:  # of any kind, from a compiler
         advice = "install a C compiler and the Python headers, or another triton for this torch"
@@ -150,11 +155,9 @@ def numba() -> Iterator[Finding]:
     if find_spec("numba") is None:
         yield line._replace(advice="pip install numba numpy")
         return
-    import numba as compiler
-
     from distclip.kernels import cpu_numba
 
-    found = line._replace(status="ok", found=compiler.__version__)
+    found = line._replace(status="ok", found=version("numba"))
     yield judged(found, _kernel_error(cpu_numba, gradients()))
 
 

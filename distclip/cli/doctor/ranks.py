@@ -128,7 +128,8 @@ def _ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def _fsdp1(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel(model, mesh.get_group(), use_orig_params=True)
+    device = next(model.parameters()).device  # torch asks for it on a CPU
+    return FullyShardedDataParallel(model, mesh.get_group(), device_id=device, use_orig_params=True)
 
 
 def _fsdp2(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -136,7 +137,8 @@ def _fsdp2(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     for layer in model.children():
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _dtensor(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
