@@ -107,7 +107,7 @@ class Doctor:
         checks = [
             ranks.check("gloo", f"{folder}/gloo", self.timeout),
             *kernels.checks(),
-            *frameworks.checks(),
+            *frameworks.checks(f"{folder}/deepspeed"),
         ]
         found = [*versions.findings(), *ranks.backends(), *frameworks.absent()]
         found += self._run(checks)

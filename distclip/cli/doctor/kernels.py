@@ -87,8 +87,13 @@ def clip_error(device: torch.device) -> float:
         rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
         right = whole * LIMIT / _length(whole)
         errors.append(abs(norm.item() / _length(whole) - 1))
-        errors.append(max(0.0, _relative(clipped, right) - rounding))
-    return max(errors)
+        errors.append(_relative(clipped, right) - rounding)
+    return worst(errors)
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest; NaN if one is, which `max` may lose."""
+    return torch.tensor(errors, dtype=torch.float64).amax().item()
 
 
 def gradients() -> list[Tensor]:
@@ -171,4 +176,4 @@ def _kernel_error(kernels: Any, tensors: Sequence[Tensor]) -> float:
     kernels.scale_(tensors, torch.tensor(0.3, dtype=torch.float64, device=found.device))
     scaled = torch.cat([tensor.cpu().double() for tensor in tensors])
     right = whole.square().sum()
-    return max(_relative(found.cpu(), right), _relative(scaled, 0.3 * whole))
+    return worst([_relative(found.cpu(), right), _relative(scaled, 0.3 * whole)])

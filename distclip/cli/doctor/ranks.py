@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import distclip
 from distclip.cli.doctor.apart import Answer, Call, Check, in_words
 from distclip.cli.doctor.finding import Finding
-from distclip.cli.doctor.kernels import LIMIT
+from distclip.cli.doctor.kernels import LIMIT, worst
 
 BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 _SIZE = 2
-_TOLERANCE = 1e-4  # the gradients are those of float32 on ranks and of float64 in one process
+TOLERANCE = 1e-4  # the gradients are those of float32 on ranks and of float64 in one process
 _ALL_REDUCE = "all-reduce"
 _BACKENDS = "backends"
 
@@ -101,23 +101,23 @@ def clip_error(wrapper: Wrapper, mesh: DeviceMesh, rank: int) -> float:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 8))
     batch = torch.randn(16, 24)
-    right = _norm_in_one_process(model, batch)
+    right = norm_in_one_process(model, batch)
     wrapped = wrapper.wrap(model.to(mesh.device_type), mesh)
     part = batch if wrapper.shares_batch else batch.chunk(_SIZE)[rank]
-    _loss(wrapped, part.to(mesh.device_type)).backward()
+    loss(wrapped, part.to(mesh.device_type)).backward()
     norm = distclip.clip_grad_norm_(wrapped, LIMIT).item()
     left = distclip.get_total_norm(wrapped).item()
-    return max(abs(norm / right - 1), abs(left / LIMIT - 1))
+    return worst([abs(norm / right - 1), abs(left / LIMIT - 1)])
 
 
-def _norm_in_one_process(model: nn.Module, batch: Tensor) -> float:
+def norm_in_one_process(model: nn.Module, batch: Tensor) -> float:
     """The norm of the same gradients, in float64, without a word of distclip."""
     whole = copy.deepcopy(model).double()
-    grads = torch.autograd.grad(_loss(whole, batch.double()), list(whole.parameters()))
+    grads = torch.autograd.grad(loss(whole, batch.double()), list(whole.parameters()))
     return math.sqrt(sum(grad.square().sum().item() for grad in grads))
 
 
-def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return 100 * model(batch).square().mean()  # times 100: a norm far above the limit
 
 
@@ -176,7 +176,7 @@ def findings(backend: str, answers: list[Answer]) -> Iterator[Finding]:
 
 
 def _finding(line: Finding, stages: list[Stage]) -> Finding:
-    error = max(stage.error for stage in stages)
+    error = worst([stage.error for stage in stages])
     if raised := next((stage.raised for stage in stages if stage.raised), ""):
         if raised.startswith(("ImportError", "ModuleNotFoundError")):
             return line._replace(status="absent", found=f"this torch has none: {raised}")
@@ -186,7 +186,7 @@ def _finding(line: Finding, stages: list[Stage]) -> Finding:
         right = error == 0
         found = "right" if right else f"the sum is wrong by {error:g}"
     else:
-        right = error <= _TOLERANCE
+        right = error <= TOLERANCE
         found = f"clips to within {error:.0e} of float64"
     if right:
         return line._replace(found=found)
