@@ -168,7 +168,11 @@ def _serve(call: Call, env: dict[str, str], log: str, timeout: float, pipe: Conn
     """The main function of a process."""
     os.environ.clear()  # of the process that forks, which may be older than a setting
     os.environ.update(env)
-    with open(log, "w") as file:  # what libraries print is for nobody
+    try:
+        file = open(log, "w")
+    except OSError:  # its folder is gone, and so is the command
+        os._exit(1)
+    with file:  # what libraries print is for nobody
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         faulthandler.dump_traceback_later(timeout, exit=True, file=file)
