@@ -87,7 +87,7 @@ class Doctor:
     something that distclip needs cannot be used.
     """
 
-    timeout: float = 60.0
+    timeout: float = 120.0
     """Seconds after which a check that gives no answer counts as failed."""
     json: bool = False
     """Print one JSON object and nothing else."""

@@ -40,6 +40,11 @@ class Answer:
     values: list[Any] = field(default_factory=list[Any])
     error: str = ""
 
+    def advice(self, other: str) -> str:
+        """`other`, unless time may be all that was missing."""
+        late = self.error.startswith("no answer")
+        return f"try again with a longer --timeout; then {other}" if late else other
+
 
 class Check(NamedTuple):
     """Calls that start together, because they may wait for each other, and what they tell."""
@@ -169,16 +174,15 @@ def _serve(call: Call, env: dict[str, str], log: str, timeout: float, pipe: Conn
     os.environ.clear()  # of the process that forks, which may be older than a setting
     os.environ.update(env)
     try:
-        file = open(log, "w")
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     except OSError:  # its folder is gone, and so is the command
         os._exit(1)
-    with file:  # what libraries print is for nobody
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        faulthandler.dump_traceback_later(timeout, exit=True, file=file)
-        pipe.send(("ended", _run(call, pipe)))
-        pipe.close()
-        os._exit(0)  # without destructors, which may wait for other ranks
+    os.dup2(descriptor, 1)  # what libraries print is for nobody
+    os.dup2(descriptor, 2)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=descriptor)
+    pipe.send(("ended", _run(call, pipe)))
+    pipe.close()
+    os._exit(0)  # without destructors, which may wait for other ranks
 
 
 def _run(call: Call, pipe: Connection) -> str:

@@ -98,7 +98,7 @@ def findings(framework: Framework, answers: list[Answer]) -> Iterator[Finding]:
         again = _install(framework).replace("install", "install --force-reinstall", 1)
         advice = f'{again}; python -c "import {MODULES[framework][0]}" shows all of an import error'
         text = f"{found} cannot be used: {answer.error}"
-        yield finding._replace(status="unusable", found=text, advice=advice)
+        yield finding._replace(status="unusable", found=text, advice=answer.advice(advice))
     elif is_between(found, framework.lowest, framework.highest):
         yield finding
     else:

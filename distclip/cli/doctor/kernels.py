@@ -38,7 +38,7 @@ def _findings(failed: Finding, answers: list[Answer]) -> Iterator[Finding]:
     for answer in answers:
         yield from answer.values
         if answer.error:
-            yield failed._replace(found=answer.error)
+            yield failed._replace(found=answer.error, advice=answer.advice(failed.advice))
 
 
 def devices() -> Iterator[Finding]:
