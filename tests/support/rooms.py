@@ -104,6 +104,7 @@ FRAMEWORK_PRIVATE: dict[str, set[str]] = {
         *("_config", "_get_sub_group_process_group", "_param_dict", "_wait_for_offload_copies"),
     },
     "adapters.lightning": {"_forward_module"},
+    "cli.doctor.apart": {"_exit"},  # of `os`: it is public, in spite of its name
     "adapters.transformers.callback": {"_clip_grad_norm", "_get_grad_norm"},
 }
 

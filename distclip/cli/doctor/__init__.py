@@ -55,8 +55,8 @@ class Findings:
 
     def _conclusion(self) -> Text:
         if self.failed:
-            names = ", ".join(dict.fromkeys(f"{one.section}: {one.name}" for one in self.failed))
-            return Text(f"distclip needs this, and cannot use it here: {names}.", "bold red")
+            names = ", ".join(dict.fromkeys(one.section for one in self.failed))
+            return Text(f"Something that distclip needs does not work here: {names}.", "bold red")
         counts = Counter(one.status for one in self.findings)
         text = "What distclip needs works here"
         others = [

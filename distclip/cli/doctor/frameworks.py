@@ -65,7 +65,7 @@ def try_deepspeed(store: str) -> Iterator[str]:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    deepspeed: Any = import_module("deepspeed")
+    deepspeed: Any = import_module(known.DEEPSPEED.name)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
     accelerator = deepspeed.accelerator.get_accelerator()
     backend = "gloo" if accelerator.device_name() == "cpu" else "nccl"

@@ -203,7 +203,7 @@ def _why(answers: list[Answer]) -> str:
 
 def _advice(backend: str) -> str:
     names = [name for _, name in socket.if_nameindex()]
-    variable = f"{backend.upper()}_SOCKET_IFNAME"
+    variable = "_".join([backend.upper(), "SOCKET_IFNAME"])
     here = f"here: {', '.join(names)}"
     if (value := os.environ.get(variable)) and not set(value.split(",")) <= set(names):
         return f"unset {variable}={value}, or name an interface that exists ({here})"
