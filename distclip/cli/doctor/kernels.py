@@ -43,7 +43,8 @@ def _findings(failed: Finding, answers: list[Answer]) -> Iterator[Finding]:
 
 def devices() -> Iterator[Finding]:
     """Clips on the CPU and on each accelerator; Triton's kernels where there is CUDA."""
-    yield _tried_device("CPU", "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}")
+    threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    yield _tried_device("CPU", "cpu", threads)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         yield _no_accelerator()
