@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -250,6 +251,11 @@ def test_an_error_against_float64_is_not_usable(monkeypatch: pytest.MonkeyPatch)
         [cpu, *_] = kernels.devices()
         assert (cpu.status, cpu.needed) == ("unusable", True)
         assert "do not train with it" in cpu.advice
+
+
+@pytest.mark.parametrize("errors", [[float("nan"), 1.0], [1.0, float("nan")]])
+def test_nan_is_the_worst_error(errors: list[float]) -> None:
+    assert math.isnan(kernels.worst(errors))
 
 
 def test_gradients_that_were_not_clipped_are_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
