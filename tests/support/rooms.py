@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
-    "cli": API | {PUBLIC, "api", "adapters", "monitoring"},
+    "cli": API | {PUBLIC, "version", "api", "adapters", "monitoring"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
