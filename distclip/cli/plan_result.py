@@ -1,0 +1,158 @@
+"""What `distclip plan` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from distclip.cli.planned_ranks import PlannedRank, PlannedRanks
+from distclip.cli.tensor_rows import Row, tensor_rows
+
+FLOAT64_BYTES = 8
+AXES = (
+    "shard: ranks along the axis have different elements; copy: the same ones, which the rank at "
+    "index 0 counts."
+)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """The plan of a model on a mesh."""
+
+    model: str
+    mesh: Mapping[str, int]
+    planned: PlannedRanks
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it; "tensors" stand under the ranks that were simulated, one for each stage."""
+        messages = self.planned.messages
+        return {
+            "model": self.model,
+            "mesh": dict(self.mesh),
+            "ranks": prod(self.mesh.values()),
+            "elements": self.elements,
+            "policies": self.planned.policies,
+            "each_step": {
+                "all_reduces": 1 if messages.numbers else 0,
+                "all_gathers": messages.all_gathers,
+                "float64": messages.numbers,
+                "bytes": messages.numbers * FLOAT64_BYTES,
+                "bytes_with_tensor_norms": self._bytes_with_tensor_norms(),
+                "over": messages.axes,
+            },
+            "at_construction": messages.at_construction,
+            "rank": _without_tensors(self.planned.rank),
+            "stages": [stage.to_dict() for stage in self.planned.stages],
+        }
+
+    @property
+    def elements(self) -> int:
+        """Of the whole model, all pipeline stages together."""
+        return sum(stage.elements for stage in self.planned.stages)
+
+    def __rich__(self) -> RenderableType:
+        stages = self.planned.stages
+        axes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        title = f"{self.model}: {self.elements:,} elements on {axes} ranks"
+        of_stages = [_stages(stages)] if len(stages) > 1 else []
+        sentences = [self._rank(), self._each_step(), *self._setup()]
+        return Group(Text(title), self._tensors(), *of_stages, *map(Text, [AXES, *sentences]))
+
+    def _bytes_with_tensor_norms(self) -> int | None:
+        numbers = self.planned.messages.numbers_with_tensor_norms
+        return None if numbers is None else numbers * FLOAT64_BYTES
+
+    def _tensors(self) -> Table:
+        rows, rank = tensor_rows(self.planned.stages), self.planned.rank.rank
+        axes = self._axes(rows)
+        group = ["group"] if len(self.planned.policies) > 1 else []
+        titles = [f"{axis}={self.mesh[axis]}" if axis in self.mesh else axis for axis in axes]
+        table = _table(
+            [*group, "tensor", *titles], ["number", "elements", f"on rank {rank}", "counted"]
+        )
+        for row in rows:
+            words = [row.first.group, row.name] if group else [row.name]
+            numbers = row.elements, row.held_by(rank), row.counted_by(rank)
+            cells = [*words, *(self._cell(row, axis) for axis in axes)]
+            table.add_row(*map(Text, [*cells, f"{len(row.tensors):,}", *map(_number, numbers)]))
+        return table
+
+    def _axes(self, rows: Sequence[Row]) -> list[str]:
+        """Those of the mesh that have several ranks, then those of other meshes."""
+        layouts = (row.first.sharded_over + row.first.copied_over for row in rows)
+        others = {axis for axes in layouts for axis in axes} - set(self.mesh)
+        return [*(axis for axis, size in self.mesh.items() if size > 1), *sorted(others)]
+
+    def _cell(self, row: Row, axis: str) -> str:
+        if axis in self.planned.rank.stage:
+            return row.indices(axis)
+        if axis in row.first.sharded_over:
+            return "shard"
+        if axis in row.first.copied_over:
+            return "declared" if row.first.declared else "copy"
+        return ""
+
+    def _rank(self) -> str:
+        rank = self.planned.rank
+        at = ", ".join(f"{axis}={index}" for axis, index in rank.coordinate.items())
+        weights = f" and {rank.weight_bytes:,} of weights" if rank.weight_bytes else ""
+        return (
+            f"Rank {rank.rank} ({at}): has {rank.held:,} elements of {len(rank.tensors):,} tensors, "
+            f"and counts {rank.counted:,}. Each step reads {rank.gradient_bytes:,} bytes of "
+            f"gradients{weights}."
+        )
+
+    def _each_step(self) -> str:
+        messages = self.planned.messages
+        if not messages.numbers:
+            return "Each step: no collective, because no rank has elements that another lacks."
+        axes = " x ".join(f"{axis}={size}" for axis, size in messages.axes.items())
+        size = f"{messages.numbers:,} float64 ({messages.numbers * FLOAT64_BYTES:,} bytes)"
+        if (with_norms := self._bytes_with_tensor_norms()) is not None:
+            size += f", with the norm of every tensor {with_norms:,} bytes,"
+        gathers = f", and {messages.all_gathers} all-gathers" if messages.all_gathers else ""
+        return (
+            f"Each step: one all-reduce of {size} over {messages.ranks:,} ranks ({axes}){gathers}."
+        )
+
+    def _setup(self) -> Iterator[str]:
+        for group, policy in self.planned.policies.items():
+            yield f"Policy of {group}: {policy}"
+        texts = self.planned.messages.at_construction
+        yield "When the Clipper is made: " + ("; ".join(texts) or "no collective") + "."
+
+
+def _without_tensors(rank: PlannedRank) -> dict[str, Any]:
+    return {name: value for name, value in rank.to_dict().items() if name != "tensors"}
+
+
+def _stages(stages: Sequence[PlannedRank]) -> Table:
+    table = _table(
+        ["stage", "rank"], ["tensors", "elements", "on the rank", "counted", "bytes read"]
+    )
+    for stage in stages:
+        at = ", ".join(f"{axis}={index}" for axis, index in stage.stage.items())
+        read = stage.gradient_bytes + stage.weight_bytes
+        numbers = len(stage.tensors), stage.elements, stage.held, stage.counted, read
+        table.add_row(at, str(stage.rank), *map(_number, numbers))
+    return table
+
+
+def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in words:
+        table.add_column(title, overflow="fold")
+    for title in numbers:
+        table.add_column(title, justify="right", overflow="fold")
+    return table
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
