@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distclip.cli.planned_ranks import PlannedRank, PlannedRanks
-from distclip.cli.tensor_rows import Row, tensor_rows
+from distclip.cli.plan.ranks import PlannedRank, PlannedRanks
+from distclip.cli.plan.rows import Row, tensor_rows
 
 FLOAT64_BYTES = 8
 AXES = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distclip.cli.console import UserError
 
 if TYPE_CHECKING:
-    from distclip.cli.plan_result import PlanResult
+    from distclip.cli.plan.result import PlanResult
 
 MAX_RANKS = 2**20  # a mesh of so many takes torch four seconds to make
 
@@ -58,9 +58,9 @@ class Plan:
             UserError: an option cannot be used, or the model cannot be made or planned.
         """
         mesh = read_mesh(self.mesh)
-        from distclip.cli.plan_result import PlanResult
-        from distclip.cli.planned_ranks import Request, plan_ranks
-        from distclip.cli.users_model import load_function
+        from distclip.cli.plan.result import PlanResult
+        from distclip.cli.plan.ranks import Request, plan_ranks
+        from distclip.cli.plan.users_model import load_function
 
         policy = None if self.policy is None else _policy(self.policy)
         request = Request(self.model, load_function(self.model), mesh, policy, self.tensor_norms)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distclip.cli.console import UserError, progress
-from distclip.cli.planned_messages import Messages, planned_messages, with_all_slots
-from distclip.cli.users_model import Function, Made, make_model, users_code
+from distclip.cli.plan.messages import Messages, planned_messages, with_all_slots
+from distclip.cli.plan.users_model import Function, Made, make_model, users_code
 from distclip.clipper import Clipper
 from distclip.norms.plan import Plan
 from distclip.policies import ClipNorm, Policy
