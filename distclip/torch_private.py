@@ -7,7 +7,7 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from operator import attrgetter
@@ -175,7 +175,7 @@ def local_shape_and_offset(
 
 
 @contextmanager
-def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
+def simulated_rank(rank: int, world_size: int) -> Generator[None]:
     """This process as one rank of many: under torch's fake process group collectives do nothing."""
     from torch.distributed.tensor import debug
     from torch.testing._internal.distributed.fake_pg import FakeStore

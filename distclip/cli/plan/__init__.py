@@ -27,7 +27,7 @@ PolicyName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Shows which rank counts which tensors, and what a clipping step sends, for a mesh of any size.
+    """Shows which rank counts which tensors, and what is sent, for a mesh of any size.
 
     One process takes the place of one rank after the other; it needs no GPU and no memory for the
     model. The model is made once for each pipeline stage.
@@ -44,8 +44,8 @@ class Plan:
     last axis. Ranks along pp hold different parameters."""
     rank: int = 0
     """The rank whose part is shown."""
-    policy: PolicyName | None = None
-    """What the gradients are clipped by; clip-norm if omitted. Its thresholds do not matter here."""
+    policy: PolicyName = "clip-norm"
+    """What the gradients are clipped by. Its thresholds do not matter."""
     tensor_norms: bool = False
     """Also measure the norm of every tensor, as Clipper(tensor_norms=...)."""
     json: bool = False
@@ -58,15 +58,17 @@ class Plan:
             UserError: an option cannot be used, or the model cannot be made or planned.
         """
         mesh = read_mesh(self.mesh)
+        from distclip.cli.plan.ranks import plan_ranks
+        from distclip.cli.plan.records import Request
         from distclip.cli.plan.result import PlanResult
-        from distclip.cli.plan.ranks import Request, plan_ranks
-        from distclip.cli.plan.users_model import load_function
+        from distclip.cli.plan.users_code import load_function
 
-        policy = None if self.policy is None else _policy(self.policy)
-        request = Request(self.model, load_function(self.model), mesh, policy, self.tensor_norms)
+        function, policy = load_function(self.model), _policy(self.policy)
+        request = Request(self.model, function, mesh, policy, self.tensor_norms)
         if not 0 <= self.rank < request.world_size:
             raise UserError(
-                f"--rank {self.rank}: --mesh {self.mesh} has the ranks 0 to {request.world_size - 1}"
+                f"--rank {self.rank}: the ranks of --mesh {self.mesh} are 0 to "
+                f"{request.world_size - 1}"
             )
         return PlanResult(self.model, mesh, plan_ranks(request, self.rank))
 
@@ -96,16 +98,16 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 def _policy(name: PolicyName) -> Any:
-    import distclip
+    from distclip import policies
 
     made: dict[PolicyName, Any] = {
-        "clip-norm": distclip.ClipNorm(1.0),
-        "tensor-norm": distclip.ClipTensorNorm(1.0),
-        "block-rms": distclip.ClipBlockRMS(1.0),
-        "value": distclip.ClipValue(1.0),
-        "agc": distclip.AGC(),
-        "autoclip": distclip.AutoClip(),
-        "zclip": distclip.ZClip(),
-        "adagc": distclip.AdaGC(),
+        "clip-norm": policies.ClipNorm(1.0),
+        "tensor-norm": policies.ClipTensorNorm(1.0),
+        "block-rms": policies.ClipBlockRMS(1.0),
+        "value": policies.ClipValue(1.0),
+        "agc": policies.AGC(),
+        "autoclip": policies.AutoClip(),
+        "zclip": policies.ZClip(),
+        "adagc": policies.AdaGC(),
     }
     return made[name]

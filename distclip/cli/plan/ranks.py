@@ -2,118 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from distclip.cli.console import UserError, progress
 from distclip.cli.plan.messages import Messages, planned_messages, with_all_slots
-from distclip.cli.plan.users_model import Function, Made, make_model, users_code
-from distclip.clipper import Clipper
+from distclip.cli.plan.records import PlannedRank, PlannedTensor, Request
+from distclip.cli.plan.users_code import users_code
+from distclip.cli.plan.users_model import make_clipper
 from distclip.norms.plan import Plan
-from distclip.policies import ClipNorm, Policy
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
-from distclip.sharding.read import named_parameters
 from distclip.sharding.shard import FlatBlockShard, FlatShard, Shard
 from distclip.torch_private import simulated_rank
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned.
-
-    Attributes:
-        target: how the user names `function`.
-        mesh: the axes and their sizes; the last axis counts fastest.
-        policy, tensor_norms: as `Clipper` has them; None where the function makes the Clipper.
-    """
-
-    target: str
-    function: Function
-    mesh: Mapping[str, int]
-    policy: Policy[Any] | None
-    tensor_norms: bool
-
-    @property
-    def world_size(self) -> int:
-        return prod(self.mesh.values())
-
-    def coordinate(self, rank: int) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for axis, size in reversed(self.mesh.items()):
-            rank, found[axis] = divmod(rank, size)
-        return {axis: found[axis] for axis in self.mesh}
-
-    def rank_at(self, coordinate: Mapping[str, int]) -> int:
-        rank = 0
-        for axis, size in self.mesh.items():
-            rank = rank * size + coordinate[axis]
-        return rank
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the model on one rank.
-
-    Attributes:
-        elements: of the whole tensor; `held` of them are on this rank.
-        sharded_over: the axes whose ranks hold different elements of it.
-        copied_over: the axes whose ranks hold the same elements.
-        counted: whether this rank adds its elements to the total.
-        declared: a `Layout(counted=...)` says so. Else the rank at index 0 of each axis in
-            `copied_over` counts.
-    """
-
-    name: str
-    group: str
-    shape: tuple[int, ...]
-    dtype: str
-    elements: int
-    held: int
-    counted: bool
-    sharded_over: tuple[str, ...]
-    copied_over: tuple[str, ...]
-    declared: bool
-
-
-@dataclass(frozen=True)
-class PlannedRank:
-    """What one rank holds, counts and reads.
-
-    Attributes:
-        stage: its coordinate on the axes whose ranks hold different parameters.
-        gradient_bytes, weight_bytes: what one step reads to measure them.
-    """
-
-    rank: int
-    coordinate: dict[str, int]
-    stage: dict[str, int]
-    gradient_bytes: int
-    weight_bytes: int
-    tensors: list[PlannedTensor] = field(repr=False)
-
-    @property
-    def elements(self) -> int:
-        """Of the whole tensors that this rank has a part of."""
-        return sum(tensor.elements for tensor in self.tensors)
-
-    @property
-    def held(self) -> int:
-        return sum(tensor.held for tensor in self.tensors)
-
-    @property
-    def counted(self) -> int:
-        return sum(tensor.held for tensor in self.tensors if tensor.counted)
-
-    def to_dict(self) -> dict[str, Any]:
-        numbers = {"elements": self.elements, "held": self.held, "counted": self.counted}
-        return {**asdict(self), **numbers}
 
 
 @dataclass(frozen=True)
@@ -149,6 +54,8 @@ def plan_ranks(request: Request, rank: int) -> PlannedRanks:
                 found[other] = _plan(request, other)
                 advance()
     stages = [found[each].rank for each in sorted(found)]
+    if not any(stage.tensors for stage in stages):
+        raise UserError(f"--model {request.target}: its model has no parameters to clip")
     policies = {group.name: group.description for group in mine.plan.groups}
     messages = planned_messages(with_all_slots([each.plan for each in found.values()]))
     return PlannedRanks(mine.rank, stages, policies, messages)
@@ -160,46 +67,24 @@ def _plan(request: Request, rank: int) -> _Plan:
             mesh = init_device_mesh(
                 "cpu", tuple(request.mesh.values()), mesh_dim_names=tuple(request.mesh)
             )
-        made = make_model(request.function, request.target, mesh)
-        plan = _clipper(request, made, mesh).plan
+        plan = make_clipper(request, mesh).plan
         _check_coordinate(request, rank, plan)
         found = _planned_rank(request, rank, plan)
     return _Plan(plan.without_params(), found)
 
 
-def _clipper(request: Request, made: Made, mesh: DeviceMesh) -> Clipper:
-    if isinstance(made, Clipper):
-        if request.policy is not None or request.tensor_norms:
-            raise UserError(
-                f"--model {request.target}: it returned a Clipper, which has a policy and "
-                f"`tensor_norms` of its own. Leave out --policy and --tensor-norms"
-            )
-        return made
-    policy = ClipNorm(1.0) if request.policy is None else request.policy
-    parts = [made] if isinstance(made, nn.Module) else made
-    given = [named for part in parts for named in named_parameters(part)]
-    with users_code(f"cannot plan the model of {request.target}"):
-        return Clipper(
-            made if isinstance(made, nn.Module) else given,
-            policy,
-            mesh=mesh,
-            tensor_norms=request.tensor_norms,
-            modules=parts,
-        )
-
-
 def _check_coordinate(request: Request, rank: int, plan: Plan) -> None:
     """Checks that the plan's mesh is the user's; a function may make another one."""
-    mesh, expected = plan.mesh, request.coordinate(rank)
-    for axis in () if mesh is None else mesh.axes:
-        known = request.mesh.get(axis)
-        if known is None and axis not in mesh.distinct:
-            continue
-        if known != mesh.size(axis) or expected[axis] != mesh.coordinate[axis]:
+    if (mesh := plan.mesh) is None:
+        return
+    expected = request.coordinate(rank)
+    for axis in mesh.axes if mesh.axes != ("world",) else ():
+        index, size = mesh.coordinate[axis], mesh.size(axis)
+        if (index, size) != (expected.get(axis), request.mesh.get(axis)):
             raise UserError(
                 f"--model {request.target}: its model lies on another mesh, {_text(mesh)}, in "
-                f"which rank {rank} is number {mesh.coordinate[axis]} of {mesh.size(axis)} along "
-                f"{axis!r}. Give --mesh the same axes in the same order"
+                f"which rank {rank} is number {index} of {size} along {axis!r}. Give --mesh the "
+                f"same axes in the same order"
             )
 
 

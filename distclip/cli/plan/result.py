@@ -12,19 +12,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distclip.cli.plan.ranks import PlannedRank, PlannedRanks
+from distclip.cli.plan.ranks import PlannedRanks
+from distclip.cli.plan.records import PlannedRank
 from distclip.cli.plan.rows import Row, tensor_rows
 
 FLOAT64_BYTES = 8
 AXES = (
-    "shard: ranks along the axis have different elements; copy: the same ones, which the rank at "
-    "index 0 counts."
+    "shard: the ranks along an axis have different elements; copy: the same ones, which the rank "
+    "at index 0 counts. A number: the pipeline stages that have the tensors."
 )
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The plan of a model on a mesh."""
+    """The plan of a model on a mesh. model: as the user names it; mesh: sizes by axis."""
 
     model: str
     mesh: Mapping[str, int]
@@ -61,9 +62,11 @@ class PlanResult:
         stages = self.planned.stages
         axes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         title = f"{self.model}: {self.elements:,} elements on {axes} ranks"
-        of_stages = [_stages(stages)] if len(stages) > 1 else []
-        sentences = [self._rank(), self._each_step(), *self._setup()]
-        return Group(Text(title), self._tensors(), *of_stages, *map(Text, [AXES, *sentences]))
+        parts = [Text(title), self._tensors(), Text(AXES), Text(self._rank())]
+        if len(stages) > 1:
+            parts.insert(3, _stages(stages))
+        sentences = [self._each_step(), *self._policies(), *self._setup()]
+        return Group(*(Group(part, "") for part in parts), *map(Text, sentences))
 
     def _bytes_with_tensor_norms(self) -> int | None:
         numbers = self.planned.messages.numbers_with_tensor_norms
@@ -75,7 +78,7 @@ class PlanResult:
         group = ["group"] if len(self.planned.policies) > 1 else []
         titles = [f"{axis}={self.mesh[axis]}" if axis in self.mesh else axis for axis in axes]
         table = _table(
-            [*group, "tensor", *titles], ["number", "elements", f"on rank {rank}", "counted"]
+            [*group, "tensor", *titles], ["num", "elements", f"on rank {rank}", "counted"]
         )
         for row in rows:
             words = [row.first.group, row.name] if group else [row.name]
@@ -104,9 +107,9 @@ class PlanResult:
         at = ", ".join(f"{axis}={index}" for axis, index in rank.coordinate.items())
         weights = f" and {rank.weight_bytes:,} of weights" if rank.weight_bytes else ""
         return (
-            f"Rank {rank.rank} ({at}): has {rank.held:,} elements of {len(rank.tensors):,} tensors, "
-            f"and counts {rank.counted:,}. Each step reads {rank.gradient_bytes:,} bytes of "
-            f"gradients{weights}."
+            f"Rank {rank.rank} ({at}): has {rank.held:,} elements of {len(rank.tensors):,} "
+            f"tensors, and counts {rank.counted:,}. Each step reads {rank.gradient_bytes:,} bytes "
+            f"of gradients{weights}."
         )
 
     def _each_step(self) -> str:
@@ -114,19 +117,24 @@ class PlanResult:
         if not messages.numbers:
             return "Each step: no collective, because no rank has elements that another lacks."
         axes = " x ".join(f"{axis}={size}" for axis, size in messages.axes.items())
-        size = f"{messages.numbers:,} float64 ({messages.numbers * FLOAT64_BYTES:,} bytes)"
+        size = f"{messages.numbers * FLOAT64_BYTES:,} bytes"
         if (with_norms := self._bytes_with_tensor_norms()) is not None:
-            size += f", with the norm of every tensor {with_norms:,} bytes,"
+            size += f"; {with_norms:,} bytes in steps with the norm of every tensor"
         gathers = f", and {messages.all_gathers} all-gathers" if messages.all_gathers else ""
         return (
-            f"Each step: one all-reduce of {size} over {messages.ranks:,} ranks ({axes}){gathers}."
+            f"Each step: one all-reduce of {messages.numbers:,} float64 ({size}) over "
+            f"{messages.ranks:,} ranks ({axes}){gathers}."
         )
 
-    def _setup(self) -> Iterator[str]:
+    def _policies(self) -> Iterator[str]:
+        named = len(self.planned.policies) > 1
         for group, policy in self.planned.policies.items():
-            yield f"Policy of {group}: {policy}"
+            yield f"Policy of {group}: {policy}." if named else f"Policy: {policy}."
+
+    def _setup(self) -> Iterator[str]:
         texts = self.planned.messages.at_construction
-        yield "When the Clipper is made: " + ("; ".join(texts) or "no collective") + "."
+        yield "When the Clipper is made:" + ("" if texts else " no collective.")
+        yield from (f"- {text}" for text in texts)
 
 
 def _without_tensors(rank: PlannedRank) -> dict[str, Any]:
@@ -146,7 +154,7 @@ def _stages(stages: Sequence[PlannedRank]) -> Table:
 
 
 def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for title in words:
         table.add_column(title, overflow="fold")
     for title in numbers:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from distclip.cli.plan.ranks import PlannedRank, PlannedTensor
+from distclip.cli.plan.records import PlannedRank, PlannedTensor
 
 MAX_ROWS = 40
 

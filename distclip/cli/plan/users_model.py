@@ -1,74 +1,60 @@
-"""The function that a user names, and the model that it makes on one simulated rank."""
+"""The model that a user's function makes on one simulated rank."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from functools import reduce
-from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn, TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 
+from distclip.arguments import shown
 from distclip.cli.console import UserError
+from distclip.cli.plan.records import DEFAULT_POLICY, Request
+from distclip.cli.plan.users_code import Function, users_code
 from distclip.clipper import Clipper
+from distclip.sharding.fsdp2 import shard_
+from distclip.sharding.mesh import axis_names
+from distclip.sharding.read import named_parameters
 from distclip.sharding.stage_mesh import any_dtensor
-
-# What a function returns: a model, the parts of a pipeline stage, or the Clipper of either.
-Made: TypeAlias = nn.Module | list[nn.Module] | Clipper
-Function: TypeAlias = Callable[..., Any]
 
 SHARDED_AXES = ("fsdp", "dp_shard")
 COPIED_AXES = ("dp", "ddp", "dp_replicate")
-WITHOUT_A_GPU = (
-    "; it runs without a GPU, on the meta device, where tensors have no values: leave out what "
-    "moves the model (`.cuda()`, `to_empty`) or reads values, or do it after this function"
-)
-_SIGNS_OF_A_DEVICE = ("cuda", "nvidia", "accelerator", "meta tensor", "meta device")
 
 
-def load_function(target: str) -> Function:
-    """The function that `module:function` or `file.py:function` names.
+def make_clipper(request: Request, mesh: DeviceMesh) -> Clipper:
+    """The Clipper of the model that the user's function makes on this rank.
 
     Raises:
-        UserError: there is none, or the import fails.
+        UserError: the function raises or returns something else, or nobody knows how to shard or
+            clip what it returns.
     """
-    source, _, name = target.rpartition(":")
-    if not source or not name:
-        raise UserError(f"--model {target}: write module:function, or file.py:function")
-    with users_code(f"cannot import {source}"), _arguments_of(source):
-        module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
-    if dist.is_available() and dist.is_initialized():
-        raise UserError(
-            f"cannot use {source}: importing it makes a process group. Put what trains under "
-            f'`if __name__ == "__main__":`'
+    target, pass_mesh = request.target, _takes_mesh(request.function, request.target)
+    with users_code(f"cannot make a model with {target}"), torch.device("meta"):
+        made = request.function(mesh) if pass_mesh else request.function()
+    if isinstance(made, Clipper):
+        return _checked(made, request)
+    modules = _modules(made, target)
+    named = [each for module in modules for each in named_parameters(module)]
+    shows_mesh = any_dtensor(param for _, param in named)
+    if not pass_mesh and not shows_mesh:
+        for module in modules:
+            _shard(module, mesh, target)
+    with users_code(f"cannot clip the model of {target}"):
+        return Clipper(
+            modules[0] if len(modules) == 1 else named,
+            request.policy,
+            mesh=mesh if pass_mesh or not shows_mesh else None,
+            tensor_norms=request.tensor_norms,
+            modules=modules,
         )
-    try:
-        function = reduce(getattr, name.split("."), cast(Any, module))
-    except AttributeError:
-        raise UserError(f"--model {target}: {source} has no {name!r}") from None
-    if not callable(function):
-        raise UserError(f"--model {target}: {name!r} is no function but {_a(function)}")
-    return function
 
 
-def takes_mesh(function: Function, target: str) -> bool:
-    """Whether to pass the mesh: to a function that needs one argument, or one named `mesh`.
-
-    Raises:
-        UserError: it needs more.
-    """
+def _takes_mesh(function: Function, target: str) -> bool:
+    """Whether it needs an argument, or its first one is named `mesh`."""
     try:
         params = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # functions of C do not say it
@@ -88,33 +74,34 @@ def takes_mesh(function: Function, target: str) -> bool:
     return bool(needed) or (bool(positional) and positional[0].name.endswith("mesh"))
 
 
-def make_model(function: Function, target: str, mesh: DeviceMesh) -> Made:
-    """What the function returns on this rank; a plain model is sharded by `fully_shard`.
-
-    Raises:
-        UserError: it raises, returns something else, or nobody knows how to shard what it returns.
-    """
-    pass_mesh = takes_mesh(function, target)
-    with users_code(f"cannot make a model: {target} raised"), torch.device("meta"):
-        made = function(mesh) if pass_mesh else function()
-    if isinstance(made, list | tuple) and all(isinstance(part, nn.Module) for part in made):
-        made = list(cast("list[nn.Module]", made))
-    elif not isinstance(made, nn.Module | Clipper):
+def _checked(clipper: Clipper, request: Request) -> Clipper:
+    if request.tensor_norms or request.policy != DEFAULT_POLICY:
         raise UserError(
-            f"--model {target}: it returned {_a(made)}, not an nn.Module, a list of them or a "
+            f"--model {request.target}: it returned a Clipper, which has a policy and "
+            f"`tensor_norms` of its own. Leave out --policy and --tensor-norms"
+        )
+    return clipper
+
+
+def _modules(made: Any, target: str) -> list[nn.Module]:
+    """A model, or the parts of a pipeline stage."""
+    modules = list(cast("Sequence[Any]", made)) if isinstance(made, list | tuple) else [made]
+    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+        raise UserError(
+            f"--model {target}: it returned {shown(made)}, not an nn.Module, a list of them or a "
             f"distclip.Clipper"
         )
-    if isinstance(made, nn.Module) and not pass_mesh and not any_dtensor(made.parameters()):
-        with users_code(f"cannot shard the model of {target} with fully_shard"):
-            _shard(made, mesh)
-    return made
+    if any(is_lazy(param) for module in modules for param in module.parameters()):
+        raise UserError(
+            f"--model {target}: its model has lazy parameters, which get their shapes in the first "
+            f"forward. Give the modules their sizes"
+        )
+    return modules
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh, target: str) -> None:
     """FSDP2 over the axis that is named for it. Other axes of these names hold copies."""
-    from torch.distributed.fsdp import fully_shard
-
-    sizes = dict(zip(cast("tuple[str, ...]", mesh.mesh_dim_names), mesh.mesh.shape, strict=True))
+    sizes = dict(zip(axis_names(mesh), mesh.mesh.shape, strict=True))
     axes = [axis for axis, size in sizes.items() if size > 1]
     unknown = [axis for axis in axes if axis not in (*SHARDED_AXES, *COPIED_AXES)]
     sharded = [axis for axis in axes if axis in SHARDED_AXES]
@@ -126,86 +113,5 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
             f"the model as you shard it"
         )
     if sharded:
-        fully_shard(model, mesh=mesh[sharded[0]])
-
-
-@contextmanager
-def users_code(doing: str) -> Iterator[None]:
-    """What runs inside prints to stderr, and its errors become one line.
-
-    Raises:
-        UserError: with the error's first line, and where in the user's code it was raised.
-    """
-    try:
-        with _stdout_to_stderr():
-            yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        _raise_in_one_line(doing, error)
-
-
-def _raise_in_one_line(doing: str, error: BaseException) -> NoReturn:
-    text = f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(": ")[:300]
-    if isinstance(error, SystemExit):
-        text = f"SystemExit: it ends the process with {error.code!r}"
-    hint = WITHOUT_A_GPU if any(s in text.lower() for s in _SIGNS_OF_A_DEVICE) else ""
-    raise UserError(f"{doing}: {text}{_place(error)}{hint}") from error
-
-
-def _place(error: BaseException) -> str:
-    """File and line of the innermost frame that is no installed package's, as " (at ...)"."""
-    here, stdlib = str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        installed = frame.filename.startswith((here, stdlib, "<"))
-        if not installed and "site-packages" not in frame.filename:
-            return f" (at {os.path.relpath(frame.filename)}:{frame.lineno})"
-    return ""
-
-
-def _load_module(name: str) -> ModuleType:
-    """As `python -c "import name"` finds it, in the current folder too."""
-    sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
-
-
-def _load_file(path: Path) -> ModuleType:
-    """As `python path` finds the modules beside it, but without its arguments."""
-    if not path.is_file():
-        raise UserError(f"cannot import {path}: there is no such file")
-    sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look up the module of their class
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _arguments_of(script: str) -> Iterator[None]:
-    """As if the script were run without arguments: some read theirs when they are imported."""
-    kept, sys.argv = sys.argv, [script]
-    try:
-        yield
-    finally:
-        sys.argv = kept
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """What Python, C and child processes write to stdout goes to stderr."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _a(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+        with users_code(f"cannot shard the model of {target} with fully_shard"):
+            shard_(model, mesh[sharded[0]])
