@@ -56,7 +56,7 @@ class PlannedTensor:
         copied_over: the axes whose ranks hold the same elements.
         counted: whether this rank adds its elements to the total.
         declared: a `Layout(counted=...)` says so. Else the rank at index 0 of each axis in
-            `copied_over` counts.
+            `copied_over` counts, or each rank for itself where nothing is reduced.
     """
 
     name: str

@@ -17,10 +17,6 @@ from distclip.cli.plan.records import PlannedRank
 from distclip.cli.plan.rows import Row, tensor_rows
 
 FLOAT64_BYTES = 8
-AXES = (
-    "shard: the ranks along an axis have different elements; copy: the same ones, which the rank "
-    "at index 0 counts. A number: the pipeline stages that have the tensors."
-)
 
 
 @dataclass(frozen=True)
@@ -58,13 +54,16 @@ class PlanResult:
         """Of the whole model, all pipeline stages together."""
         return sum(stage.elements for stage in self.planned.stages)
 
+    @property
+    def _has_stages(self) -> bool:
+        return len(self.planned.stages) > 1
+
     def __rich__(self) -> RenderableType:
-        stages = self.planned.stages
         axes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         title = f"{self.model}: {self.elements:,} elements on {axes} ranks"
-        parts = [Text(title), self._tensors(), Text(AXES), Text(self._rank())]
-        if len(stages) > 1:
-            parts.insert(3, _stages(stages))
+        parts = [Text(title), self._tensors(), Text(self._legend()), Text(self._rank())]
+        if self._has_stages:
+            parts.insert(3, _stages(self.planned.stages))
         sentences = [self._each_step(), *self._policies(), *self._setup()]
         return Group(*(Group(part, "") for part in parts), *map(Text, sentences))
 
@@ -101,6 +100,16 @@ class PlanResult:
         if axis in row.first.copied_over:
             return "declared" if row.first.declared else "copy"
         return ""
+
+    def _legend(self) -> str:
+        counts = "which the rank at index 0 counts"
+        if not self.planned.messages.numbers:
+            counts = "which each rank counts for itself"
+        stages = " A number: the stages that have the tensors." if self._has_stages else ""
+        return (
+            f"shard: the ranks along the axis have different elements; copy: the same ones, "
+            f"{counts}.{stages}"
+        )
 
     def _rank(self) -> str:
         rank = self.planned.rank
