@@ -186,7 +186,7 @@ def simulated_rank(rank: int, world_size: int) -> Generator[None]:
     finally:
         if dist.is_initialized():  # what ran here may have ended it
             dist.destroy_process_group()
-        # torch keeps the specs of results by their inputs, and meshes of two ranks are equal: a
+        # torch keeps the layouts of results by their inputs, and meshes of two ranks are equal: a
         # parameter of the next rank would get the coordinates of this one.
         cast(Any, debug)._clear_sharding_prop_cache()
 

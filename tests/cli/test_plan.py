@@ -73,11 +73,8 @@ def test_a_plain_model_is_sharded_by_fsdp_and_copied_by_dp() -> None:
         assert (tensor["sharded_over"], tensor["copied_over"]) == (["fsdp"], ["dp_replicate"])
     assert found["each_step"]["over"] == {"dp_replicate": 2, "fsdp": 3}
     copied = plan("without_mesh", "dp=4,tp=1", rank=3)
-    assert (
-        copied["rank"]["held"]
-        == copied["elements"]
-        == plan_models.numel(plan_models.without_mesh())
-    )
+    assert copied["elements"] == plan_models.numel(plan_models.Stack())
+    assert copied["rank"]["held"] == copied["rank"]["counted"] == copied["elements"]
     assert copied["each_step"]["all_reduces"] == 0
 
 
@@ -161,6 +158,13 @@ def test_what_the_user_prints_is_not_in_the_json() -> None:
         assert line in done.stderr
 
 
+def test_where_nothing_is_reduced_each_rank_counts_for_itself(capsys: Capture) -> None:
+    out = shown(capsys, "without_mesh", "dp=4", "--rank", "3")
+    assert "which each rank counts for itself" in " ".join(out.split())
+    assert "no collective, because no rank has elements" in " ".join(out.split())
+    assert "index 0 counts" in " ".join(shown(capsys, "without_mesh", "fsdp=4").split())
+
+
 def test_a_file_beside_others_is_found(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "distclip_plan_sizes.py").write_text("WIDTH = 3\n")
     (tmp_path / "distclip_plan_train.py").write_text(
@@ -234,8 +238,8 @@ def check_fails(capsys: Capture, words: list[str], text: str) -> None:
         ("raise SystemExit(3)", "SystemExit: it ends the process with 3"),
         ("build = 'text'", "'build' is no function but 'text'"),
         (
-            "from distclip.torch_private import simulated_rank\nkept = simulated_rank(0, 2)\n"
-            "kept.__enter__()",
+            "import torch.distributed as dist\nfrom torch.testing._internal.distributed.fake_pg import FakeStore\n"
+            "dist.init_process_group('fake', rank=0, world_size=2, store=FakeStore())",
             "importing it makes a process group",
         ),
         (None, "there is no such file"),
