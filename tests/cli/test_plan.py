@@ -182,6 +182,22 @@ def test_a_file_beside_others_is_found(tmp_path: Path, capsys: Capture) -> None:
     assert "8 elements on fsdp=2 ranks" in capsys.readouterr().out
 
 
+def test_the_page_shows_what_its_example_prints(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text().partition("## plan")[2]
+    code, session = (
+        page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "console")
+    )
+    command, _, expected = session.partition("\n")
+    (tmp_path / "train.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(command.split()[2:]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == expected.splitlines()
+
+
 @pytest.mark.parametrize(
     ("function", "mesh", "text"),
     [
@@ -238,8 +254,8 @@ def check_fails(capsys: Capture, words: list[str], text: str) -> None:
         ("raise SystemExit(3)", "SystemExit: it ends the process with 3"),
         ("build = 'text'", "'build' is no function but 'text'"),
         (
-            "import torch.distributed as dist\nfrom torch.testing._internal.distributed.fake_pg import FakeStore\n"
-            "dist.init_process_group('fake', rank=0, world_size=2, store=FakeStore())",
+            "import torch.distributed as dist\n"
+            "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",
             "importing it makes a process group",
         ),
         (None, "there is no such file"),
