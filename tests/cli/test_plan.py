@@ -146,7 +146,7 @@ def test_what_the_user_prints_is_not_in_the_json() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "distclip.cli", *words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         timeout=120,
