@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -140,6 +141,18 @@ NAMED: dict[str, tuple[Callable[[DeviceMesh], nn.Module], str, int]] = {
     "stages_of_tp": (stage, "tp=2,pp=2", numel(Stack())),
 }
 globals().update({name: function for name, (function, _, _) in NAMED.items()})
+
+
+_earlier: list[weakref.ref[nn.Module]] = []
+
+
+def alone(mesh: DeviceMesh) -> nn.Module:
+    """Raises where the model of an earlier rank is still in memory."""
+    if any(model() is not None for model in _earlier):
+        raise RuntimeError("an earlier model is still in memory")
+    model = stage(mesh)
+    _earlier.append(weakref.ref(model))
+    return model
 
 
 # What cannot be planned.

@@ -141,6 +141,10 @@ def test_16384_ranks_take_seconds_no_memory_and_few_lines(capsys: Capture) -> No
     assert len(out.splitlines()) < 50
 
 
+def test_the_models_of_stages_are_in_memory_one_after_the_other() -> None:
+    assert len(plan("alone", "pp=3,fsdp=2")["stages"]) == 3
+
+
 def test_what_the_user_prints_is_not_in_the_json() -> None:
     words = ["plan", "--model", f"{MODELS}:talks", "--mesh", "fsdp=2", "--json"]
     done = subprocess.run(

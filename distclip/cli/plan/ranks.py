@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -69,8 +70,10 @@ def _plan(request: Request, rank: int) -> _Plan:
             )
         plan = make_clipper(request, mesh).plan
         _check_coordinate(request, rank, plan)
-        found = _planned_rank(request, rank, plan)
-    return _Plan(plan.without_params(), found)
+        found = _Plan(plan.without_params(), _planned_rank(request, rank, plan))
+        del plan, mesh
+    gc.collect()  # sharded models lie in cycles, and those of all stages would add up
+    return found
 
 
 def _check_coordinate(request: Request, rank: int, plan: Plan) -> None:
