@@ -74,13 +74,19 @@ def _shown(run: str, suggestion: Suggestion) -> Iterator[Any]:
 
     recommended = suggestion.recommendation
     of_group = f", group {suggestion.group}" if suggestion.group else ""
-    yield Text(f"{run}{of_group}: {suggestion.num_steps:,} steps{_spikes(suggestion)}", "bold")
+    name = _printable(f"{run}{of_group}")
+    yield Text(f"{name}: {suggestion.num_steps:,} steps{_spikes(suggestion)}", "bold")
     yield _table(suggestion)
     yield Text(f"{recommended.kind.capitalize()}: {recommended.code or 'no policy'}", "bold")
     yield Text(recommended.reason)
     for note in suggestion.notes:
         yield Text(f"- {note}", "dim")
     yield Text()
+
+
+def _printable(name: str) -> str:
+    """Names come from a file, and may hold what a terminal obeys."""
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in name)
 
 
 def _spikes(suggestion: Suggestion) -> str:
@@ -97,7 +103,7 @@ def _table(suggestion: Suggestion) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     late = f"after {suggestion.num_first}"
-    for name in ("clipped", late, "mean coeff.", "smallest coeff.", "spikes caught"):
+    for name in ("clipped", late, "mean coeff.", "least coeff.", "spikes caught"):
         table.add_column(name, justify="right")
     for each in suggestion.outcomes:
         is_it = each.code == suggestion.recommendation.code
@@ -112,5 +118,5 @@ def _row(outcome: Outcome, num_spikes: int) -> tuple[str, ...]:
         f"{outcome.clipped_later:.2%}",
         f"{outcome.mean_coefficient:.3g}",
         f"{outcome.smallest_coefficient:.3g}",
-        f"{len(outcome.caught):,} of {num_spikes:,}",
+        f"{len(outcome.caught)}/{num_spikes}",
     )

@@ -12,12 +12,14 @@ from distclip.monitoring.records import Floats
 # Steps on either side of a step, whose median is its usual norm: it follows a schedule of the
 # learning rate, and a spike has to last 50 steps to become usual itself.
 HALF_WINDOW = 50
-# Deviations of the logarithm above the usual norm: where it is normal, 1 step of 3,500,000.
-DEVIATIONS = 5.0
-# Whatever the deviation, twice the usual norm has to be exceeded: less changes no weight by much.
-# And 10 times the usual norm is a spike however noisy the norms are: up to 10 times the average
-# norm, thresholds worked for Pascanu, Mikolov and Bengio, 2013 (arXiv:1211.5063), section 3.2.
-LEAST_RATIO, MOST_RATIO = 2.0, 10.0
+# Of the logarithm, above the usual norm, as in the spike score of Team OLMo, "2 OLMo 2 Furious",
+# 2024 (arXiv:2501.00656).
+DEVIATIONS = 7.0
+# Whatever the deviation, three times the usual norm has to be exceeded, because the batches of a
+# healthy run differ by twice. And 10 times the usual norm is a spike however noisy the norms are:
+# up to 10 times the average norm, thresholds worked for Pascanu, Mikolov and Bengio, 2013
+# (arXiv:1211.5063), section 3.2.
+LEAST_RATIO, MOST_RATIO = 3.0, 10.0
 _TO_DEVIATION = 1.4826  # a normal distribution's deviation over its median absolute deviation
 
 

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
+    "cli": BOTTOM | {"monitoring"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -57,6 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"kernels"} for name in ("triton", "numba", "llvmlite")},
     "numpy": {"kernels", "monitoring"},
     **{name: {"monitoring"} for name in ("matplotlib", "bokeh", "jinja2", "tensorboard", "wandb")},
+    **{name: {"cli"} for name in ("tyro", "rich")},
     **{
         name: {"adapters"}
         for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]
