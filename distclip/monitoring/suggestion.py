@@ -244,11 +244,17 @@ def _adaptive(
         (outcomes[code_of(each)] for each in kinds),
         key=lambda each: (-len(each.caught), each.clipped_later),
     )
+    lags = ""
+    if ranked[0].clipped_later > MOSTLY:
+        lags = (
+            " So much, because the level rose faster than this policy follows; a run that it clips "
+            "may not rise so."
+        )
     others = "".join(f" {_did(each, facts)}." for each in ranked[1:])
     reason = (
         f"The usual norm is {_range(levels)}, and {_spikes(facts)}. A constant limit above the "
         f"highest level would let through what is a spike at the lowest; this policy follows the "
-        f"level. {_did(ranked[0], facts)}.{others}"
+        f"level. {_did(ranked[0], facts)}.{lags}{others}"
     )
     return Recommendation("adaptive", ranked[0].code, reason)
 

@@ -106,6 +106,16 @@ def test_autoclip_is_recommended_where_it_catches_more(tmp_path: Path) -> None:
     assert policy_of(found) == AutoClip(90.0)
 
 
+def test_zclip_that_would_lag_behind_is_said(tmp_path: Path) -> None:
+    """Its mean follows clipped norms only, and where these jump it clips every step for long."""
+    level = np.repeat([100.0, 1.0, 12.0], [150, 150, 300])
+    found = suggestion(tmp_path, with_spikes(noise(600, 0.05) * level, [400, 500], 5.0))
+    assert policy_of(found) == ZClip(max_norm=None)
+    assert "the level rose faster" in found.recommendation.reason
+    steady = suggestion(tmp_path, with_spikes(noise(600) * np.linspace(3, 1, 600), SPIKES))
+    assert "the level rose faster" not in steady.recommendation.reason
+
+
 def test_no_spike_is_nothing_to_clip(tmp_path: Path) -> None:
     for norms in (noise(600) * WARMUP, noise(600) * np.linspace(5, 1, 600)):
         found = suggestion(tmp_path, norms)
