@@ -108,8 +108,8 @@ def test_autoclip_is_recommended_where_it_catches_more(tmp_path: Path) -> None:
 
 def test_zclip_that_would_lag_behind_is_said(tmp_path: Path) -> None:
     """Its mean follows clipped norms only, and where these jump it clips every step for long."""
-    level = np.repeat([100.0, 1.0, 12.0], [150, 150, 300])
-    found = suggestion(tmp_path, with_spikes(noise(600, 0.05) * level, [400, 500], 5.0))
+    level = np.append(np.ones(40), np.geomspace(400, 3, 560))  # AutoClip remembers the highest
+    found = suggestion(tmp_path, with_spikes(noise(600, 0.05) * level, [500, 550], 5.0))
     assert policy_of(found) == ZClip(max_norm=None)
     assert "the level rose faster" in found.recommendation.reason
     steady = suggestion(tmp_path, with_spikes(noise(600) * np.linspace(3, 1, 600), SPIKES))
