@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distclip
@@ -63,6 +63,7 @@ def test_less_than_three_times_and_more_than_ten_times_the_usual_norm() -> None:
     assert find_spikes(noisy).ratio == 10.0
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(-60, 60), st.integers(1, 200))
 def test_spikes_do_not_depend_on_the_scale(k: int, num: int) -> None:
     norms = with_spikes(noise(num), [num // 2])
@@ -147,7 +148,7 @@ def test_norms_that_rise_while_the_learning_rate_falls_are_healthy(tmp_path: Pat
 
 
 def test_a_peak_that_is_over_is_no_growth(tmp_path: Path) -> None:
-    peak = np.exp(6 * np.sin(np.linspace(0, math.pi, 600)))
+    peak = np.concatenate([np.ones(200), np.geomspace(1, 5000, 200), np.geomspace(5000, 500, 200)])
     assert suggestion(tmp_path, noise(600) * peak).recommendation.kind != "fix the cause first"
 
 
