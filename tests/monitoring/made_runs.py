@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 
 from distclip.monitoring.lines import line_of
 from distclip.monitoring.records import Floats, Run, read_run
 from distclip.monitoring.replay import Series
+
+# Other processes may hold the CPU for long.
+DRAWN = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 
 
 def write_history(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,7 +17,7 @@ import distclip
 from distclip.monitoring.records import Run, read_run
 from distclip.monitoring.replay import code_of, replay, round_up, series_of, threshold
 from distclip.policies import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, Policy, ZClip
-from tests.monitoring.made_runs import noise, series, with_spikes, write_history
+from tests.monitoring.made_runs import DRAWN, noise, series, with_spikes, write_history
 
 POLICIES: dict[str, Policy[Any]] = {
     "ClipNorm": ClipNorm(2.0),
@@ -152,7 +152,6 @@ def test_tensors_are_replayed_only_where_each_row_has_all(
 
 
 NORMS = st.lists(st.floats(1e-3, 1e3) | st.integers(1, 4).map(float), min_size=1, max_size=300)
-DRAWN = settings(max_examples=40, deadline=None)  # other processes may hold the CPU for long
 STATEFUL = [AutoClip(60.0, history=7), ZClip(warmup_steps=4, max_norm=None)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import distclip
@@ -18,7 +18,7 @@ from distclip.monitoring.replay import code_of, series_of
 from distclip.monitoring.spikes import HALF_WINDOW, find_spikes
 from distclip.monitoring.suggestion import Suggestion, suggest
 from distclip.policies import AutoClip, ClipNorm, ZClip
-from tests.monitoring.made_runs import noise, series, with_spikes, write_history
+from tests.monitoring.made_runs import DRAWN, noise, series, with_spikes, write_history
 
 SPIKES = (150, 333, 334, 480)
 WARMUP = 1 + 20 * np.exp(-np.arange(600) / 10)
@@ -63,7 +63,7 @@ def test_less_than_three_times_and_more_than_ten_times_the_usual_norm() -> None:
     assert find_spikes(noisy).ratio == 10.0
 
 
-@settings(max_examples=30, deadline=None)
+@DRAWN
 @given(st.integers(-60, 60), st.integers(1, 200))
 def test_spikes_do_not_depend_on_the_scale(k: int, num: int) -> None:
     norms = with_spikes(noise(num), [num // 2])
