@@ -30,6 +30,7 @@ from distclip.monitoring.records import Floats, Ints, Run
 from distclip.monitoring.thinning import rows_that_show, shares, spans
 
 _MOST_SPANS = 300
+_SHORT_RUN = 100  # rows, whose points can be told apart
 _STEP = ("step", "@step{0}")
 
 
@@ -48,11 +49,15 @@ def norms(shared: Shared) -> Section:
     panels: list[Panel] = []
     for label, run in runs.items():
         plot = _line_plot(shared, label, axis, sources, hover)
-        plot.line("step", "drawn limit", source=sources[label], color=LIMIT, line_dash=[6, 3])
+        dashes = {"line_dash": [6, 3], "line_width": 1.5}
+        plot.line("step", "drawn limit", source=sources[label], color=LIMIT, **dashes)
+        _add_points(plot, sources[label], "drawn limit", LIMIT)
         words = facts(run.steps, run.columns["total_norm"])
         panels.append(Panel(label, plot, f"{words} {_limit_in_words(run.columns['limit'])}"))
     note = "Of all gradients before clipping, and the limit that the policy set."
-    return Section("Norm", note, shared.keys({"norm": LINE, "limit": LIMIT}), panels)
+    return Section(
+        "Gradient norm and limit", note, shared.keys({"norm": LINE, "limit": LIMIT}), panels
+    )
 
 
 def coefficients(shared: Shared) -> Section:
@@ -110,15 +115,17 @@ def added_columns(runs: Iterable[Run]) -> list[str]:
 def clipped_shares(shared: Shared) -> Section:
     axis = Axis("steps clipped (%)", "linear", 0.0, 105.0)
     panels = [_bars(shared, label, run, axis) for label, run in shared.runs.items()]
-    return Section("Share of clipped steps", "Each bar is about the steps below it.", {}, panels)
+    return Section("Share of clipped steps", "Each bar stands on its steps.", {}, panels)
 
 
 def _bars(shared: Shared, label: str, run: Run, axis: Axis) -> Panel:
-    clipped = run.clipped & run.finite
-    found = shares(clipped, num_buckets=100, fewest_rows=10)
-    first, last = run.steps[found.first], run.steps[found.last]
-    data = {"first": first, "last": last, "left": first - 0.5, "clipped": 100 * found.share}
-    data["right"] = np.append(first[1:], last[-1] + 1) - 0.5
+    clipped, steps = run.clipped[run.finite], run.steps[run.finite]
+    if not len(steps):
+        return Panel(label, None, "The norm is not finite in any step.")
+    found = shares(clipped, num_buckets=100, fewest_rows=5)
+    first, last = steps[found.first], steps[found.last]
+    data = {"first": first, "last": last, "left": first - 0.5, "right": last + 0.5}
+    data["clipped"] = 100 * found.share
     plot = new_plot(shared, axis, height=180)
     bars = plot.quad(
         "left", "right", "clipped", 0, source=source_of(data), color=LINE, fill_alpha=0.4
@@ -127,6 +134,8 @@ def _bars(shared: Shared, label: str, run: Run, axis: Axis) -> Panel:
     add_hover(plot, bars, hover, at_step=True)
     share = percent(float(clipped.mean()))
     words = f"Clipped in {clipped.sum():,} of {count(len(clipped), 'step')} ({share})."
+    if len(steps) < len(run.steps):
+        words = f"{words} Steps that were not finite do not count."
     return Panel(label, plot, words)
 
 
@@ -158,19 +167,23 @@ def _line_plot(
     _mark_nonfinite(plot, shared.runs[label])
     source = sources[label]
     line = plot.line("step", "drawn", source=source, color=LINE)
-    plot.scatter("step", "drawn", source=_points(source), color=LINE, size=4)
+    _add_points(plot, source, "drawn", LINE, short_run=_SHORT_RUN)
     add_hover(plot, line, hover, at_step=True)
     return plot
 
 
-def _points(source: ColumnDataSource) -> ColumnDataSource:
-    """The points that a line does not show: those without a neighbor; all of a short run."""
+def _add_points(
+    plot: Any, source: ColumnDataSource, name: str, color: str, short_run: int = 0
+) -> None:
+    """The points that a line does not show, those without a neighbor; all of a short run."""
     data: Any = source.data
-    steps, drawn = data["step"], data["drawn"]
+    steps, drawn = data["step"], data[name]
     there = np.pad(np.isfinite(drawn), 1)
     alone = there[1:-1] & ~there[:-2] & ~there[2:]
-    rows = np.flatnonzero(there[1:-1] if len(steps) <= 100 else alone)
-    return ColumnDataSource(data={"step": steps[rows], "drawn": drawn[rows]})
+    rows = np.flatnonzero(there[1:-1] if len(steps) <= short_run else alone)
+    if len(rows):
+        points = source_of({"x": steps[rows], "y": drawn[rows]})
+        plot.scatter("x", "y", source=points, color=color, size=4)
 
 
 def _mark_nonfinite(plot: Any, run: Run) -> None:

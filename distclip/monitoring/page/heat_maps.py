@@ -27,6 +27,7 @@ from distclip.monitoring.page.panels import (
     exact,
     new_plot,
     short,
+    shortened,
 )
 from distclip.monitoring.records import Floats, Ints
 from distclip.monitoring.thinning import Cells, cells
@@ -34,7 +35,7 @@ from distclip.monitoring.thinning import Cells, cells
 _MOST_CELLS = 40_000  # of a run
 _MOST_WIDE = 400
 _MOST_LABELS = 40
-_LONGEST_LABEL = 24
+_HIGHEST = 560  # pixels
 _PALETTE = "Viridis256"
 _BAD, _MISSING = "#ff2d2d", "#dddddd"  # not colors of the palette
 
@@ -46,16 +47,16 @@ def heat_maps(shared: Shared) -> Section:
     panels = [
         _heat_map(shared, label, *norms[label], scale)
         if label in norms
-        else Panel(label, None, "This run has none: `Clipper(tensor_norms=...)` measures them.")
+        else Panel(label, None, "This run has none: Clipper(tensor_norms=...) measures them.")
         for label in shared.runs
     ]
     note = (
-        "The first layer is on top. Each norm is drawn until the next step that has one; a norm of "
-        "0 has the darkest color."
+        "The first layer is on top. A norm is drawn until the next step that has one. Colors have "
+        "a log scale; 0 has the darkest."
     )
     has_bad = any(not np.isfinite(each).all() for _, each in norms.values())
     keys = {"not finite": _BAD, "missing": _MISSING} if has_bad else {}
-    return Section("Norm per layer", note if norms else "", keys, panels)
+    return Section("Gradient norm per layer", note if norms else "", keys, panels)
 
 
 def _heat_map(
@@ -66,14 +67,14 @@ def _heat_map(
     most = max(20, min(_MOST_WIDE, _MOST_CELLS // len(names)) // len(shared.runs))
     source = _images(cells(steps, norms, most), steps, finite, names)
     axis = Axis("layer", "linear", len(names) - 0.5, -0.5)  # the first on top
-    plot = new_plot(shared, axis, height=120 + min(640, max(80, 16 * len(names))))
+    plot = new_plot(shared, axis, height=100 + min(_HIGHEST, max(80, 14 * len(names))))
     mapper = LogColorMapper(
         palette=_PALETTE, low=scale.low, high=scale.high, nan_color=_MISSING, high_color=_BAD
     )
     image = plot.image("image", "x", "y", "dw", "dh", source=source, color_mapper=mapper)
     _label_layers(plot, names)
     plot.grid.visible = False
-    plot.add_layout(ColorBar(color_mapper=mapper, title="norm", width=12), "right")
+    plot.add_layout(ColorBar(color_mapper=mapper, width=12), "right")
     hover = [("layer", "@layer"), ("step", "@steps{0}"), ("norm", exact("norm"))]
     add_hover(plot, image, hover)
     return Panel(label, plot, _words(names, steps, norms))
@@ -107,16 +108,10 @@ def _lines(table: NDArray[Any]) -> list[NDArray[Any]]:
 
 def _label_layers(plot: Any, names: Sequence[str]) -> None:
     every = -(-len(names) // _MOST_LABELS)
-    labels = {i: PlainText(text=_shortened(names[i])) for i in range(0, len(names), every)}
+    labels = {i: PlainText(text=shortened(names[i])) for i in range(0, len(names), every)}
     plot.yaxis.ticker = FixedTicker(ticks=[*labels])
     plot.yaxis.major_label_overrides = labels
-    plot.yaxis.minor_tick_line_color = None
     plot.yaxis.axis_label = None
-
-
-def _shortened(name: str) -> str:
-    """The end of a name tells layers apart better than its beginning."""
-    return name if len(name) <= _LONGEST_LABEL else f"…{name[1 - _LONGEST_LABEL :]}"
 
 
 def _words(names: Sequence[str], steps: Ints, norms: Floats) -> str:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, PlainText, Range1d
+from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, PlainText, Range1d
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from distclip.monitoring.findings import number
 from distclip.monitoring.records import Floats, Ints, Run
 
-LINE, LIMIT, OTHERS, NOT_FINITE = "#0072b2", "#b85c00", "#bbbbbb", "#d00000"
+LINE, LIMIT, OTHERS, NOT_FINITE = "#0072b2", "#e66100", "#bbbbbb", "#d00000"
 _MOST_BUCKETS = 1000  # more fall on the same pixels, until one zooms in
 _MOST_DECADES = 12  # on a logarithmic axis; what is smaller is at its lower edge
+_LONGEST_LABEL = 24  # characters beside an axis
 _MOST_RUNS_BEHIND = 5  # whose lines are also drawn behind those of each run
 
 
@@ -88,10 +89,10 @@ def axis_of(name: str, columns: Sequence[Floats], log: bool | None = None) -> Ax
         high = float(positive.max()) if len(positive) else 1.0
         low = float(positive.min()) if len(positive) else 0.1
         low = max(low, high * 10.0**-_MOST_DECADES)
-        return Axis(f"{name} (log scale)", "log", low / 1.3, high * 1.3)
+        return Axis(f"{shortened(name)} (log scale)", "log", low / 1.3, high * 1.3)
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     space = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    return Axis(name, "linear", low - space, high + space)
+    return Axis(shortened(name), "linear", low - space, high + space)
 
 
 def new_plot(shared: Shared, axis: Axis, height: int = 240, **settings: Any) -> Any:
@@ -111,11 +112,18 @@ def new_plot(shared: Shared, axis: Axis, height: int = 240, **settings: Any) -> 
     )
     plot.toolbar.logo = None
     plot.xaxis.axis_label = "step"
-    plot.xaxis.formatter.use_scientific = False
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    plot.xaxis.ticker.min_interval = 1
     plot.yaxis.axis_label = PlainText(text=axis.label)  # a column's name may look like TeX
     plot.axis.axis_label_text_font_style = "normal"
+    plot.axis.minor_tick_line_color = None
     plot.outline_line_color = "#cccccc"
     return plot
+
+
+def shortened(name: str) -> str:
+    """At most 24 characters: the last ones, which tell layers apart better than the first."""
+    return name if len(name) <= _LONGEST_LABEL else f"…{name[1 - _LONGEST_LABEL :]}"
 
 
 def facts(steps: Ints, values: Floats) -> str:
