@@ -95,11 +95,11 @@ def cells(steps: Ints, values: Floats, most: int) -> Cells:
     ends = np.searchsorted(steps, np.linspace(left, right, number + 1)[1:])
     starts = np.concatenate([[0], ends[:-1]])
     starts = np.where(starts == ends, np.maximum(ends - 1, 0), starts)
-    distances, columns = _distances(values), np.arange(values.shape[1])
-    kept, rows = np.zeros((len(columns), number)), np.zeros((len(columns), number), dtype=np.int64)
+    distances, num_columns = _distances(values), int(values.shape[1])
+    kept, rows = np.zeros((num_columns, number)), np.zeros((num_columns, number), dtype=np.int64)
     for i, (start, end) in enumerate(zip(starts, np.maximum(ends, starts + 1), strict=True)):
         rows[:, i] = start + np.argmax(distances[start:end], axis=0)
-        kept[:, i] = values[rows[:, i], columns]
+        kept[:, i] = values[rows[:, i], range(num_columns)]
     return Cells(left, right, kept, rows)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource
+from bokeh.models import BooleanFilter, CDSView, ColumnDataSource
+from numpy.typing import NDArray
 
 from distclip.monitoring.findings import count, listed, number, percent
 from distclip.monitoring.lines import FIGURES
@@ -49,9 +50,9 @@ def norms(shared: Shared) -> Section:
     panels: list[Panel] = []
     for label, run in runs.items():
         plot = _line_plot(shared, label, axis, sources, hover)
-        dashes = {"line_dash": [6, 3], "line_width": 1.5}
+        dashes = {"line_dash": [6, 3], "line_width": 2}
         plot.line("step", "drawn limit", source=sources[label], color=LIMIT, **dashes)
-        _add_points(plot, sources[label], "drawn limit", LIMIT)
+        _add_points(plot, sources[label], "drawn limit", LIMIT, ())
         words = facts(run.steps, run.columns["total_norm"])
         panels.append(Panel(label, plot, f"{words} {_limit_in_words(run.columns['limit'])}"))
     note = "Of all gradients before clipping, and the limit that the policy set."
@@ -167,23 +168,30 @@ def _line_plot(
     _mark_nonfinite(plot, shared.runs[label])
     source = sources[label]
     line = plot.line("step", "drawn", source=source, color=LINE)
-    _add_points(plot, source, "drawn", LINE, short_run=_SHORT_RUN)
     add_hover(plot, line, hover, at_step=True)
+    _add_points(plot, source, "drawn", LINE, hover)
     return plot
 
 
 def _add_points(
-    plot: Any, source: ColumnDataSource, name: str, color: str, short_run: int = 0
+    plot: Any, source: ColumnDataSource, name: str, color: str, hover: Sequence[tuple[str, str]]
 ) -> None:
-    """The points that a line does not show, those without a neighbor; all of a short run."""
+    """The points that a line does not show, as they have no neighbor; all of a short run."""
     data: Any = source.data
-    steps, drawn = data["step"], data[name]
-    there = np.pad(np.isfinite(drawn), 1)
+    there = np.pad(np.isfinite(data[name]), 1)
     alone = there[1:-1] & ~there[:-2] & ~there[2:]
-    rows = np.flatnonzero(there[1:-1] if len(steps) <= short_run else alone)
-    if len(rows):
-        points = source_of({"x": steps[rows], "y": drawn[rows]})
-        plot.scatter("x", "y", source=points, color=color, size=4)
+    if alone.any():
+        points = _points(plot, source, name, color, alone)
+        add_hover(plot, points, hover, at_step=True)
+    if len(alone) <= _SHORT_RUN and name == "drawn":
+        _points(plot, source, name, color, there[1:-1])
+
+
+def _points(
+    plot: Any, source: ColumnDataSource, name: str, color: str, rows: NDArray[np.bool_]
+) -> Any:
+    view = CDSView(filter=BooleanFilter(rows.tolist()))
+    return plot.scatter("step", name, source=source, view=view, color=color, size=5)
 
 
 def _mark_nonfinite(plot: Any, run: Run) -> None:

@@ -75,7 +75,9 @@ class Axis(NamedTuple):
     def drawn(self, values: Floats) -> Floats:
         """Values where they can be drawn: on a log scale, too small ones at the lower edge."""
         values = np.where(np.isfinite(values), values, np.nan)
-        return np.maximum(values, self.low) if self.type == "log" else values
+        if self.type == "linear":
+            return values
+        return np.maximum(values, self.low * (self.high / self.low) ** 0.02)
 
 
 def axis_of(name: str, columns: Sequence[Floats], log: bool | None = None) -> Axis:
