@@ -25,8 +25,11 @@ PLOTS = (
     + """.map(view => {
   const {x0, x1, y0, y1} = view.frame.bbox, layer = view.canvas_view.primary
   const scale = layer.canvas.width / view.canvas_view.bbox.width
-  const inside = [x0 * scale + 2, y0 * scale + 2, (x1 - x0) * scale - 4, (y1 - y0) * scale - 4]
-  const {data} = layer.canvas.getContext("2d").getImageData(...inside.map(Math.round))
+  const inside = [x0 + 2, y0 + 2, x1 - x0 - 4, y1 - y0 - 4].map(each => Math.round(scale * each))
+  const copy = new OffscreenCanvas(inside[2], inside[3]), size = inside.slice(2)
+  const pixels = copy.getContext("2d", {willReadFrequently: true})  // or Chromium warns
+  pixels.drawImage(layer.canvas, ...inside, 0, 0, ...size)
+  const {data} = pixels.getImageData(0, 0, ...size)
   const colors = {}
   for (let i = 0; i < data.length; i += 4) {
     const color = data.slice(i, i + 3).join(",")
@@ -76,8 +79,9 @@ def opened(browser: Any, path: Path, width: int = 1200) -> Iterator[Any]:
     page.wait_for_function(IS_DRAWN, timeout=60_000)
     yield page
     page.close()
-    harmless = {"log: [bokeh", f"request: {path.as_uri()}", "request: data:"}
-    assert [each for each in problems if not each.startswith(tuple(harmless))] == []
+    harmless = ("log: [bokeh", f"request: {path.as_uri()}", "request: data:")
+    problems = [each for each in problems if not each.startswith(harmless)]
+    assert not problems, problems
 
 
 def plots(page: Any) -> list[dict[str, Any]]:
