@@ -9,10 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distclip.monitoring.findings import Finding, clipping, file, nonfinite
+from distclip.monitoring.findings import (
+    Finding,
+    clipping,
+    depth,
+    file,
+    loss,
+    nonfinite,
+    spikes,
+    trends,
+)
 from distclip.monitoring.records import Run
 
-_FINDERS: Sequence[Callable[[Run], Iterator[Finding]]] = (file.find, clipping.find, nonfinite.find)
+_FINDERS: Sequence[Callable[[Run], Iterator[Finding]]] = (
+    nonfinite.find,
+    loss.find,
+    spikes.find,
+    trends.find,
+    depth.find,
+    clipping.find,
+    file.find,
+)
 
 
 @dataclass(frozen=True)
