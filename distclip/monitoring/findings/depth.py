@@ -39,7 +39,7 @@ def find(run: Run) -> Iterator[Finding]:
     norms = np.nan_to_num(norms[run.finite[run.tensors.rows]])
     if len(norms) == 0:
         return
-    never = ~(norms > 0).any(axis=0)
+    never = np.max(norms, axis=0) == 0
     if never.any():
         text = f"No gradient in any step: {layers_in_words(layers, never)}."
         why = "It was frozen, not used, or vanished to 0."
@@ -65,7 +65,7 @@ def _over_depth(names: Sequence[str], usual: Floats, num_rows: int) -> Iterator[
     elif num_rows >= MIN_ROWS and (tiny := usual <= TINY * usual.max()).any():
         text = (
             f"The norm of {layers_in_words(names, tiny)} is less than a ten thousandth of that of "
-            f"{names[usual.argmax()]}: with one learning rate for all, nothing is learned there."
+            f"{names[int(usual.argmax())]}: with one learning rate for all, nothing is learned there."
         )
         yield Finding("vanishing", True, text, (), chosen(names, tiny))
 

@@ -42,7 +42,7 @@ def find(run: Run) -> Iterator[Finding]:
         row, before, after = grown
         step = int(run.steps[rows[row]])
         text = (
-            f"The norm explodes: it grew from {number(before)} to {number(after)} by step {step}. "
+            f"The norm explodes: from step {step} on it rises from {number(before)} to {number(after)}. "
             f"Warm-up, a smaller learning rate, or a limit near {number(before)} prevent that."
         )
         yield Finding("exploding", True, text, [step])
@@ -75,7 +75,7 @@ def _fading(run: Run) -> Iterator[Finding]:
     if len(rows) < 2 * num_late:
         return
     early, late = norms[:-num_late], norms[-num_late:]
-    dead = (early > 0).any(axis=0) & ~(late > 0).any(axis=0)
+    dead = (np.max(early, axis=0) > 0) & (np.max(late, axis=0) == 0)
     if dead.any():
         last = int(np.flatnonzero((norms[:, dead] > 0).any(axis=1))[-1])
         step = int(run.steps[rows[last + 1]])
