@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
@@ -21,7 +23,7 @@ _ODD = {"0": "#1a1a1a", "not in this row": "#e4e4e4", "not finite": "#e5322d"}
 
 def height_of(run: Run) -> float:
     """In inches."""
-    return float(np.clip(0.17 * len(layers_of(run.tensors.names)), 1.3, 10))
+    return float(np.clip(0.16 * len(layers_of(run.tensors.names)), 1.2, 7.5))
 
 
 def draw_layers(axes: Axes, run: Run, with_name: bool) -> str:
@@ -36,7 +38,7 @@ def draw_layers(axes: Axes, run: Run, with_name: bool) -> str:
     odd[np.isnan(grid.values) & finite_row] = 1
     odd[~np.isfinite(grid.values) & ~finite_row] = 2
     ordinary = np.where(np.isnan(odd), grid.values, np.nan)
-    how = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    how: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
     if np.isfinite(ordinary).any():
         image = axes.imshow(ordinary, norm=_norm(ordinary), cmap="viridis", **how)
         bar = axes.inset_axes((1.01, 0, 0.014, 1))
@@ -59,7 +61,7 @@ def _norm(values: Floats) -> LogNorm:
 def _label_rows(axes: Axes, layers: tuple[str, ...]) -> None:
     every = -(-len(layers) // _MOST_LABELS)
     rows = range(0, len(layers), every)
-    size = 8 if len(rows) < 40 else 7
+    size = 8 if len(rows) < 30 else 7
     axes.set_yticks(rows, [shortened(layers[k], 28) for k in rows], fontsize=size)
 
 
@@ -74,7 +76,7 @@ def _title(run: Run, layers: tuple[str, ...], norms: Floats) -> str:
         where = f"in {listed([shortened(name, 24) for name in first], 2)}"
         where = "in all layers" if len(first) == len(layers) else where
         return f"Not finite in step {run.steps[run.tensors.rows[lost[0]]]} {where}"
-    has = ~np.isnan(known).all(axis=0)
+    has = np.isfinite(known).sum(axis=0) > 0
     usual = np.nanmedian(known[:, has], axis=0)
     names = [shortened(name, 24) for name in chosen(layers, has)]
     ends = dict.fromkeys((int(usual.argmin()), int(usual.argmax())))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distclip.monitoring.curves import MOST_POINTS, Curve, curve
 from distclip.monitoring.findings import count, number, percent
@@ -27,7 +28,7 @@ STYLES = [(color, line) for line, color in product(("-", "--", ":"), RUN_COLORS)
 _WIDTH, _DPI = 10, 130  # inches, pixels per inch
 _MOST_MARKED = 5  # spikes
 _LOG_FROM = 30.0  # a loss that reaches so many times its median has a log scale
-_MOST_TITLE = 70  # characters of a title
+_MOST_TITLE = 70  # characters of a title in its usual size
 _NUM_LAST = 10  # losses that a title averages
 _SHARES, _FEWEST = 80, 10  # points of the clipped share, and rows of each
 
@@ -57,9 +58,10 @@ def draw(runs: Sequence[Run], path: Path, title: str = "") -> None:
     for (panel, _), each in zip(panels, axes, strict=False):
         panel(each, runs)
     for run, each in zip(layered, axes[len(panels) :], strict=True):
-        _dress(each, draw_layers(each, run, with_name=len(runs) > 1), "layer", grid=False)
+        _dress(each, draw_layers(each, run, with_name=len(runs) > 1), "", grid=False)
     if len(runs) > 1:
         _legend_of_runs(figure, axes[0], runs)
+    figure.align_ylabels(axes[: len(panels)])  # beside layers with long names they stand alone
     _finish(figure, axes, runs, title or (runs[0].name if len(runs) == 1 else ""))
     _save(figure, path)
 
@@ -224,7 +226,7 @@ def _line(
     marker = "o" if alone else None
     axes.plot(*_points(each), line, color=color, linewidth=width, label=label, marker=marker)
     if each.num_rows > 1:
-        axes.fill_between(each.steps, each.low, each.high, color=color, alpha=0.3, linewidth=0.5)
+        axes.fill_between(each.steps, each.low, each.high, color=color, alpha=0.25, linewidth=0.6)
     elif np.isnan(each.middle).any() and not alone:
         # Losses of every tenth step are points between gaps, and a line through them.
         has = np.isfinite(each.middle)
@@ -241,7 +243,8 @@ def _mark(axes: Axes, steps: Ints, color: str, label: str | None = None) -> None
 
 
 def _dress(axes: Axes, title: str, label: str, grid: bool = True) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    size = min(13.0, 13.0 * _MOST_TITLE / max(1, len(title)))
+    axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
@@ -258,11 +261,10 @@ def _legend_of_runs(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
 
 def _finish(figure: Figure, axes: Sequence[Axes], runs: Sequence[Run], title: str) -> None:
     first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
-    margin = 0.01 * (last - first) or 0.5
+    margin = max(0.01 * (last - first), 0.5)
     axes[0].set_xlim(first - margin, last + margin)
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.align_ylabels(axes)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
         figure.suptitle(shortened(title, 110), fontsize=11, color="#444444")
 

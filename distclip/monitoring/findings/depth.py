@@ -64,8 +64,9 @@ def _over_depth(names: Sequence[str], usual: Floats, num_rows: int) -> Iterator[
         yield Finding(kind, True, text, (), chosen(names, far))
     elif num_rows >= MIN_ROWS and (tiny := usual <= TINY * usual.max()).any():
         text = (
-            f"The norm of {layers_in_words(names, tiny)} is less than a ten thousandth of that "
-            f"of {names[int(usual.argmax())]}: with one learning rate for all, nothing is learned there."
+            f"The norm of {layers_in_words(names, tiny)} is less than a ten thousandth of "
+            f"that of {names[int(usual.argmax())]}: with one learning rate for all, nothing is "
+            f"learned there."
         )
         yield Finding("vanishing", True, text, (), chosen(names, tiny))
 

@@ -43,7 +43,8 @@ def find(run: Run) -> Iterator[Finding]:
         step = int(run.steps[rows[row]])
         text = (
             f"The norm explodes: from step {step} on it rises from {number(before)} "
-            f"to {number(after)}. Warm-up, a smaller learning rate, or a limit near {number(before)} prevent that."
+            f"to {number(after)}. Warm-up, a smaller learning rate, or a limit near "
+            f"{number(before)} prevent that."
         )
         yield Finding("exploding", True, text, [step])
     yield from _fading(run)
