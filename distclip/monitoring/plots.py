@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from distclip.monitoring.curves import MOST_POINTS, Curve, curve
 from distclip.monitoring.findings import count, number, percent
 from distclip.monitoring.findings.loss import find as find_loss
-from distclip.monitoring.findings.loss import loss_name, nonfinite_losses
+from distclip.monitoring.findings.loss import last_loss, loss_name, nonfinite_losses
 from distclip.monitoring.findings.spikes import find_spikes
 from distclip.monitoring.heat_map import draw_layers, height_of
 from distclip.monitoring.records import Floats, Ints, Run
@@ -29,7 +29,6 @@ _WIDTH, _DPI = 10, 130  # inches, pixels per inch
 _MOST_MARKED = 5  # spikes
 _LOG_FROM = 30.0  # a loss that reaches so many times its median has a log scale
 _MOST_TITLE = 70  # characters of a title in its usual size
-_NUM_LAST = 10  # losses that a title averages
 _SHARES, _FEWEST = 80, 10  # points of the clipped share, and rows of each
 
 
@@ -90,18 +89,6 @@ def _loss_title(run: Run) -> str:
     if not texts:
         return "The loss"
     return texts[0] if len(texts[0]) <= _MOST_TITLE else texts[0].partition(":")[0]
-
-
-def last_loss(losses: Floats) -> float:
-    """Mean of the last ten; NaN where the run ended with losses that were not finite."""
-    logged = np.flatnonzero(np.isfinite(losses))
-    if len(logged) == 0 or np.isinf(losses[logged[-1] :]).any():
-        return np.nan
-    strides = np.diff(logged)
-    usual = int(np.median(strides)) if len(strides) else 1
-    if len(losses) - 1 - logged[-1] >= 2 * usual:
-        return np.nan
-    return float(losses[logged[-_NUM_LAST:]].mean())
 
 
 def _norm_panel(axes: Axes, runs: Sequence[Run]) -> None:

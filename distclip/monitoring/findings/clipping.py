@@ -29,8 +29,9 @@ def find(run: Run) -> Iterator[Finding]:
     coefficients = run.columns["coefficient"][finite][clipped]
     median, least = float(np.median(coefficients)), float(coefficients.min())
     how = f"Their median coefficient is {number(median)}, the smallest {number(least)}."
-    share = f"{clipped.sum():,} of {count(len(clipped), 'step')} ({percent(clipped.mean())})"
-    yield Finding("clipping", False, f"Clipped in {share}{_where(clipped)}. {how}")
+    yield Finding(
+        "clipping", False, f"Clipped in {_share(clipped, finite)}{_where(clipped)}. {how}"
+    )
     if len(clipped) >= NUM_PARTS * MIN_PART and clipped.mean() >= NEARLY_ALWAYS:
         yield _nearly_always(median)
     yield from _groups(run)
@@ -44,6 +45,13 @@ def _never(largest: float, limit: Floats) -> str:
         f"Clipping changed no gradient: the largest norm is {number(largest)}, the smallest limit "
         f"{least}."
     )
+
+
+def _share(clipped: NDArray[np.bool_], finite: NDArray[np.bool_]) -> str:
+    steps = count(len(clipped), "step" if finite.all() else "finite step")
+    if clipped.all():
+        return f"all {steps}" if len(clipped) > 1 else "the only step"
+    return f"{clipped.sum():,} of {steps} ({percent(float(clipped.mean()))})"
 
 
 def _where(clipped: NDArray[np.bool_]) -> str:

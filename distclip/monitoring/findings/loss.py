@@ -17,6 +17,7 @@ CERTAIN = 3.0
 MIN_CHANGE = 0.01  # of the loss: less is of no use, however certain
 MIN_ROWS = 20  # fewer have no trend
 MIN_STAYED = 100  # steps: warm-up may take as long
+NUM_LAST = 10  # losses at the end, whose mean is the last loss
 HALF_LOST = 0.5  # of what the loss had fallen by
 
 
@@ -39,6 +40,18 @@ def nonfinite_losses(run: Run, losses: Floats) -> Ints:
     logged = ~np.isnan(losses[run.finite])
     is_nan = np.isnan(losses) & ~run.finite if logged.mean() > 0.9 else np.zeros(len(losses), bool)
     return np.flatnonzero(np.isinf(losses) | is_nan)
+
+
+def last_loss(losses: Floats) -> float:
+    """Mean of the last ten; NaN where the run ended with losses that were not finite."""
+    logged = np.flatnonzero(np.isfinite(losses))
+    if len(logged) == 0 or np.isinf(losses[logged[-1] :]).any():
+        return np.nan
+    strides = np.diff(logged)
+    usual = int(np.median(strides)) if len(strides) else 1
+    if len(losses) - 1 - logged[-1] >= 2 * usual:
+        return np.nan
+    return float(losses[logged[-NUM_LAST:]].mean())
 
 
 def find(run: Run) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ def find(run: Run) -> Iterator[Finding]:
     if len(rows) == 0:
         return
     steps: list[int] = run.steps[rows].tolist()
-    text = f"The norm was not finite in {steps_in_words(steps)}{_how_it_ended(run, rows)}."
+    text = f"The norm was not finite in {steps_in_words(steps)}{_how_it_ended(run, rows)}"
     causes, tensors = _causes(run, rows)
     yield Finding("nonfinite", True, f"{text} {causes}", steps[:MOST_STEPS], tensors)
 
@@ -29,8 +29,8 @@ def find(run: Run) -> Iterator[Finding]:
 def _how_it_ended(run: Run, rows: Ints) -> str:
     last = len(run.steps) - 1
     if len(rows) > 1 and rows[-1] == last and (np.diff(rows) == 1).all():
-        return ", the end of the run, as where weights have become NaN"
-    return f" ({len(rows):,} of {count(last + 1, 'step')})"
+        return ". That lasted to the end of the run, as it does when weights have become NaN."
+    return f" ({len(rows):,} of {count(last + 1, 'step')})."
 
 
 def _causes(run: Run, rows: Ints) -> tuple[str, list[str]]:
