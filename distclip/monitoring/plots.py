@@ -60,7 +60,6 @@ def draw(runs: Sequence[Run], path: Path, title: str = "") -> None:
         _dress(each, draw_layers(each, run, with_name=len(runs) > 1), "", grid=False)
     if len(runs) > 1:
         _legend_of_runs(figure, axes[0], runs)
-    figure.align_ylabels(axes[: len(panels)])  # beside layers with long names they stand alone
     _finish(figure, axes, runs, title or (runs[0].name if len(runs) == 1 else ""))
     _save(figure, path)
 
@@ -233,6 +232,8 @@ def _dress(axes: Axes, title: str, label: str, grid: bool = True) -> None:
     size = min(13.0, 13.0 * _MOST_TITLE / max(1, len(title)))
     axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
     axes.set_ylabel(label)
+    # In line; matplotlib would measure the ticks of all panels for that, in a second.
+    axes.yaxis.set_label_coords(-0.07, 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
     if grid:

@@ -105,11 +105,12 @@ def medians_before(values: Floats, window: int, least: int) -> Floats:
 def _deviations(logs: Floats, window: int) -> Floats:
     """1.4826 × MAD of the values around each one, up to `window` on both sides."""
     width = min(2 * window + 1, len(logs))
-    windows = sliding_window_view(logs, width)
+    every = max(1, window // 10)  # rows near each other have much the same deviation
+    windows = sliding_window_view(logs, width)[::every]
     medians = np.median(windows, axis=1, keepdims=True)
     mads = np.median(np.abs(windows - medians), axis=1)
-    centers = np.clip(np.arange(len(logs)) - width // 2, 0, len(mads) - 1)
-    return 1.4826 * mads[centers]
+    nearest = (np.arange(len(logs)) - width // 2 + every // 2) // every
+    return 1.4826 * mads[np.clip(nearest, 0, len(mads) - 1)]
 
 
 def _leaders(run: Run, spike: Spike, spikes: Sequence[Spike]) -> list[Leader]:
