@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distclip.monitoring.findings import Finding, clipping, file, nonfinite
+from distclip.monitoring.findings import (
+    Finding,
+    clipping,
+    depth,
+    file,
+    loss,
+    nonfinite,
+    spikes,
+    trends,
+)
+from distclip.monitoring.lines import line_of
 from distclip.monitoring.records import Run
 
-_FINDERS: Sequence[Callable[[Run], Iterator[Finding]]] = (file.find, clipping.find, nonfinite.find)
+_FINDERS: Sequence[Callable[[Run], Iterator[Finding]]] = (
+    nonfinite.find,
+    loss.find,
+    spikes.find,
+    trends.find,
+    depth.find,
+    clipping.find,
+    file.find,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ def summarize(run: Run) -> Summary:
 
 def _figures(run: Run) -> dict[str, float | int | str]:
     finite, norms = run.finite, run.columns["total_norm"]
+    losses = run.columns.get(loss.loss_name(run) or "", np.array([]))
     coefficients = run.columns["coefficient"][finite & run.clipped]
     figures: dict[str, float | int | None] = {
         "steps": len(run.steps),
@@ -69,10 +89,17 @@ def _figures(run: Run) -> dict[str, float | int | str]:
         "median_norm": _of(np.median, norms[finite]),
         "largest_norm": _of(np.max, norms[finite]),
         "nonfinite_steps": int((~finite).sum()),
+        "first_loss": _of(lambda each: each[0], losses[np.isfinite(losses)]),
+        "last_loss": loss.last_loss(losses) if len(losses) else None,
         "broken_lines": run.num_broken,
         "replaced_steps": run.num_replaced,
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: _encoded(value) for name, value in figures.items() if value is not None}
+
+
+def _encoded(value: float | int) -> float | int | str:
+    """JSON has no NaN and no infinity."""
+    return value if np.isfinite(value) else json.loads(line_of({"": value}))[""]
 
 
 def _of(function: Callable[[Any], Any], values: NDArray[Any]) -> float | None:

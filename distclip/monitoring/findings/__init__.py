@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 MOST_STEPS = 100  # that a finding lists; the text says how many there are
 _MOST_NAMED = 4  # steps or names in a text
 
@@ -34,7 +37,9 @@ class Finding(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Three digits, such as 0.0123, 4,560 and 7.89e+06."""
+    if 1e3 <= abs(value) < 1e6:
+        return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:.3g}"
 
 
@@ -72,3 +77,13 @@ def _span(first: int, last: int) -> str:
     if first == last:
         return str(first)
     return f"{first} and {last}" if last == first + 1 else f"{first} to {last}"
+
+
+def chosen(names: Sequence[str], mask: NDArray[np.bool_]) -> list[str]:
+    return [name for name, is_chosen in zip(names, mask, strict=True) if is_chosen]
+
+
+def layers_in_words(names: Sequence[str], mask: NDArray[np.bool_]) -> str:
+    """ "layer 3", "layers 0, 2 and 4": a name may be a number."""
+    layers = chosen(names, mask)
+    return f"layer{'' if len(layers) == 1 else 's'} {listed(layers)}"

@@ -28,11 +28,12 @@ def find(run: Run) -> Iterator[Finding]:
         return
     coefficients = run.columns["coefficient"][finite][clipped]
     median, least = float(np.median(coefficients)), float(coefficients.min())
-    how = f"The median of their coefficients is {number(median)}, the smallest {number(least)}."
-    share = f"{clipped.sum():,} of {count(len(clipped), 'step')} ({percent(clipped.mean())})"
-    yield Finding("clipping", False, f"Clipped in {share}{_where(clipped)}. {how}")
-    if clipped.mean() >= NEARLY_ALWAYS:
-        yield from _nearly_always(median)
+    how = f"Their median coefficient is {number(median)}, the smallest {number(least)}."
+    yield Finding(
+        "clipping", False, f"Clipped in {_share(clipped, finite)}{_where(clipped)}. {how}"
+    )
+    if len(clipped) >= NUM_PARTS * MIN_PART and clipped.mean() >= NEARLY_ALWAYS:
+        yield _nearly_always(median)
     yield from _groups(run)
 
 
@@ -46,6 +47,13 @@ def _never(largest: float, limit: Floats) -> str:
     )
 
 
+def _share(clipped: NDArray[np.bool_], finite: NDArray[np.bool_]) -> str:
+    steps = count(len(clipped), "step" if finite.all() else "finite step")
+    if clipped.all():
+        return f"all {steps}" if len(clipped) > 1 else "the only step"
+    return f"{clipped.sum():,} of {steps} ({percent(float(clipped.mean()))})"
+
+
 def _where(clipped: NDArray[np.bool_]) -> str:
     if clipped.all() or len(clipped) < NUM_PARTS * MIN_PART:
         return ""
@@ -53,19 +61,19 @@ def _where(clipped: NDArray[np.bool_]) -> str:
     return f"; in the quarters of the run: {', '.join(shares)}"
 
 
-def _nearly_always(median: float) -> Iterator[Finding]:
+def _nearly_always(median: float) -> Finding:
     if median <= STRONG:
         text = (
-            f"The usual norm is {number(1 / median)} times the limit. Where the loss is a sum, "
-            f"average it; where a loss scale is in the gradients, pass `scaler=` or `scale=`; else "
-            f"choose a higher limit."
+            f"The usual norm is {number(1 / median)} times the limit. Average a loss that is a "
+            f"sum, pass `scaler=` or `scale=` where a loss scale is in the gradients, or choose "
+            f"another limit."
         )
-    else:
-        text = (
-            "As nearly every step was clipped, the limit sets the length of the gradient, and "
-            "with SGD it acts as the learning rate does."
-        )
-    yield Finding("limit", median <= STRONG, text)
+        return Finding("limit", True, text)
+    text = (
+        "As nearly every step was clipped, the limit sets the length of the gradient: with SGD it "
+        "acts as the learning rate does."
+    )
+    return Finding("limit", False, text)
 
 
 def _groups(run: Run) -> Iterator[Finding]:
