@@ -19,7 +19,8 @@ ARGUMENTS = [
 IS_DRAWN = "window.Bokeh && Bokeh.documents.length == 1 && Bokeh.documents[0].is_idle"
 
 VIEWS = "Bokeh.index.roots.filter(view => view.frame)"  # in the order of the page
-# Each plot: its label, its ranges, and how many pixels of its frame have each color.
+# Each plot: the plain texts of its vertical axis, its range of steps, and how many pixels of its
+# frame have each color.
 PLOTS = (
     f"() => {VIEWS}"
     + """.map(view => {
@@ -36,8 +37,9 @@ PLOTS = (
     colors[color] = (colors[color] ?? 0) + 1
   }
   const {start, end} = view.frame.x_range
-  const axis = view.model.left[0].axis_label
-  return {label: axis?.text ?? axis, start, end, colors}
+  const {axis_label, major_label_overrides} = view.model.left[0]
+  const ticks = [...major_label_overrides.values()].map(each => each.text)
+  return {label: axis_label?.text, ticks, start, end, colors}
 })
 """
 )

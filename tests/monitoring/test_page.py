@@ -89,7 +89,7 @@ def drawn(plot: dict[str, Any], color: str) -> int:
 
 
 def is_heat_map(plot: dict[str, Any]) -> bool:
-    return plot["label"] is None
+    return bool(plot["ticks"])
 
 
 def assert_drawn(plot: dict[str, Any]) -> None:
@@ -135,6 +135,8 @@ def test_names_are_text(page: Any, runs: Sequence[Run]) -> None:
     assert page.locator("figcaption b").first.inner_text() == EVIL
     assert page.locator("h2").last.inner_text() == f"{EVIL} $$y$$"
     assert page.locator("script").count() == 3
+    ticks = ["layers.0", "layers.1", "layers.2", "layers.3", f"…{EVIL[-23:]}", "{{7*7}}", "$$x^2$$"]
+    assert plots(page)[7]["ticks"] == ticks
     layers = [point_at(page, 7, 5, (i + 0.5) / 7)["layer"] for i in (4, 5, 6)]
     assert layers == [EVIL, "{{7*7}}", "$$x^2$$"]
     assert point_at(page, 8, 5)[f"{EVIL} $$y$$"] == "0.25"
