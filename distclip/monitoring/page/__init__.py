@@ -13,8 +13,8 @@ from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from distclip.monitoring.findings import percent
 from distclip.monitoring.page.curves import (
     added_columns,
     clipped_shares,
@@ -56,9 +56,9 @@ def write_page(runs: Sequence[Run], summaries: Sequence[Summary], path: Path) ->
         summaries=dict(zip(labels, summaries, strict=True)),
         figures=list(dict.fromkeys(name for each in summaries for name in each.figures)),
         sections=sections,
-        places={plot.id: Markup(place) for plot, place in zip(plots, places, strict=True)},
+        places={plot.id: place for plot, place in zip(plots, places, strict=True)},
         undrawn=added[_MOST_COLUMNS:],
-        scripts=[Markup(each) for each in scripts],
+        scripts=scripts,
         hashes=[_hash(each) for each in scripts],
     )
     # A name may have a half of a surrogate pair, which no file can hold.
@@ -93,13 +93,15 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _shown
+    environment.filters["figure"] = _figure
     return environment.get_template("page.html.jinja")
 
 
-def _shown(value: float | int | str) -> str:
+def _figure(value: float | int | str, name: str) -> str:
     if isinstance(value, str):
         return value
+    if name.endswith("share"):
+        return percent(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
