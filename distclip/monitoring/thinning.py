@@ -57,12 +57,21 @@ class Shares(NamedTuple):
     share: Floats
 
 
-def shares(flags: NDArray[np.bool_], num_buckets: int, fewest_rows: int) -> Shares:
-    """In buckets of at least `fewest_rows` rows, or one of all."""
+def shares(
+    flags: NDArray[np.bool_], counted: NDArray[np.bool_], num_buckets: int, fewest_rows: int
+) -> Shares:
+    """Of the rows that are counted, in buckets of at least `fewest_rows` rows, or one of all.
+
+    Buckets without such a row are left out.
+    """
     num_buckets = max(1, min(num_buckets, len(flags) // fewest_rows))
-    buckets = np.array(_buckets(len(flags), num_buckets))
-    share = np.add.reduceat(flags, buckets[:, 0], dtype=np.float64) / np.diff(buckets)[:, 0]
-    return Shares(buckets[:, 0], buckets[:, 1] - 1, share)
+    buckets = _buckets(len(flags), num_buckets)
+    starts = np.array([start for start, _ in buckets])
+    ends = np.array([end for _, end in buckets])
+    num_set = np.add.reduceat(flags & counted, starts, dtype=np.int64)
+    num_counted = np.add.reduceat(counted, starts, dtype=np.int64)
+    there = num_counted > 0
+    return Shares(starts[there], ends[there] - 1, num_set[there] / num_counted[there])
 
 
 class Cells(NamedTuple):

@@ -23,7 +23,7 @@ from tests.monitoring.runs import make_run
 EVIL = "<script>alert(1)</script>"
 TENSORS = [f"layers.{i}.weight" for i in range(4)] + [f"{EVIL}.weight", "{{7*7}}.x", "$$x^2$$.x"]
 LINE, LIMIT, OTHERS = "0,114,178", "230,97,0", "187,187,187"
-NOT_FINITE, BAD_CELL = "248,217,217", "255,45,45"
+NOT_FINITE, BAD_CELL, MISSING = "248,217,217", "255,45,45", "221,221,221"
 BACKGROUND = {"255,255,255", "229,229,229"}  # with the grid
 NUM_STEPS, BAD = 60, range(30, 36)
 HUGE = np.geomspace(1e-300, 1e300, 8)
@@ -252,9 +252,16 @@ def of_many_layers(folder: Path) -> list[Run]:
     return [make_run(folder, norms_of_tensors(6, names), tensor_norms=1, every=7)]
 
 
+def with_a_layer_that_came_later(folder: Path) -> list[Run]:
+    run = make_run(folder, norms_of_tensors(20), tensor_norms=1)
+    run.tensors.norms[:10, 2] = np.nan
+    return [run]
+
+
 CASES = [
     *(of_one_step, of_nothing_but_nan, without_limit, of_zeros, of_names_that_are_the_same),
     *(of_numbers_that_float32_lacks, of_many_layers),
+    with_a_layer_that_came_later,
 ]
 
 
@@ -271,6 +278,9 @@ def test_runs_of_every_kind(browser: Any, tmp_path: Path, case: Any) -> None:
         for plot in found:
             if plot["label"] != "steps clipped (%)":
                 assert_drawn(plot)
+        if case is with_a_layer_that_came_later:
+            assert page.locator(".keys li").all_inner_texts()[-1] == "missing"
+            assert (drawn(found[-1], MISSING) > 1000, drawn(found[-1], BAD_CELL)) == (True, 0)
         if case is of_one_step:
             assert point_at(page, 1, 1) == {
                 "step": "1",

@@ -120,11 +120,11 @@ def clipped_shares(shared: Shared) -> Section:
 
 
 def _bars(shared: Shared, label: str, run: Run, axis: Axis) -> Panel:
-    clipped, steps = run.clipped[run.finite], run.steps[run.finite]
-    if not len(steps):
+    clipped = run.clipped[run.finite]
+    if not len(clipped):
         return Panel(label, None, "The norm is not finite in any step.")
-    found = shares(clipped, num_buckets=100, fewest_rows=5)
-    first, last = steps[found.first], steps[found.last]
+    found = shares(run.clipped, run.finite, num_buckets=100, fewest_rows=5)
+    first, last = run.steps[found.first], run.steps[found.last]
     data = {"first": first, "last": last, "left": first - 0.5, "right": last + 0.5}
     data["clipped"] = 100 * found.share
     plot = new_plot(shared, axis, height=180)
@@ -135,7 +135,7 @@ def _bars(shared: Shared, label: str, run: Run, axis: Axis) -> Panel:
     add_hover(plot, bars, hover, at_step=True)
     share = percent(float(clipped.mean()))
     words = f"Clipped in {clipped.sum():,} of {count(len(clipped), 'step')} ({share})."
-    if len(steps) < len(run.steps):
+    if len(clipped) < len(run.steps):
         words = f"{words} Steps that were not finite do not count."
     return Panel(label, plot, words)
 

@@ -29,7 +29,7 @@ from distclip.monitoring.page.panels import (
     short,
     shortened,
 )
-from distclip.monitoring.records import Floats, Ints
+from distclip.monitoring.records import Floats, Ints, Run
 from distclip.monitoring.thinning import Cells, cells
 
 _MOST_CELLS = 40_000  # of a run
@@ -54,8 +54,12 @@ def heat_maps(shared: Shared) -> Section:
         "The first layer is on top. A norm is drawn until the next step that has one. Colors have "
         "a log scale; 0 has the darkest."
     )
-    has_bad = any(not np.isfinite(each).all() for _, each in norms.values())
-    keys = {"not finite": _BAD, "missing": _MISSING} if has_bad else {}
+    missing = {label: _missing(shared.runs[label], each) for label, (_, each) in norms.items()}
+    keys: dict[str, str] = {}
+    if any((~np.isfinite(each) & ~missing[label]).any() for label, (_, each) in norms.items()):
+        keys["not finite"] = _BAD
+    if any(each.any() for each in missing.values()):
+        keys["missing"] = _MISSING
     return Section("Gradient norm per layer", note if norms else "", keys, panels)
 
 
@@ -63,9 +67,9 @@ def _heat_map(
     shared: Shared, label: str, names: Sequence[str], norms: Floats, scale: Axis
 ) -> Panel:
     run = shared.runs[label]
-    steps, finite = run.steps[run.tensors.rows], run.finite[run.tensors.rows]
+    steps = run.steps[run.tensors.rows]
     most = max(20, min(_MOST_WIDE, _MOST_CELLS // len(names)) // len(shared.runs))
-    source = _images(cells(steps, norms, most), steps, finite, names)
+    source = _images(cells(steps, norms, most), steps, _missing(run, norms), names)
     axis = Axis("layer", "linear", len(names) - 0.5, -0.5)  # the first on top
     plot = new_plot(shared, axis, height=100 + min(_HIGHEST, max(80, 14 * len(names))))
     mapper = LogColorMapper(
@@ -80,13 +84,18 @@ def _heat_map(
     return Panel(label, plot, _words(names, steps, norms))
 
 
+def _missing(run: Run, norms: Floats) -> NDArray[np.bool_]:
+    """NaN stands for a layer that a row lacks where the norm of all was finite."""
+    return np.isnan(norms) & run.finite[run.tensors.rows, None]
+
+
 def _images(
-    grid: Cells, steps: Ints, finite: NDArray[np.bool_], names: Sequence[str]
+    grid: Cells, steps: Ints, missing: NDArray[np.bool_], names: Sequence[str]
 ) -> ColumnDataSource:
     """An image of one line for each layer: the name of a layer is there once, and not per cell."""
     num = len(names)
     values, cell_steps = short(grid.values), short(steps[grid.rows])
-    bad = ~np.isfinite(values) & ~finite[grid.rows]  # a NaN elsewhere is a norm that is missing
+    bad = ~np.isfinite(values) & ~np.take_along_axis(missing.T, grid.rows, axis=1)
     colors = np.where(bad, np.inf, values)
     data: Any = {
         "image": _lines(colors),
