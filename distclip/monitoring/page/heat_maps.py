@@ -95,7 +95,7 @@ def _images(
     """An image of one line for each layer: the name of a layer is there once, and not per cell."""
     num = len(names)
     values, cell_steps = short(grid.values), short(steps[grid.rows])
-    bad = ~np.isfinite(values) & ~np.take_along_axis(missing.T, grid.rows, axis=1)
+    bad = ~np.isfinite(values) & ~missing[grid.rows, np.arange(num)[:, None]]
     colors = np.where(bad, np.inf, values)
     data: Any = {
         "image": _lines(colors),
