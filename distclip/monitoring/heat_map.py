@@ -73,7 +73,8 @@ def _title(run: Run, layers: tuple[str, ...], norms: Floats) -> str:
     lost = np.flatnonzero(~run.finite[run.tensors.rows] & ~np.isfinite(norms).all(axis=1))
     if len(lost):
         first = chosen(layers, ~np.isfinite(norms[lost[0]]))
-        where = f"in {listed([shortened(name, 24) for name in first], 2)}"
+        some = "layer " if len(first) == 1 else "layers "
+        where = f"in {some}{listed([shortened(name, 24) for name in first], 2)}"
         where = "in all layers" if len(first) == len(layers) else where
         return f"Not finite in step {run.steps[run.tensors.rows[lost[0]]]} {where}"
     has = np.isfinite(known).sum(axis=0) > 0

@@ -99,7 +99,7 @@ def test_a_broken_line_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("no_files")
-@pytest.mark.parametrize("name", ["[red]x", "[/]", "[bold", ":smile:", "\\[x]"])
+@pytest.mark.parametrize("name", ["[red]x", "[b]y[", "[bold", ":smile:", "\\[x]"])
 def test_markup_in_a_name_is_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_stack_of_sigmoids_vanishes(tmp_path: Path, depth: int) -> None:
 
 
 def test_saturated_tanh_explodes_towards_the_first_layers(tmp_path: Path) -> None:
-    model = stack(nn.Tanh, 16, gain=4.0)
+    model = stack(nn.Tanh, 20, gain=4.0)
     run = train(tmp_path, model, classify(model), 40, tensor_norms=10)
     finding = found(run, "exploding")
     assert "towards the first layers" in finding.text
