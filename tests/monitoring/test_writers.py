@@ -94,10 +94,14 @@ def test_what_is_not_finite_and_what_is_text_in_tensorboard(tmp_path: Path) -> N
 
 
 def test_a_row_is_in_tensorboards_file_at_once(tmp_path: Path) -> None:
-    with distclip.History(tmp_path, writers=[TensorBoardWriter(tmp_path)]) as history:
-        for step in (1, 2):
-            history.append(clipped(1.0, 1.0))
-            assert max(scalars(tmp_path, "train/grad_norm")) == step
+    """A kill loses no row, as it loses none of history.jsonl."""
+    with distclip.History(tmp_path, writers=[TensorBoardWriter(tmp_path / "events")]) as history:
+        history.append(clipped(1.0, 1.0))
+        history.append(clipped(2.0, 2.0))
+        (file,) = (tmp_path / "events").iterdir()
+        written = file.read_bytes()
+    assert file.read_bytes() == written
+    assert scalars(tmp_path / "events", "train/grad_norm/b") == {1: 1.0, 2: 2.0}
 
 
 def test_steps_that_are_made_again_replace_those_of_the_earlier_start(tmp_path: Path) -> None:
@@ -160,6 +164,7 @@ import math, sys, wandb, distclip
 from distclip.monitoring import WandbWriter, history as history_module
 from tests.monitoring.test_writers import clipped
 
+own = distclip.History("own", writers=[WandbWriter(project="own")])  # before W&B itself starts
 mine = wandb.init(project="mine")
 history = distclip.History("mine", writers=[WandbWriter(project="theirs")])
 for step, loss in enumerate((0.5, math.inf, math.nan), start=1):
@@ -172,16 +177,15 @@ assert wandb.run is mine
 mine.log({"last": 1})
 mine.finish()
 
-history = distclip.History("own", writers=[WandbWriter(project="own")])
-history.append(clipped(3.0, 4.0), step=3)
-history.append(clipped(3.0, 4.0), step=1)
+own.append(clipped(3.0, 4.0), step=3)
+own.append(clipped(3.0, 4.0), step=1)
 # As on an accelerator: the last row is still on its way when the program ends.
 class Late:
     def query(self): return False
     def synchronize(self): pass
 history_module.recorded_event = lambda device: Late()
-history.append(clipped(3.0, 4.0), step=4)
-assert '"step": 4' not in history.path.read_text()
+own.append(clipped(3.0, 4.0), step=4)
+assert '"step": 4' not in own.path.read_text()
 """
 
 
