@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import os
 import resource
 import shutil
@@ -179,6 +180,26 @@ def test_fp16_with_its_loss_scale(
     rows = rows_of(tmp_path)
     assert sum(row["finite"] and row["clipped"] for row in rows) >= 3
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", STAGES[1]])
+def test_a_run_that_diverges_says_which_parameters(
+    four_on_cpus: Ranks, text: Path, tmp_path: Path, layout: str
+) -> None:
+    paths = ("--data", str(text), "--out", str(tmp_path), "--save-every", "0")
+    diverges = ("--policy", "none", "--optimizer", "sgd", "--lr", "1e30", "--steps", "3")
+    norms = ("--tensor-norms", "2") if layout == "fsdp2" else ()
+    words = (*TINY, *paths, *diverges, *norms, "--layout", layout)
+    assert four_on_cpus.run(train_here, *words) == [True] * 4
+    first, *_, last = rows_of(tmp_path)
+    assert first["finite"]
+    assert "nonfinite_parameters" not in first
+    assert not last["finite"]
+    assert last["nonfinite_parameters"]
+    if norms:
+        assert math.hypot(*first["tensor_norms"].values()) == pytest.approx(first["total_norm"])
+        assert last["nonfinite_parameters"].keys() == last["tensor_norms"].keys()
+        assert ["tensor_norms" in row for row in rows_of(tmp_path)] == [True, False, True]
 
 
 @needs_deepspeed
