@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
+    "cli": API | {PUBLIC, "api", "adapters", "monitoring"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
@@ -62,6 +63,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]
     },
     "megatron": {"adapters"},
+    **{name: {"cli"} for name in ("tyro", "rich")},
 }
 
 # What works on local tensors alone: no part of torch.distributed.
