@@ -32,5 +32,4 @@ from distclip.policies import StatelessPolicy as StatelessPolicy
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report
 from distclip.sharding import Layout as Layout
-
-__version__ = "0.1.0"
+from distclip.version import __version__ as __version__

@@ -23,10 +23,11 @@ from distclip.norms.late_reads import recorded_event
 from distclip.report import Report
 from distclip.sharding.local_tensors import is_dtensor
 from distclip.torch_private import has_values
+from distclip.version import __version__
 
 _MOST_PENDING = 16  # steps; the host is rarely so far ahead of an accelerator
 _STEP = re.compile(rb'\{"step": (\d+), .*\}\n')
-_AFTER = re.compile(rb'^\{"history": .*"after": (\d+)\}\n')
+_AFTER = re.compile(rb'\{"history": .*"after": (\d+)\}\n')
 
 
 class Writer(Protocol):
@@ -226,8 +227,6 @@ def _is_rank_0() -> bool:
 
 
 def _header(after: int | None) -> bytes:
-    from distclip import __version__
-
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     header: dict[str, Any] = {"history": FORMAT, "distclip": __version__, "started": started}
     return line_of(header if after is None else header | {"after": after})
@@ -238,26 +237,25 @@ def _take_over(path: Path, header: bytes) -> int:
 
     The copy leaves out a last line that a kill has cut.
     """
-    temporary = path.with_suffix(".tmp")
-    last_step = 0
-    with temporary.open("wb") as copy:
-        if path.exists():
-            with path.open("rb") as file:
-                for i, line in enumerate(file):
-                    if i == 0:
-                        _check_own(path, line)
-                    if not line.endswith(b"\n"):
-                        break
-                    copy.write(line)
-                    if found := _STEP.match(line) or _AFTER.search(line):
-                        last_step = int(found[1])
-        copy.write(header)
+    path.touch()
+    temporary, last_step = path.with_suffix(".tmp"), 0
+    with path.open("rb") as file:
+        _check_own(path, file.readline())
+        file.seek(0)
+        with temporary.open("wb") as copy:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                copy.write(line)
+                if found := _STEP.match(line) or _AFTER.match(line):
+                    last_step = int(found[1])
+            copy.write(header)
     temporary.replace(path)
     return last_step
 
 
 def _check_own(path: Path, first_line: bytes) -> None:
-    if not first_line.startswith((b'{"history":', b'{"step":')):
+    if first_line and not first_line.startswith((b'{"history":', b'{"step":')):
         raise ValueError(
             f"cannot append to {path}: it was not written by distclip.History, and its rows would "
             f"be mixed with others. Choose another folder, or move the file."

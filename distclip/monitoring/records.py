@@ -147,7 +147,7 @@ class _Parsed:
             self.num_broken += 1
 
     def _start(self, header: Mapping[str, Any]) -> None:
-        version = str(header.get("distclip", "an unknown version"))
+        version = " ".join(str(header.get("distclip", "of unknown version")).split())
         if header["history"] != FORMAT:
             raise HistoryError(
                 f"was written by distclip {version} in format {header['history']}; this version "

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"errors"},
     "errors": set(),
     "torch_private": set(),
+    "version": set(),
     "report": BOTTOM,
     "policies": {"errors", "arguments"},
     "kernels": BOTTOM,
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": API,
     "functional": API | {"api"},
     "parity": BOTTOM | {"sharding", "policies", "clipper", "api"},
-    "monitoring": BOTTOM | {"sharding", "policies", "norms", "report"},
+    "monitoring": BOTTOM | {"version", "sharding", "policies", "norms", "report"},
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
