@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -42,6 +43,10 @@ def draw(runs: Sequence[Run], path: Path, title: str = "") -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    _save(figure_of(runs, title), path)
+
+
+def figure_of(runs: Sequence[Run], title: str) -> Figure:
     panels: list[tuple[Callable[[Axes, Sequence[Run]], None], float]] = []
     if any(map(loss_name, runs)):
         panels.append((_loss_panel, 2.8))
@@ -61,7 +66,7 @@ def draw(runs: Sequence[Run], path: Path, title: str = "") -> None:
     if len(runs) > 1:
         _legend_of_runs(figure, axes[0], runs)
     _finish(figure, axes, runs, title or (runs[0].name if len(runs) == 1 else ""))
-    _save(figure, path)
+    return figure
 
 
 def _loss_panel(axes: Axes, runs: Sequence[Run]) -> None:
@@ -212,7 +217,8 @@ def _line(
     marker = "o" if alone else None
     axes.plot(*_points(each), line, color=color, linewidth=width, label=label, marker=marker)
     if each.num_rows > 1:
-        axes.fill_between(each.steps, each.low, each.high, color=color, alpha=0.25, linewidth=0.6)
+        face, edge = to_rgba(color, 0.22), to_rgba(color, 0.7)  # a spike is an edge alone
+        axes.fill_between(each.steps, each.low, each.high, fc=face, ec=edge, linewidth=0.5)
     elif np.isnan(each.middle).any() and not alone:
         # Losses of every tenth step are points between gaps, and a line through them.
         has = np.isfinite(each.middle)

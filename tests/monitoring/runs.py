@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distclip import Clipper, ClipNorm, Policy
+from distclip import ClipNorm, Clipper, Policy
 from distclip.monitoring import History
 from distclip.monitoring.records import Run, read_run
 from distclip.report import Report

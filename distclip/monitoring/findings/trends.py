@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from distclip.monitoring.findings import Finding, chosen, layers_in_words, number
 from distclip.monitoring.findings.spikes import find_spikes, inside, medians_before, window_of
@@ -52,10 +53,10 @@ def find(run: Run) -> Iterator[Finding]:
 
 def _growth(norms: Floats) -> tuple[int, float, float] | None:
     """The row where the norm has exploded, with the norms before it and from it on."""
-    if len(norms) > NUM_STAYING:
-        before = medians_before(norms, window_of(len(norms)), 1)[: 1 - NUM_STAYING]
-        windows = np.lib.stride_tricks.sliding_window_view(norms, NUM_STAYING)
-        after = np.median(windows, axis=1)
+    if len(norms) > 1:
+        before = medians_before(norms, window_of(len(norms)), 1)
+        padded = np.pad(norms, (0, NUM_STAYING - 1), mode="edge")  # NaN may follow the last one
+        after = np.median(sliding_window_view(padded, NUM_STAYING), axis=1)
         (sudden,) = np.nonzero((after >= GROWN * before) & (before > 0))
         if len(sudden):
             last = sudden[-1] + NUM_STAYING
