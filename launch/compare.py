@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distclip.monitoring import plots
+from distclip.monitoring.findings.loss import last_loss
 from distclip.monitoring.records import HistoryError, Run, read_run
-from launch.report import column, finite, last_loss, number, show
+from launch.report import column, finite, number, show
 
 LAUNCHER = (sys.executable, "-m", "launch.run", "--standalone")
 
@@ -115,7 +116,7 @@ def table(runs: Sequence[Run], title: str) -> Table:
     made = Table(*columns, title=title)
     for run in runs:
         losses = column(run, "loss")
-        numbers = (losses[0], finite(losses).max(), last_loss(run))
+        numbers = (losses[0], finite(losses).max(), last_loss(losses))
         largest = number(finite(column(run, "total_norm")).max())
         clipped = f"{run.clipped.sum()} of {len(run.steps)}"
         made.add_row(run.name, *map(number, numbers), largest, clipped)

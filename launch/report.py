@@ -8,10 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from distclip import Report
+from distclip.monitoring.findings.loss import last_loss
 from distclip.monitoring.records import Floats, Run
 
 NUM_PLAIN_LINES = 10
-NUM_LAST = 10
 
 
 class StepProgress:
@@ -64,11 +64,6 @@ def column(run: Run, name: str) -> Floats:
     return run.columns.get(name, np.full(len(run.steps), math.nan))
 
 
-def last_loss(run: Run) -> float:
-    """Mean of the last ten losses; NaN where one of them is."""
-    return float(column(run, "loss")[-NUM_LAST:].mean())
-
-
 def finite(values: Floats) -> Floats:
     """The finite ones; one NaN where there is none."""
     found = values[np.isfinite(values)]
@@ -79,10 +74,10 @@ def summary(run: Run, title: str) -> Table:
     """The closing table of one run."""
     num_steps, norms = len(run.steps), finite(column(run, "total_norm"))
     seconds, tokens = float(column(run, "seconds").sum()), float(column(run, "tokens").sum())
-    first, last = number(column(run, "loss")[0]), number(last_loss(run))
+    first, last = number(column(run, "loss")[0]), number(last_loss(column(run, "loss")))
     lines = {
         "steps": f"{num_steps} in {seconds:.1f} s, {tokens / seconds:,.0f} tokens a second",
-        "loss": f"{first} at first, {last} over the last {min(num_steps, NUM_LAST)}",
+        "loss": f"{first} at first, {last} over the last {min(num_steps, 10)}",
         "total norm": f"median {number(np.median(norms))}, largest {number(norms.max())}",
         "clipped": f"{run.clipped.sum()} of {num_steps} steps",
         "not finite": f"{(~run.finite).sum()} of {num_steps} steps",

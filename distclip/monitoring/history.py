@@ -164,10 +164,10 @@ class History:
         """Writes every row that was appended, and closes the file and the writers."""
         if self._file is None:
             return
-        atexit.unregister(self.close)
         try:
             self.flush()
         finally:
+            atexit.unregister(self.close)
             os.close(self._file)
             self._file = None
             for writer in self._writers:
