@@ -44,7 +44,7 @@ define IN_FEW_COLORS
 import sys
 from PIL import Image
 source, target = sys.argv[1:]
-Image.open(source).convert("RGB").quantize(96).save(target, optimize=True)
+Image.open(source).convert("RGB").quantize(256).save(target, optimize=True)
 endef
 export IN_FEW_COLORS
 
