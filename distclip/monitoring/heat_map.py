@@ -18,7 +18,7 @@ from distclip.monitoring.thinning import cells
 _MOST_CELLS = 550  # two pixels for each
 _MOST_LABELS = 60
 # What no color of the scale can say.
-_ODD = {"0": "#1a1a1a", "not in this row": "#e4e4e4", "not finite": "#e5322d"}
+ODD = {"0": "#1a1a1a", "not in this row": "#e4e4e4", "not finite": "#e5322d"}
 
 
 def height_of(run: Run) -> float:
@@ -43,8 +43,8 @@ def draw_layers(axes: Axes, run: Run, with_name: bool) -> str:
         image = axes.imshow(ordinary, norm=_norm(ordinary), cmap="viridis", **how)
         bar = axes.inset_axes((1.01, 0, 0.014, 1))
         axes.figure.colorbar(image, cax=bar, label="norm (log scale)")
-    axes.imshow(odd, cmap=ListedColormap([*_ODD.values()]), vmin=-0.5, vmax=2.5, **how)
-    present = [Patch(color=c, label=n) for k, (n, c) in enumerate(_ODD.items()) if (odd == k).any()]
+    axes.imshow(odd, cmap=ListedColormap([*ODD.values()]), vmin=-0.5, vmax=2.5, **how)
+    present = [Patch(color=c, label=n) for k, (n, c) in enumerate(ODD.items()) if (odd == k).any()]
     if present:
         axes.legend(handles=present, loc="upper right", fontsize=8, ncols=3, framealpha=0.9)
     _label_rows(axes, layers)
@@ -73,7 +73,8 @@ def _title(run: Run, layers: tuple[str, ...], norms: Floats) -> str:
     lost = np.flatnonzero(~run.finite[run.tensors.rows] & ~np.isfinite(norms).all(axis=1))
     if len(lost):
         first = chosen(layers, ~np.isfinite(norms[lost[0]]))
-        where = f"in {listed([shortened(name, 24) for name in first], 2)}"
+        some = "layer " if len(first) == 1 else "layers "
+        where = f"in {some}{listed([shortened(name, 24) for name in first], 2)}"
         where = "in all layers" if len(first) == len(layers) else where
         return f"Not finite in step {run.steps[run.tensors.rows[lost[0]]]} {where}"
     has = np.isfinite(known).sum(axis=0) > 0

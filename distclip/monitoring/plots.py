@@ -239,7 +239,7 @@ def _dress(axes: Axes, title: str, label: str, grid: bool = True) -> None:
     axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
     axes.set_ylabel(label)
     # In line; matplotlib would measure the ticks of all panels for that, in a second.
-    axes.yaxis.set_label_coords(-0.07, 0.5)
+    axes.yaxis.set_label_coords(-0.08, 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
     if grid:

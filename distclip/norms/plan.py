@@ -147,7 +147,7 @@ class Plan:
     def parameters_text(self) -> str:
         """The names of all parameters, in short; "" where ranks hold different ones."""
         mesh = self.reduce_mesh
-        if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+        if mesh is not None and mesh.holds_distinct:
             return ""
         names = ",".join(self.names)
         return f"{len(self.params)} parameters, names {zlib.crc32(names.encode()):x}"
@@ -264,7 +264,7 @@ def make_plan(
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
         if group.units is not None:
             prepare_units(group.units, params[group.members], group.norm_type)
-    if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
+    if mesh is not None and gathers_slots(groups, mesh):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
     plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
@@ -284,7 +284,7 @@ def with_tensor_groups(plan: Plan) -> Plan:
     made = [group for group in plan.groups if group.scope is not Scope.TENSOR]
     made = [_of_tensors(group, plan.params[group.members], plan.device) for group in made]
     mesh = plan.reduce_mesh
-    if mesh is not None and mesh.distinct and made:
+    if mesh is not None and gathers_slots(made, mesh):
         made = _with_slots_of_other_ranks(made, mesh)
     each = iter(made)
     of_all = [group if group.scope is Scope.TENSOR else next(each) for group in plan.groups]
@@ -309,7 +309,7 @@ def _of_tensors(
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
     # The same on every rank, because the payload depends on it. Ranks along a distinct axis hold
     # other parameters, and only a collective could tell their dtypes.
-    if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+    if mesh is not None and mesh.holds_distinct:
         return torch.float32
     return norm_dtype(param.param.dtype for param in params)
 
@@ -332,6 +332,11 @@ def _make_group(
         num_slots=0 if units is None else units.num_slots,
         norm_dtype=dtype,
     )
+
+
+def gathers_slots(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> bool:
+    """Whether the ranks tell each other how many slots they have, in an all-gather."""
+    return bool(mesh.distinct) and any(group.units is not None for group in groups)
 
 
 def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> list[ParamGroup]:

@@ -19,17 +19,6 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "distclip.cli"]
 
 
-def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT), **env},
-    )
-
-
 @dataclass
 class Found:
     value: object = 1
@@ -174,6 +163,7 @@ def test_progress_of_few_things_has_a_line_for_each(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "reading: 1 of 2\nreading: 2 of 2  b\n"
 
 
+@pytest.mark.ranks
 def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
     pty = pytest.importorskip("pty")
     code = (
@@ -206,9 +196,9 @@ def test_progress_on_a_terminal_is_a_bar_that_goes_away() -> None:
 # Real processes from here on.
 
 
-def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None:
-    """A Python that has torch and none of the packages of the extra."""
-    (tmp_path / "tyro").symlink_to(tmp_path / "nowhere")
+@pytest.mark.ranks
+def test_without_the_extra_one_line_says_what_to_install() -> None:
+    """A Python that finds neither tyro nor rich."""
     code = """
 import sys
 class Missing:
@@ -228,6 +218,7 @@ sys.exit(main(["doctor"]))
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.ranks
 def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
@@ -250,6 +241,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} - before), file=s
     assert loaded & heavy == set()
 
 
+@pytest.mark.ranks
 def test_a_closed_pipe_ends_quietly() -> None:
     done = subprocess.run(
         ["bash", "-c", f"{' '.join(COMMAND)} --help | true; echo ${{PIPESTATUS[0]}}"],
@@ -262,6 +254,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
+@pytest.mark.ranks
 def test_a_full_disk_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
