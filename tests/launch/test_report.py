@@ -46,6 +46,8 @@ def test_a_run_goes_on_after_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows_of(tmp_path)] == [
         *((1, 2.0), (2, 2.0), (3, 2.0), (4, 1.0))
     ]
+    write(tmp_path, [], done=2)  # killed before its first step
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
     write(tmp_path, [3.0])  # not resumed
     assert [(row["step"], row["loss"]) for row in rows_of(tmp_path)] == [(1, 3.0)]
 
