@@ -64,8 +64,10 @@ def figure_of(runs: Sequence[Run], title: str) -> Figure:
     for run, each in zip(layered, axes[len(panels) :], strict=True):
         _dress(each, draw_layers(each, run, with_name=len(runs) > 1), "", grid=False)
     if len(runs) > 1:
-        _legend_of_runs(figure, axes[0], runs)
-    _finish(figure, axes, runs, title or (runs[0].name if len(runs) == 1 else ""))
+        _legend_of_runs(figure, axes[0], runs, title)
+    else:
+        figure.suptitle(shortened(title or runs[0].name, 110), fontsize=11, color="#444444")
+    _finish(figure, axes, runs)
     return figure
 
 
@@ -246,21 +248,29 @@ def _dress(axes: Axes, title: str, label: str, grid: bool = True) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
 
 
-def _legend_of_runs(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
+def _legend_of_runs(figure: Figure, axes: Axes, runs: Sequence[Run], title: str) -> None:
     names = [shortened(run.name, 40) for run in runs]
     handles = [axes.plot([], [], line, color=color)[0] for color, line in _styles(runs)]
     num_columns = max(1, min(len(names), 100 // (max(map(len, names)) + 6)))
-    figure.legend(handles, names, loc="outside upper center", ncols=num_columns, frameon=False)
+    # A title of the figure would stand in the legend.
+    made = figure.legend(
+        handles,
+        names,
+        loc="outside upper center",
+        ncols=num_columns,
+        frameon=False,
+        title=shortened(title, 110),
+        title_fontsize=11,
+    )
+    made.get_title().set_color("#444444")
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], runs: Sequence[Run], title: str) -> None:
+def _finish(figure: Figure, axes: Sequence[Axes], runs: Sequence[Run]) -> None:
     first, last = min(run.steps[0] for run in runs), max(run.steps[-1] for run in runs)
     margin = max(0.01 * (last - first), 0.5)
     axes[0].set_xlim(first - margin, last + margin)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(shortened(title, 110), fontsize=11, color="#444444")
 
 
 def _save(figure: Figure, path: Path) -> None:
