@@ -38,7 +38,8 @@ class ParamGroup:
 
     Attributes:
         description: the policy as text, for people and for `verify`.
-        has_copies: other ranks count some of the parameters.
+        counted: which of the parameters this rank adds to sums, [number of members], bool; None
+            where it is all.
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units are reduced over all coordinates of the distinct
             axes, and the first that belongs to this rank's coordinate.
@@ -51,7 +52,7 @@ class ParamGroup:
     norm_type: float
     needs_weights: bool
     description: str
-    has_copies: bool
+    counted: Tensor | None = field(compare=False)
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -327,11 +328,16 @@ def _make_group(
         policy.norm_type,
         policy.needs_weights,
         str(policy),
-        has_copies=not all(param.counted for param in params),
+        counted=_counted(params, device),
         units=units,
         num_slots=0 if units is None else units.num_slots,
         norm_dtype=dtype,
     )
+
+
+def _counted(params: Sequence[LocalParam], device: torch.device) -> Tensor | None:
+    counted = [param.counted for param in params]
+    return None if all(counted) else torch.tensor(counted, dtype=torch.bool, device=device)
 
 
 def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> list[ParamGroup]:
