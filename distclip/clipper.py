@@ -139,7 +139,8 @@ class Clipper:
         check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         check_function("gradient", gradient, "`parameter -> its gradient`, or None")
         overlap = as_flag("overlap", overlap)
-        shared = SymmetricMemory() if as_flag("symmetric_memory", symmetric_memory) else None
+        shared = as_flag("symmetric_memory", symmetric_memory)
+        self._shared = SymmetricMemory() if shared else None
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -162,7 +163,7 @@ class Clipper:
 
         def plan_for(read: NamedParameters) -> Plan:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
-            return make_plan(sharded, read.groups, rule, shared)
+            return make_plan(sharded, read.groups, rule, self._shared)
 
         self._plan_for = plan_for
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
@@ -186,7 +187,7 @@ class Clipper:
         if self._tensor_norms:
             if is_first:
                 check_same_call(plan, self._call)
-            plan = with_tensor_groups(plan)
+            plan = with_tensor_groups(plan, self._shared)
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -143,9 +144,11 @@ class Report:
         if prefix is not None:
             return _by_module(found, prefix)
         norms: dict[str, float] = {}
+        counts = Counter[str]()
         for each in found:  # two modules that were given as parameters may have a "weight" each
-            same = sum(name == each.name or name.startswith(f"{each.name} (") for name in norms)
-            norms[f"{each.name} ({same + 1})" if same else each.name] = each.norm
+            counts[each.name] += 1
+            count = counts[each.name]
+            norms[f"{each.name} ({count})" if count > 1 else each.name] = each.norm
         return norms
 
     def _each(self, group: TensorFigures) -> Iterator[tuple[str, float, float]]:

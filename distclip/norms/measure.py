@@ -9,14 +9,15 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from distclip import kernels
 from distclip.kernels.kept_indices import KeptIndices
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
-from distclip.norms.unit_rows import Rows
 from distclip.norms.units import Units, rows_of
+from distclip.policies import Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
 
@@ -36,7 +37,7 @@ class GroupMeasurement(NamedTuple):
         tensor_lists: the memory of the gradients; None where nothing needed to know it.
         norm: of the group, where no other rank adds to it and the kernels have computed it.
         tensors: the partials of every tensor on this rank, [num_tensors, num_partials]; None where
-            they are not wanted, or where the group's units are its tensors.
+            they are not wanted.
     """
 
     payload: Tensor
@@ -66,30 +67,36 @@ def with_tensors(
     measured: Sequence[GroupMeasurement], gradients: Sequence[Tensor | None], plan: Plan
 ) -> list[GroupMeasurement]:
     """What was measured, and the partials of every tensor."""
+    each = zip(plan.groups, plan.tensor_groups, measured, strict=True)
     return [
-        each if of_tensors is group else _with_tensors(each, gradients[group.members], of_tensors)
-        for group, of_tensors, each in zip(plan.groups, plan.tensor_groups, measured, strict=True)
+        found._replace(tensors=_tensor_partials(found, gradients, group, of_tensors))
+        for group, of_tensors, found in each
     ]
 
 
-def _with_tensors(
-    measured: GroupMeasurement, grads: Sequence[Tensor | None], group: ParamGroup
-) -> GroupMeasurement:
-    units = cast(Units, group.units)
-    if measured.units is None and units.are_params:
-        partials = power_sums.partials(measured.per_tensor, group.power)
-    else:  # limits per unit, or several tensors in one parameter
-        partials = _unit_partials(grads, group.power, units)
-    return measured._replace(tensors=partials)
+def _tensor_partials(
+    measured: GroupMeasurement,
+    gradients: Sequence[Tensor | None],
+    group: ParamGroup,
+    of_tensors: ParamGroup,
+) -> Tensor:
+    units = cast(Units, of_tensors.units)
+    if group.scope is Scope.TENSOR:
+        return cast(Tensor, measured.units)
+    if group.units is None and units.are_params:
+        return power_sums.partials(measured.per_tensor, group.power)
+    # Limits per unit, or several tensors in one parameter.
+    return _unit_partials(gradients[group.members], group.power, units)
 
 
 def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
-    """What is reduced of the tensors of a group of `Plan.only_measured`; float64, flat."""
+    """What is reduced for a group of `Plan.tensor_groups`; float64, flat."""
     units, partials = cast(Units, group.units), cast(Tensor, measured.tensors)
     added = partials if group.counted is None else _added(partials, group, units)
-    if units.all_in_slots and group.num_slots == units.num_slots:
-        return added.flatten()
-    return _in_slots(added, group, units).flatten() if group.num_slots else added[:0, 0]
+    after = group.num_slots - group.first_slot - units.num_units
+    if after or group.first_slot:
+        added = pad(added, (0, 0, group.first_slot, after))
+    return added.flatten()
 
 
 def _measure_group(
