@@ -139,8 +139,7 @@ class Clipper:
         check_function("layouts", layouts, "`(name, parameter) -> distclip.Layout`, or None")
         check_function("gradient", gradient, "`parameter -> its gradient`, or None")
         overlap = as_flag("overlap", overlap)
-        shared = as_flag("symmetric_memory", symmetric_memory)
-        self._shared = SymmetricMemory() if shared else None
+        shared = SymmetricMemory() if as_flag("symmetric_memory", symmetric_memory) else None
         if overlap and gradient is not None:
             raise ValueError(
                 "cannot measure gradients during backward with gradient=: hooks see what backward "
@@ -163,9 +162,9 @@ class Clipper:
 
         def plan_for(read: NamedParameters) -> Plan:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
-            return make_plan(sharded, read.groups, rule, self._shared)
+            return make_plan(sharded, read.groups, rule, shared)
 
-        self._plan_for = plan_for
+        self._plan_for, self._shared = plan_for, shared
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
         self._hold(self._read_sources(), is_first=True)

@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distclip import AGC, ClipNorm, Clipper, ClipTensorNorm, ClipValue, Layout, Policy
+from distclip import AGC, ClipNorm, Clipper, ClipTensorNorm, ClipValue, Layout, LayoutError, Policy
 from distclip.norms import reduce
 from distclip.policies import Scope
 from tests.support import parallel_models, reference, wrapped
@@ -141,38 +141,42 @@ def test_gradients_measured_during_backward(four_on_cpus: Ranks) -> None:
 
 def of_stages_and_experts(device: str) -> None:
     rank, on = dist.get_rank(), mesh((2, 2), ("pp", "dp"), device)
-    stage = rank // 2
-    # Stage 0 has one tensor, stage 1 two; the second dim of the mesh has copies or shards.
-    shapes = [(4, 3)] if stage == 0 else [(2, 2), (5,)]
-    params: list[tuple[str, nn.Parameter]] = []
-    for i, shape in enumerate(shapes):
-        param = nn.Parameter(torch.zeros(shape, device=device_of(device)))
-        param.grad = torch.full_like(param, 1.0 + stage)
-        params.append((f"stage{stage}.{i}", param))
-    for policy in (ClipNorm(0.1), ClipTensorNorm(0.1), AGC(0.01)):
-        report = Clipper(params, policy, mesh=on, tensor_norms=True).decide().report
-        expected = {name: (1.0 + stage) * math.sqrt(param.numel()) for name, param in params}
-        assert_norms(report.tensor_norms(), expected, **FLOAT32)
+    # Stage 0 has one tensor, stage 1 two; the second axis has copies. Every rank sees all three.
+    shapes = {"stage0.0": (4, 3), "stage1.0": (2, 2), "stage1.1": (5,)}
+    wholes = {name: torch.full(shape, 1.0 + i) for i, (name, shape) in enumerate(shapes.items())}
+    names = [name for name in wholes if name.startswith(f"stage{rank // 2}")]
+    params = [with_gradient(name, wholes[name], device) for name in names]
+    for policy in POLICIES:
+        if policy.scope is not Scope.ELEMENT:
+            report = Clipper(params, policy, mesh=on, tensor_norms=True).decide().report
+            expected = norms_of(wholes, policy.norm_type)
+            assert_norms(report.tensor_norms(), expected, **FLOAT32)
 
-    # Experts: each rank of `ep` has a part of one tensor, which no DTensor shows.
-    experts = mesh((2, 2), ("dp", "ep"), device)
-    param = nn.Parameter(torch.zeros(3, 2, device=device_of(device)))
-    param.grad = torch.full_like(param, 1.0 + rank % 2)
+    # Experts: each rank of `ep` has a part of one tensor, or a tensor of its own.
+    on, index = mesh((2, 2), ("dp", "ep"), device), rank % 2
+    params = [with_gradient("experts.w", torch.full((3, 2), 1.0 + index), device)]
     layout = Layout(sharded={"ep"}, replicated={"dp"})
-    clipper = Clipper(
-        [("experts.w", param)],
-        ClipNorm(0.1),
-        mesh=experts,
-        layouts=lambda name, param: layout,
-        tensor_norms=True,
+    options: dict[str, Any] = {"mesh": on, "tensor_norms": True}
+    parts = Clipper(params, ClipNorm(0.1), layouts=lambda *_: layout, **options).decide().report
+    assert parts.tensor_norms() == pytest.approx({"experts.w": math.sqrt(6 * 1 + 6 * 4)})
+    params.append(with_gradient(f"only{index}", torch.ones(1), device))
+    apart = Clipper(params, ClipNorm(0.1), distinct=("ep",), **options).decide().report
+    one, two = math.sqrt(6 * 1), math.sqrt(6 * 4)
+    expected = {"experts.w (ep 0)": one, "only0": 1.0, "experts.w (ep 1)": two, "only1": 1.0}
+    assert_norms(apart.tensor_norms(), expected, **FLOAT32)
+    assert apart.tensor_norms(prefix="experts") == pytest.approx(
+        {"experts.w (ep 0)": one, "experts.w (ep 1)": two}
     )
-    assert_norms(
-        clipper.decide().report.tensor_norms(), {"experts.w": math.sqrt(6 * 1 + 6 * 4)}, **FLOAT32
-    )
+
+
+def with_gradient(name: str, grad: Tensor, device: str) -> tuple[str, nn.Parameter]:
+    param = nn.Parameter(torch.zeros(grad.shape, device=device_of(device)))
+    param.grad = grad.to(param.device)
+    return name, param
 
 
 def sharded_stages(device: str) -> None:
-    """Both stages are sharded: each coordinate of `pp` has slots of its own."""
+    """Both stages are sharded, and every rank sees the tensors of both."""
     model = parallel_models.make_model(parallel_models.dense_blocks)
     wholes = parallel_models.whole_gradients(model)
     on = mesh((2, 2), ("pp", "fsdp"), device)
@@ -180,25 +184,25 @@ def sharded_stages(device: str) -> None:
     stage.zero_grad()
     sharded = parallel_models.fully_sharded(stage, on["fsdp"])
     for name, param in sharded.named_parameters():
-        own = torch.distributed.tensor.distribute_tensor(
+        param.grad = torch.distributed.tensor.distribute_tensor(
             wholes[name], param.device_mesh, param.placements, src_data_rank=None
         )
-        param.grad = own
-    names = [name for name, _ in sharded.named_parameters()]
     for policy in (ClipNorm(1e-3), ClipNorm(1e-3, math.inf), ClipTensorNorm(1e-3)):
-        clipper = Clipper(sharded, policy, mesh=on, tensor_norms=True)
-        report = clipper.decide().report
-        expected = norms_of({name: wholes[name] for name in names}, policy.norm_type)
-        assert_norms(report.tensor_norms(), expected, rtol=1e-6)
+        report = Clipper(sharded, policy, mesh=on, tensor_norms=True).decide().report
+        found, expected = report.tensor_norms(), norms_of(wholes, policy.norm_type)
+        assert sorted(found) == sorted(expected)
+        assert_norms({name: found[name] for name in expected}, expected, rtol=1e-6)
+        dist.all_gather_object(everyone := [{}] * 4, found)
+        assert all(list(each.items()) == list(found.items()) for each in everyone)
 
 
-def test_stages_and_experts_each_have_their_own(four_on_cpus: Ranks) -> None:
+def test_every_rank_sees_all_stages_and_experts(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(of_stages_and_experts, "cpu")
     four_on_cpus.run(sharded_stages, "cpu")
 
 
-def what_is_sent(device: str) -> list[int]:
-    """The numbers in the all-reduce of each of five steps."""
+def in_turns(device: str) -> tuple[list[int], str]:
+    """The numbers in the all-reduce of each of five steps; the error after a rank left out one."""
     params = names_of(lay_out(random_wholes(LAYOUTS["fsdp"], 0), LAYOUTS["fsdp"], device))
     clipper = Clipper(params, ClipNorm(0.1), tensor_norms=2)
     sizes: list[int] = []
@@ -212,12 +216,20 @@ def what_is_sent(device: str) -> list[int]:
         patch.setattr(reduce, "_combined", sent)
         have = [bool(clipper.clip_().tensor_norms()) for _ in range(5)]
     assert have == [True, False, True, False, True]
-    assert sizes[1] == sizes[3] == Clipper(params, ClipNorm(0.1)).plan.message_size
-    return sizes
+    if dist.get_rank() == 1:
+        clipper._num_calls += 1  # as if it had left out the last call
+    with pytest.raises(LayoutError, match="do not make the same call") as raised:
+        clipper.clip_()
+    return sizes, str(raised.value)
 
 
-def test_other_steps_send_nothing_more(four_on_cpus: Ranks) -> None:
-    assert four_on_cpus.run(what_is_sent, "cpu") == [[16, 8, 16, 8, 16]] * 4
+def test_all_calls_send_as_much_and_one_left_out_is_an_error(four_on_cpus: Ranks) -> None:
+    """gloo would wait for ever for the rest of a longer message."""
+    sizes, errors = zip(*four_on_cpus.run(in_turns, "cpu"), strict=True)
+    assert list(sizes) == [[16] * 5] * 4
+    assert len(set(errors)) == 1
+    assert "ranks [1]" in errors[0]
+    assert "with tensor norms" in errors[0]
 
 
 class Operations(TorchDispatchMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import add, attrgetter
+from typing import cast
 
 from torch import Tensor
 
@@ -36,9 +37,9 @@ def neighbours(tensors: Sequence[Tensor], multiple: int = 1) -> list[list[int]]:
     order = sorted(range(len(tensors)), key=begins.__getitem__)
     # Two allocations may touch by chance. Neighbours share a storage, and its first address.
     itemsize = tensors[0].itemsize
+    offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
     storages: list[int | None] = [
-        begin - itemsize * offset
-        for begin, offset in zip(begins, map(Tensor.storage_offset, tensors), strict=True)
+        begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)
     ]
     for i, contiguous in enumerate(map(Tensor.is_contiguous, tensors)):
         if not contiguous:

@@ -122,7 +122,7 @@ def _add_rows_(
     found = torch.segment_reduce(norms.square_(), "sum", lengths=counts)
     in_range = (found >= counts * (_ROW * LEAST_MEAN)) & (found < math.inf)
     if not bool(in_range.all()):
-        for k, is_right in enumerate(in_range.tolist()):
+        for k, is_right in enumerate(cast("list[bool]", in_range.tolist())):
             if not is_right:
                 rows = flat(tensors[members[k]])[: numels[members[k]] // _ROW * _ROW]
                 found[k] = naive.power_sums([rows], 2.0)[0]
