@@ -93,9 +93,9 @@ class Clipper:
             clipped.
         tensor_norms: measure the norm of every tensor, for `report.tensor_norms()`: True for each
             call, or n for the first call and every n-th after it. The sums travel in the same
-            all-reduce. Nothing that clips depends on them, and other calls do nothing for them.
-            Read once more for it are groups with limits per unit, on a CPU those with p other than
-            2, and on an accelerator FSDP1's parameters. The same on every rank.
+            all-reduce, 8 bytes for each tensor of the model; other calls send zeros. Nothing that
+            clips depends on them. Groups with limits per unit and FSDP1's parameters are read once
+            more for it. The same on every rank.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes

@@ -25,7 +25,7 @@ class GroupFigures(NamedTuple):
 
 
 class TensorFigures(NamedTuple):
-    """The norms of all tensors of a parameter group, of order `norm_type`; float64."""
+    """The norms of all tensors of a parameter group, on any rank, of order `norm_type`; float64."""
 
     names: Sequence[str]
     norms: Tensor
@@ -117,9 +117,10 @@ class Report:
     def tensor_norms(self, prefix: str | None = None) -> dict[str, float]:
         """The norm of every tensor before clipping, whole, by its name; or of every module.
 
-        Those that this rank holds a part of: along the `distinct` axes ranks have other names. 0
-        for a tensor without a gradient on any rank. Each norm has the order p of its group's
-        policy. Empty in steps that `Clipper(tensor_norms=...)` leaves out. Waits for the device.
+        Those of the whole model, the same on every rank: along the `distinct` axes too, where
+        tensors of one name get their index, as in "experts.w (ep 1)". 0 for a tensor without a
+        gradient on any rank. Each norm has the order p of its group's policy. Empty in steps that
+        `Clipper(tensor_norms=...)` leaves out. Waits for the device.
 
         Args:
             prefix: the path of a module: one norm for each module or tensor directly in it, over
