@@ -110,18 +110,11 @@ def _measure_group(
     if plan.device.type != "cpu":
         lists = kernels.tensor_lists(here)
     if len(here) < len(grads):
-        here = _without_gaps(grads, here, plan)
+        nothing = here[0].new_empty(0) if here else torch.empty(0, device=plan.device)
+        here = [nothing if grad is None else grad for grad in grads]
     elif lists is not None and len(lists) == 1 and _are_same(lists[0], here):
         here = lists[0]  # it may know where its tensors lie, which is then looked up once
     return _of_tensors(_per_tensor(here, group.power, plan.device), group, plan, lists)
-
-
-def _without_gaps(
-    grads: Sequence[Tensor | None], here: Sequence[Tensor], plan: Plan
-) -> list[Tensor]:
-    """The gradients, with nothing where there is none."""
-    nothing = here[0].new_empty(0) if here else torch.empty(0, device=plan.device)
-    return [nothing if grad is None else grad for grad in grads]
 
 
 def _of_tensors(
@@ -299,7 +292,6 @@ class NormBuffer:
         if (units := group.units) is not None:
             _add_units_(per_tensor, units.views(grads), group.power, units)
             return _of_units(per_tensor, self._params, group, units)
-        if here := [grad for grad in grads if grad is not None]:
-            values = _without_gaps(grads, here, self._plan)
-            per_tensor += _per_tensor(values, group.power, self._plan.device)  # one of them is 0
+        if any(grad is not None for grad in grads):
+            per_tensor += _measure_group(rest, self._plan, group).per_tensor  # one of them is 0
         return _of_tensors(per_tensor, group, self._plan)
