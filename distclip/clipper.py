@@ -108,11 +108,11 @@ class Clipper:
     Collective: at construction, an all-gather of a few numbers where pipeline stages have norms per
         tensor or unit, one of the names of their tensors with `tensor_norms`, and one where tensors
         count as copies along an axis that nothing speaks of (see docs/sharding.md), or may do so on
-        other ranks: with `mesh` or pipeline stages. All ranks of the mesh must make the clipper, and call it every step. Where
-        its axes are a part of the world, a collective is one along each axis; no process group is
-        made. On an accelerator one all-reduce, which makes NCCL's communicators before the first
-        step; two all-gathers for `symmetric_memory`; and for `tensor_norms` one all-reduce, in
-        which the ranks find out whether all ask for them.
+        other ranks: with `mesh` or pipeline stages. All ranks of the mesh must make the clipper,
+        and call it every step. Where its axes are a part of the world, a collective is one along
+        each axis; no process group is made. On an accelerator one all-reduce, which makes NCCL's
+        communicators before the first step; two all-gathers for `symmetric_memory`; and for
+        `tensor_norms` one all-reduce, in which the ranks find out whether all ask for them.
     """
 
     @outside_of_graphs
