@@ -155,14 +155,15 @@ def _packs(numels: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _of_pack(pack: Tensor, lengths: Sequence[int], norm_type: float) -> Tensor:
+    """Writes nothing: the pack of one tensor of float64 is no copy, but its memory."""
     is_max, alike = math.isinf(norm_type), 0 < min(lengths) == max(lengths)
     if alike:
         rows = pack.view(len(lengths), -1)
-        return rows.abs_().amax(1) if is_max else _norm(rows, dim=1).square_()
+        return rows.abs().amax(1) if is_max else _norm(rows, dim=1).square_()
     counts = _integers(lengths)
     if is_max:
-        return torch.segment_reduce(pack.abs_(), "max", lengths=counts, initial=0)
-    return torch.segment_reduce(pack.square_(), "sum", lengths=counts)
+        return torch.segment_reduce(pack.abs(), "max", lengths=counts, initial=0)
+    return torch.segment_reduce(pack.square(), "sum", lengths=counts)
 
 
 def _copied(tensors: Sequence[Tensor]) -> Tensor:
