@@ -270,7 +270,7 @@ def test_one_call_reads_neighbours_of_whole_rows(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("norm_type", [2.0, 3.0, math.inf])
 @pytest.mark.parametrize("sizes", [[7], [7, 7], [7, 9], [5000], [5000, 256]])
 def test_measuring_writes_nothing(dtype: torch.dtype, norm_type: float, sizes: list[int]) -> None:
-    tensors = [random(numel, dtype, seed=numel) for numel in sizes]
+    tensors = [random(numel, dtype, seed=numel).view(-1, 1) for numel in sizes]
     before = [tensor.clone() for tensor in tensors]
     cpu.power_sums(tensors, norm_type)
     assert all(map(torch.equal, tensors, before))
