@@ -118,7 +118,7 @@ class Report:
         """The norm of every tensor before clipping, whole, by its name; or of every module.
 
         Those of the whole model, the same on every rank: along the `distinct` axes too, where
-        tensors of one name get their index, as in "experts.w (ep 1)". 0 for a tensor without a
+        tensors of one name get their index, as in "layers.0.w (pp 1)". 0 for a tensor without a
         gradient on any rank. Each norm has the order p of its group's policy. Empty in steps that
         `Clipper(tensor_norms=...)` leaves out. Waits for the device.
 

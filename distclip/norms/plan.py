@@ -367,7 +367,7 @@ def _with_tensors_of_other_ranks(
 ) -> list[ParamGroup]:
     """Each coordinate of the distinct axes gets slots for its tensors; one of its ranks names them.
 
-    Tensors of one name that differ along an axis get its index as well: "experts.w (ep 1)".
+    Tensors of one name that differ along an axis get its index as well: "layers.0.w (pp 1)".
     """
     axes = sorted(mesh.distinct)
     here = tuple(mesh.coordinate[axis] for axis in axes)
