@@ -19,7 +19,12 @@ from typing import Any
 
 from distclip.cli.console import UserError, fail, show
 
-COMMANDS = ("report", "suggest", "plan", "doctor")  # "doctor" is the class `Doctor` of doctor.py, and so on
+COMMANDS = (
+    "report",
+    "suggest",
+    "plan",
+    "doctor",
+)  # "doctor" is the class `Doctor` of doctor.py, and so on
 _NEEDS = ("tyro", "rich", "numpy", "matplotlib", "bokeh")  # what the extra `cli` installs
 _CLOSED_PIPE, _INTERRUPTED = 141, 130  # what a shell reports for SIGPIPE and SIGINT
 

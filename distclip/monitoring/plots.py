@@ -156,7 +156,9 @@ def _one_norm(axes: Axes, run: Run) -> None:
 def _share_panel(axes: Axes, runs: Sequence[Run]) -> None:
     total = {run.name: float((run.clipped & run.finite).mean()) for run in runs}
     for run, (color, line) in zip(runs, _styles(runs), strict=True):
-        each = shares(run.clipped & run.finite, _SHARES, _FEWEST)
+        each = shares(run.clipped, run.finite, _SHARES, _FEWEST)
+        if not len(each.share):  # no step was finite
+            continue
         edges = np.append(run.steps[each.first], run.steps[each.last[-1]]).astype(np.float64)
         if len(runs) == 1:
             axes.stairs(each.share, edges, color=ORANGE, alpha=0.35, fill=True)

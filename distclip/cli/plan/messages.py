@@ -17,14 +17,12 @@ class Messages:
 
     Attributes:
         numbers: float64 in the all-reduce of each step, 0 where there is none.
-        numbers_with_tensor_norms: in the steps that want the norm of every tensor, if any does.
         axes: those that it reduces over, with their sizes.
         all_gathers: how many follow the all-reduce, along the other axes of a part of the world.
         at_construction: the collectives that make a Clipper, each with what it is for.
     """
 
     numbers: int
-    numbers_with_tensor_norms: int | None
     axes: dict[str, int]
     all_gathers: int
     at_construction: list[str]
@@ -47,8 +45,8 @@ def with_all_slots(plans: Sequence[Plan]) -> Plan:
         ) from None
     groups = [_joined(each) for each in every]
     tensor_groups = [
-        group if each[0] is first else _joined(each)
-        for group, first, each in zip(groups, plans[0].groups, of_tensors, strict=False)
+        replace(each[0], num_slots=sum(len(group.units.row_names) for group in each if group.units))
+        for each in of_tensors
     ]
     return replace(plans[0], groups=groups, tensor_groups=tensor_groups)
 
@@ -60,11 +58,10 @@ def _joined(groups: Sequence[ParamGroup]) -> ParamGroup:
 def planned_messages(plan: Plan) -> Messages:
     at_construction = list(_at_construction(plan))
     if plan.reduce_mesh is None:
-        return Messages(0, None, {}, 0, at_construction)
+        return Messages(0, {}, 0, at_construction)
     mesh = plan.reduce_mesh
     return Messages(
         plan.message_size,
-        plan.message_size_with_tensors if plan.tensor_groups else None,
         {axis: mesh.size(axis) for axis in mesh.axes},
         len(mesh.rank_group.lines) - 1,
         at_construction,
@@ -82,6 +79,7 @@ def _at_construction(plan: Plan) -> Iterator[str]:
         yield "all-gather of objects: how many norms each stage has"
     yield "all-reduce of 1 float64, on accelerators: makes NCCL's communicators"
     if plan.tensor_groups:
-        yield f"all-reduce of {plan.message_size} float64: whether all ranks want tensor norms"
-        if gathers_slots(plan.only_measured, mesh):
-            yield "all-gather of objects: how many tensors each stage has"
+        without = replace(plan, tensor_groups=()).message_size
+        yield f"all-reduce of {without} float64: whether all ranks want tensor norms"
+        if mesh.distinct:
+            yield "all-gather of objects: the names of the tensors of each stage"

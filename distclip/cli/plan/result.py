@@ -41,7 +41,6 @@ class PlanResult:
                 "all_gathers": messages.all_gathers,
                 "float64": messages.numbers,
                 "bytes": messages.numbers * FLOAT64_BYTES,
-                "bytes_with_tensor_norms": self._bytes_with_tensor_norms(),
                 "over": messages.axes,
             },
             "at_construction": messages.at_construction,
@@ -66,10 +65,6 @@ class PlanResult:
             parts.insert(3, _stages(self.planned.stages))
         sentences = [self._each_step(), *self._policies(), *self._setup()]
         return Group(*(Group(part, "") for part in parts), *map(Text, sentences))
-
-    def _bytes_with_tensor_norms(self) -> int | None:
-        numbers = self.planned.messages.numbers_with_tensor_norms
-        return None if numbers is None else numbers * FLOAT64_BYTES
 
     def _tensors(self) -> Table:
         rows, rank = tensor_rows(self.planned.stages), self.planned.rank.rank
@@ -127,8 +122,6 @@ class PlanResult:
             return "Each step: no collective, because no rank has elements that another lacks."
         axes = " x ".join(f"{axis}={size}" for axis, size in messages.axes.items())
         size = f"{messages.numbers * FLOAT64_BYTES:,} bytes"
-        if (with_norms := self._bytes_with_tensor_norms()) is not None:
-            size += f"; {with_norms:,} bytes in steps with the norm of every tensor"
         gathers = f", and {messages.all_gathers} all-gathers" if messages.all_gathers else ""
         return (
             f"Each step: one all-reduce of {messages.numbers:,} float64 ({size}) over "
