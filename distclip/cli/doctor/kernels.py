@@ -168,13 +168,12 @@ def numba() -> Iterator[Finding]:
 
 
 def _kernel_error(kernels: Any, tensors: Sequence[Tensor]) -> float:
-    """The relative error of the sum of squares and of scaling."""
-    whole = torch.cat([tensor.cpu().double() for tensor in tensors])
-    if hasattr(kernels, "squares"):
-        found = kernels.squares(tensors)
-    else:
-        found = kernels.power_sum(tensors, 2.0)
+    """The relative error of the sums of squares and of scaling."""
+    before = [tensor.cpu().double() for tensor in tensors]
+    whole = torch.cat(before)
+    sums = getattr(kernels, "squares", None)  # of Numba
+    found = kernels.power_sums(tensors, 2.0) if sums is None else sums(tensors)
     kernels.scale_(tensors, torch.tensor(0.3, dtype=torch.float64, device=found.device))
     scaled = torch.cat([tensor.cpu().double() for tensor in tensors])
-    right = whole.square().sum()
+    right = torch.stack([tensor.square().sum() for tensor in before])
     return worst([_relative(found.cpu(), right), _relative(scaled, 0.3 * whole)])
