@@ -21,8 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from distclip.monitoring import plots
 from distclip.monitoring.findings.loss import last_loss
+from distclip.monitoring.picture import draw
 from distclip.monitoring.records import HistoryError, Run, read_run
 from launch.report import column, finite, number, show
 
@@ -66,7 +66,7 @@ def main() -> None:
     title = f"The same LSTM, seed and batches at learning rate {options.lr:g}"
     title = f"{options.out if options.draw_only else title}; only the clipping differs"
     picture = options.out / "compare.png"
-    plots.draw(runs, picture, title)
+    draw(runs, picture, title)
     console.print(table(runs, title))
     show(console, f"  {picture}, after {time.perf_counter() - began:.0f} s")
 

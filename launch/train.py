@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distclip import History
-from distclip.monitoring import plots
 from distclip.monitoring.lines import FILE_NAME
+from distclip.monitoring.picture import draw
 from distclip.monitoring.records import HistoryError, read_run
 from launch import ranks, report
 from launch.checkpoint import Checkpoints
@@ -247,7 +247,7 @@ def finish(run: Run, step: int, path: Path, console: Console) -> None:
         return report.show(console, f"{error}: nothing to draw")
     picture = run.options.out / "report.png"
     with errors_as(f"{picture} cannot be written"):
-        plots.draw([rows], picture, title)
+        draw([rows], picture, title)
     console.print(report.summary(rows, title))
     for each in (picture, path, run.options.out / "checkpoints"):
         report.show(console, f"  {os.fspath(each)}")

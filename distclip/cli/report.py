@@ -161,7 +161,7 @@ def _folder(out: Path | None, runs: Sequence[Run]) -> Path:
 
 
 def _draw(runs: Sequence[Run], path: Path) -> None:
-    from distclip.monitoring.plots import draw
+    from distclip.monitoring.picture import draw
 
     draw(runs, path)
 

@@ -14,8 +14,8 @@ from distclip.cli.console import UserError, progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from distclip.monitoring.outcomes import Outcome
     from distclip.monitoring.suggestion import Suggestion
+    from distclip.monitoring.suggestion.outcomes import Outcome
 
 _MOST_LISTED = 8  # spikes in a line of text; --json has all
 
@@ -35,10 +35,10 @@ class Suggest:
     """Print one JSON object and nothing else."""
 
     def run(self) -> Result:
-        from distclip.monitoring.outcomes import facts_of, policies_for
         from distclip.monitoring.records import HistoryError, read_run
-        from distclip.monitoring.replay import series_of
         from distclip.monitoring.suggestion import suggest
+        from distclip.monitoring.suggestion.outcomes import facts_of, policies_for
+        from distclip.monitoring.suggestion.replay import series_of
 
         try:
             run = read_run(self.path)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import distclip
-from distclip.monitoring import plots
+from distclip.monitoring.picture import draw
 from distclip.monitoring.records import read_run
 from launch import compare, report
 from launch.ranks import UserError
@@ -103,7 +103,7 @@ def test_a_run_is_drawn_whatever_its_norms_are(tmp_path: Path, norm: float) -> N
     write(tmp_path, [math.nan], norm=math.nan, done=1)
     run = read_run(tmp_path)
     assert len(run.steps) == 2
-    plots.draw([run], tmp_path / "report.png", "title")
+    draw([run], tmp_path / "report.png", "title")
     assert [path.name for path in tmp_path.glob("*.png")] == ["report.png"]
     assert report.summary(run, "title").row_count == 5
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from distclip.monitoring.lines import line_of
 from distclip.monitoring.records import Floats, Run, read_run
-from distclip.monitoring.replay import Series
+from distclip.monitoring.suggestion.replay import Series
 
 # Other processes may hold the CPU for long.
 DRAWN = settings(

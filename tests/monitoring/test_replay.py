@@ -15,7 +15,7 @@ from torch import nn
 
 import distclip
 from distclip.monitoring.records import Run, read_run
-from distclip.monitoring.replay import code_of, replay, round_up, series_of, threshold
+from distclip.monitoring.suggestion.replay import code_of, replay, round_up, series_of, threshold
 from distclip.policies import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, Policy, ZClip
 from tests.monitoring.made_runs import DRAWN, noise, series, with_spikes, write_history
 

@@ -12,11 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distclip
-from distclip.monitoring.outcomes import NUM_FIRST, WINDOW, facts_of, outcome, policies_for
 from distclip.monitoring.records import Floats, HistoryError, Run, read_run
-from distclip.monitoring.replay import code_of, series_of
 from distclip.monitoring.spikes import HALF_WINDOW, find_spikes
 from distclip.monitoring.suggestion import Suggestion, suggest
+from distclip.monitoring.suggestion.outcomes import (
+    NUM_FIRST,
+    WINDOW,
+    facts_of,
+    outcome,
+    policies_for,
+)
+from distclip.monitoring.suggestion.replay import code_of, series_of
 from distclip.policies import AutoClip, ClipNorm, ZClip
 from tests.monitoring.made_runs import DRAWN, noise, series, with_spikes, write_history
 

@@ -13,9 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from distclip.monitoring.curves import MOST_POINTS, curve
-from distclip.monitoring.heat_map import ODD
-from distclip.monitoring.plots import draw, figure_of
+from distclip.monitoring.picture import draw, figure_of
+from distclip.monitoring.picture.curves import MOST_POINTS, curve
+from distclip.monitoring.picture.heat_map import ODD
 from distclip.monitoring.records import Run
 from tests.monitoring.runs import make_run
 

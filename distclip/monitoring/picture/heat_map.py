@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 
 from distclip.monitoring.findings import chosen, depth, listed, number, trends
 from distclip.monitoring.layers import layer_norms, layers_of
+from distclip.monitoring.picture.texts import shortened
 from distclip.monitoring.records import Floats, Run
-from distclip.monitoring.texts import shortened
 from distclip.monitoring.thinning import cells
 
 _MOST_CELLS = 550  # two pixels for each

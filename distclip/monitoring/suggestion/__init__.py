@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distclip.monitoring.caveats import (
+from distclip.monitoring.records import Floats, Run
+from distclip.monitoring.suggestion.caveats import (
     MOSTLY,
     caveats_of,
     clipped_share,
@@ -19,9 +20,8 @@ from distclip.monitoring.caveats import (
     number,
     percent,
 )
-from distclip.monitoring.outcomes import Facts, Outcome, outcome
-from distclip.monitoring.records import Floats, Run
-from distclip.monitoring.replay import code_of, round_up
+from distclip.monitoring.suggestion.outcomes import Facts, Outcome, outcome
+from distclip.monitoring.suggestion.replay import code_of, round_up
 from distclip.policies import AutoClip, ClipNorm, Policy, ZClip
 
 # 1% of fewer steps is less than one step.

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from distclip.monitoring.outcomes import MOST_MISSING, WINDOW, Facts, missing_share
 from distclip.monitoring.records import Floats, Run
+from distclip.monitoring.suggestion.outcomes import MOST_MISSING, WINDOW, Facts, missing_share
 from distclip.policies import AutoClip, Policy
 
 # Of the steps. Where more were clipped, the limit has set the length of most steps.

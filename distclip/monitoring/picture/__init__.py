@@ -13,14 +13,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distclip.monitoring.curves import MOST_POINTS, Curve, curve
 from distclip.monitoring.findings import count, number, percent
 from distclip.monitoring.findings.loss import find as find_loss
 from distclip.monitoring.findings.loss import last_loss, loss_name, nonfinite_losses
 from distclip.monitoring.findings.spikes import find_spikes
-from distclip.monitoring.heat_map import draw_layers, height_of
+from distclip.monitoring.picture.curves import MOST_POINTS, Curve, curve
+from distclip.monitoring.picture.heat_map import draw_layers, height_of
+from distclip.monitoring.picture.texts import shortened
 from distclip.monitoring.records import Floats, Ints, Run
-from distclip.monitoring.texts import shortened
 from distclip.monitoring.thinning import shares
 
 BLUE, ORANGE, GREY, RED = "#2864a8", "#e07b1a", "#8a8f98", "#c0282d"

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distclip.monitoring.records import Floats, HistoryError
-from distclip.monitoring.replay import Replay, Series, code_of, replay, threshold
 from distclip.monitoring.spikes import find_spikes
+from distclip.monitoring.suggestion.replay import Replay, Series, code_of, replay, threshold
 from distclip.policies import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, Policy, ZClip
 
 # The first steps are told apart, because norms fall fast there: as many as AdaGC, whose warm-up is
