@@ -16,7 +16,7 @@ from torch.nn import functional
 from distclip import ClipNorm, ClipTensorNorm
 from distclip.monitoring import History
 from distclip.monitoring.findings import number, percent, steps_in_words
-from distclip.monitoring.findings.spikes import find_spikes
+from distclip.monitoring.findings.spikes import spikes_of
 from distclip.monitoring.records import Run, read_run
 from distclip.monitoring.summary import Finding, summarize
 from tests.monitoring.runs import make_run
@@ -210,7 +210,7 @@ SPIKES = {
 def test_spikes(tmp_path: Path, name: str) -> None:
     rows, steps = SPIKES[name]
     run = spike_run(tmp_path, rows)
-    spikes = find_spikes(run)
+    spikes = spikes_of(run)
     if steps is None:
         assert [(each.first, each.last) for each in spikes] == [(50, 60)]
     else:
@@ -230,11 +230,11 @@ NO_SPIKES: dict[str, list[float]] = {
 
 @pytest.mark.parametrize("name", NO_SPIKES)
 def test_no_spikes(tmp_path: Path, name: str) -> None:
-    assert find_spikes(make_run(tmp_path, {"w": NO_SPIKES[name]})) == []
+    assert spikes_of(make_run(tmp_path, {"w": NO_SPIKES[name]})) == []
 
 
 def test_constant_norms_have_no_deviation_and_still_spikes(tmp_path: Path) -> None:
-    assert len(find_spikes(make_run(tmp_path, {"w": [1.0] * 50 + [10.0] + [1.0] * 50}))) == 1
+    assert len(spikes_of(make_run(tmp_path, {"w": [1.0] * 50 + [10.0] + [1.0] * 50}))) == 1
 
 
 def test_a_layer_of_no_weight_leads_no_spike(tmp_path: Path) -> None:

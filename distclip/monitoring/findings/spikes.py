@@ -6,23 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from distclip.monitoring.findings import MOST_STEPS, Finding, count, listed, number, percent
 from distclip.monitoring.findings import steps_in_words as in_words
 from distclip.monitoring.layers import layer_norms
 from distclip.monitoring.records import Floats, Ints, Run
+from distclip.monitoring.spikes import MIN_RATIO, find_spikes, window_of
 
-# A spike lies seven standard deviations from a running average in the spike score of Team OLMo,
-# "2 OLMo 2 Furious", 2024, arXiv:2501.00656. Here they are those of the logarithm, and robust: the
-# MAD times 1.4826, as for a normal distribution.
-DEVIATIONS = 7.0
-# Norms that hardly vary have deviations near 0, and twice the usual norm is within what the batches
-# of a healthy run differ by.
-MIN_RATIO = 3.0
-MIN_WINDOW, MAX_WINDOW = 15, 100  # rows on each side; a twentieth of the run between these
-MIN_BEFORE = 10  # rows: what is usual shows in fewer neither at the start nor after warm-up
 ONE_SPIKE = 10  # rows: the optimizer's moments carry a bad gradient about that far (beta1 = 0.9)
 # A layer below a hundredth of the sum of squares leads no spike, however small it was before.
 MIN_SHARE = 0.01
@@ -47,13 +38,13 @@ class Leader(NamedTuple):
 
 
 def find(run: Run) -> Iterator[Finding]:
-    spikes = find_spikes(run)
-    if not spikes:
+    found = spikes_of(run)
+    if not found:
         return
-    highest = sorted(spikes, key=lambda spike: -spike.ratio)[:_NUM_EXPLAINED]
-    steps: list[int] = run.steps[[spike.row for spike in spikes]].tolist()
-    text = f"The norm has {count(len(spikes), 'spike')}: {in_words(steps)}."
-    leaders = {spike: _leaders(run, spike, spikes) for spike in highest}
+    highest = sorted(found, key=lambda spike: -spike.ratio)[:_NUM_EXPLAINED]
+    steps: list[int] = run.steps[[spike.row for spike in found]].tolist()
+    text = f"The norm has {count(len(found), 'spike')}: {in_words(steps)}."
+    leaders = {spike: _leaders(run, spike, found) for spike in highest}
     told = [_told(run, spike, leaders[spike]) for spike in highest]
     names = [leader.layer for each in leaders.values() for leader in each]
     yield Finding(
@@ -61,56 +52,22 @@ def find(run: Run) -> Iterator[Finding]:
     )
 
 
-def find_spikes(run: Run) -> list[Spike]:
-    """In the order of their steps. What is usual is the higher of two medians, before and after.
-
-    A level that stays, and the fall of the norm in the first steps, are no spikes.
-    """
+def spikes_of(run: Run) -> list[Spike]:
+    """In the order of their steps; steps near each other are one spike."""
     norms = run.columns["total_norm"]
     rows = np.flatnonzero(run.finite & (norms > 0))
-    if len(rows) <= MIN_BEFORE:
+    if len(rows) == 0:
         return []
-    logs = np.log(norms[rows])
-    window = window_of(len(rows))
-    before = medians_before(logs, window, MIN_BEFORE)
-    after = medians_before(logs[::-1], window, MIN_BEFORE)[::-1]
-    above = logs - np.fmax(before, after)
-    high = above > np.maximum(np.log(MIN_RATIO), DEVIATIONS * _deviations(logs, window))
-    found = np.flatnonzero(high & ~np.isnan(before))
+    usual, _, high = find_spikes(norms[rows])
+    found = np.flatnonzero(high)
     starts = np.flatnonzero(np.diff(found, prepend=-ONE_SPIKE - 1) > ONE_SPIKE)
     parts = np.split(found, starts[1:])
-    return [_spike(rows, part, above) for part in parts if len(part)]
+    return [_spike(rows, part, norms[rows] / usual) for part in parts if len(part)]
 
 
-def _spike(rows: Ints, part: Ints, above: Floats) -> Spike:
-    peak = int(part[np.argmax(above[part])])
-    ratio = float(np.exp(above[peak]))
-    return Spike(int(rows[peak]), int(rows[part[0]]), int(rows[part[-1]]), ratio)
-
-
-def window_of(num_rows: int) -> int:
-    return int(np.clip(num_rows // 20, MIN_WINDOW, MAX_WINDOW))
-
-
-def medians_before(values: Floats, window: int, least: int) -> Floats:
-    """The median of up to `window` values before each one; NaN where less than `least` are."""
-    medians = np.full(len(values), np.nan)
-    for i in range(least, min(window, len(values))):
-        medians[i] = np.median(values[:i])
-    if len(values) > window:
-        medians[window:] = np.median(sliding_window_view(values, window)[:-1], axis=1)
-    return medians
-
-
-def _deviations(logs: Floats, window: int) -> Floats:
-    """1.4826 × MAD of the values around each one, up to `window` on both sides."""
-    width = min(2 * window + 1, len(logs))
-    every = max(1, window // 10)  # rows near each other have much the same deviation
-    windows = sliding_window_view(logs, width)[::every]
-    medians = np.median(windows, axis=1, keepdims=True)
-    mads = np.median(np.abs(windows - medians), axis=1)
-    nearest = (np.arange(len(logs)) - width // 2 + every // 2) // every
-    return 1.4826 * mads[np.clip(nearest, 0, len(mads) - 1)]
+def _spike(rows: Ints, part: Ints, ratios: Floats) -> Spike:
+    peak = int(part[np.argmax(ratios[part])])
+    return Spike(int(rows[peak]), int(rows[part[0]]), int(rows[part[-1]]), float(ratios[peak]))
 
 
 def _leaders(run: Run, spike: Spike, spikes: Sequence[Spike]) -> list[Leader]:

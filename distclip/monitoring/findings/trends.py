@@ -8,9 +8,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from distclip.monitoring.findings import Finding, chosen, layers_in_words, number
-from distclip.monitoring.findings.spikes import find_spikes, inside, medians_before, window_of
+from distclip.monitoring.findings.spikes import inside, spikes_of
 from distclip.monitoring.layers import layer_norms
 from distclip.monitoring.records import Floats, Run
+from distclip.monitoring.spikes import medians_before, window_of
 
 # The norms of a loss that is averaged are mostly 0.01 to 100, at the start too.
 HUGE = 1e4
@@ -28,7 +29,7 @@ NUM_STAYING = 3  # rows: two of them high are more than a spike of one row
 
 
 def find(run: Run) -> Iterator[Finding]:
-    rows = np.flatnonzero(run.finite & ~inside(np.arange(len(run.steps)), find_spikes(run)))
+    rows = np.flatnonzero(run.finite & ~inside(np.arange(len(run.steps)), spikes_of(run)))
     norms = run.columns["total_norm"][rows]
     if len(norms) == 0:
         return

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from distclip.monitoring.findings import count, number, percent
 from distclip.monitoring.findings.loss import find as find_loss
 from distclip.monitoring.findings.loss import last_loss, loss_name, nonfinite_losses
-from distclip.monitoring.findings.spikes import find_spikes
+from distclip.monitoring.findings.spikes import spikes_of
 from distclip.monitoring.picture.curves import MOST_POINTS, Curve, curve
 from distclip.monitoring.picture.heat_map import draw_layers, height_of
 from distclip.monitoring.picture.texts import shortened
@@ -133,7 +133,7 @@ def _norm_title(run: Run) -> str:
 
 
 def _one_norm(axes: Axes, run: Run) -> None:
-    norms, spikes = run.columns["total_norm"], find_spikes(run)
+    norms, spikes = run.columns["total_norm"], spikes_of(run)
     thinned = curve(run.steps, norms)
     label = (
         f"median and range of {thinned.num_rows} steps" if thinned.num_rows > 1 else "total norm"

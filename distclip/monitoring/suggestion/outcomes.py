@@ -52,9 +52,9 @@ class Facts:
         used: where the norm is finite and above 0; bool [number of rows].
         later: the same without the first steps.
         num_first: how many rows these are.
-        usual: the median of the norms around each later step; inf in the other rows.
-        ratio: a norm that exceeds the usual one by more is a spike.
-        is_spike: bool [number of rows].
+        usual: the usual norm of each used step; inf in the other rows.
+        threshold: a norm above it is a spike; inf in rows that are not used.
+        is_spike: among the later; bool [number of rows].
     """
 
     series: Series
@@ -62,7 +62,7 @@ class Facts:
     later: NDArray[np.bool_]
     num_first: int
     usual: Floats
-    ratio: float
+    threshold: Floats
     is_spike: NDArray[np.bool_]
 
     @property
@@ -87,10 +87,10 @@ def facts_of(series: Series) -> Facts:
     if not used[num_first:].any():
         num_first = 0
     later = used & (np.arange(len(used)) >= num_first)
-    spikes = find_spikes(series.norms[later])
-    usual, is_spike = np.full(len(used), np.inf), np.zeros(len(used), dtype=np.bool_)
-    usual[later], is_spike[later] = spikes.usual, spikes.found
-    return Facts(series, used, later, num_first, usual, spikes.ratio, is_spike)
+    usual, threshold = np.full(len(used), np.inf), np.full(len(used), np.inf)
+    usual[used], threshold[used], _ = find_spikes(series.norms[used])
+    is_spike = later & (series.norms > threshold)
+    return Facts(series, used, later, num_first, usual, threshold, is_spike)
 
 
 def policies_for(facts: Facts) -> list[Policy[Any]]:
@@ -124,7 +124,7 @@ def outcome(policy: Policy[Any], facts: Facts) -> Outcome:
 def outcome_of(replayed: Replay, facts: Facts) -> Outcome:
     clipped = replayed.coefficients < 1
     share = replayed.after[facts.used] / facts.series.norms[facts.used]
-    caught = facts.is_spike & (replayed.after <= facts.ratio * facts.usual)
+    caught = facts.is_spike & (replayed.after <= facts.threshold)
     return Outcome(
         code_of(replayed.policy),
         clipped=float(clipped[facts.used].mean()),
