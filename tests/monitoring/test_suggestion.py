@@ -228,7 +228,7 @@ def test_notes_say_only_what_applies(tmp_path: Path) -> None:
     plain = notes(write_history(tmp_path, [*noise(200)]))
     assert plain.count(".") < 12
     assert "figures are for the norms of this run" in plain
-    assert "None of 200 steps has the norm of every tensor" in plain
+    assert "The norm of every tensor was recorded in 0 of 200 steps" in plain
     for other in (
         "clipped 1",
         "lacks",
