@@ -1,10 +1,10 @@
-# make check | test | test-slurm | lint | types | format | clean | run | compare
+# make check | test | test-slurm | test-versions | lint | types | format | clean | run | compare
 # Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare check test test-slurm lint format types wheel clean
+.PHONY: install run compare check test test-slurm test-versions lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
@@ -45,6 +45,12 @@ test: lint types wheel
 # .ci/run installs.
 test-slurm: $(STAMP)
 	$(PY) -m pytest tests/slurm -m "cluster_slow or not cluster_slow" --durations=0
+
+# The core of the suite on other versions of torch and Python, each in a venv that is deleted after it:
+# over an hour. VERSIONS="--quick" is what CI runs, VERSIONS="--torch 2.9.1 --python 3.13" one of them.
+VERSIONS ?=
+test-versions: $(STAMP)
+	$(PY) -m tests.versions $(VERSIONS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

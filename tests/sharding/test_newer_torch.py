@@ -154,8 +154,8 @@ MADE: dict[str, tuple[Callable[[], DeviceMesh], list[Placement]]] = {
 
 @pytest.mark.parametrize("kind", MADE)
 def test_a_mesh_made_from_others(eight_ranks: Ranks, kind: str) -> None:
-    if not hasattr(DeviceMesh, kind.split()[0].strip(",")):
-        pytest.skip(f"torch {torch.__version__} has no DeviceMesh.{kind.split()[0]}")
+    if not hasattr(DeviceMesh, kind.split(maxsplit=1)[0].strip(",")):
+        pytest.skip(f"torch {torch.__version__} has no DeviceMesh.{kind.split(maxsplit=1)[0]}")
     eight_ranks.run(clips_on, *MADE[kind])
 
 
