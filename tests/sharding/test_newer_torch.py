@@ -16,8 +16,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 import distclip
 from distclip.policies import Policy
+from distclip.torch_private import root_mesh
 from tests.support import reference
 from tests.support.ranks import Ranks, mesh
+from tests.support.torch_versions import TORCH
 from tests.support.wrapped import loss_of, make_model, tokens_of_all_ranks, whole_gradients
 
 POLICIES: tuple[Policy, ...] = (
@@ -124,7 +126,7 @@ def unflattened_slice() -> DeviceMesh:
 
 def distributed_parameters(on: DeviceMesh, placements: Sequence[Placement]) -> nn.ParameterList:
     """Two tensors on the mesh, and one on the mesh that it was made from, if of the same ranks."""
-    root = on._get_root_mesh()
+    root = root_mesh(on)
     layouts = [(on, placements), (on, placements)]
     layouts += [(root, [Shard(0)] * root.ndim)] if root.size() == on.size() else []
     torch.manual_seed(5)
@@ -144,19 +146,25 @@ def clips_on(make: Callable[[], DeviceMesh], placements: Sequence[Placement]) ->
         clips_as_one_process(params, policy, expected, on if on.size() < 8 else None)
 
 
-MADE: dict[str, tuple[Callable[[], DeviceMesh], list[Placement]]] = {
-    "_concatenate": (concatenated, [Shard(0), Replicate()]),
-    "_concatenate, sharded twice": (concatenated, [Shard(1), Shard(0)]),
-    "_unflatten": (unflattened, [Shard(0), Replicate(), Shard(1)]),
-    "_unflatten of a slice": (unflattened_slice, [Replicate(), Shard(1)]),
-}
-
-
-@pytest.mark.parametrize("kind", MADE)
-def test_a_mesh_made_from_others(eight_ranks: Ranks, kind: str) -> None:
-    if not hasattr(DeviceMesh, kind.split(maxsplit=1)[0].strip(",")):
-        pytest.skip(f"torch {torch.__version__} has no DeviceMesh.{kind.split(maxsplit=1)[0]}")
-    eight_ranks.run(clips_on, *MADE[kind])
+@pytest.mark.parametrize(
+    ("method", "make", "placements"),
+    [
+        ("_concatenate", concatenated, [Shard(0), Replicate()]),
+        ("_concatenate", concatenated, [Shard(1), Shard(0)]),
+        ("_unflatten", unflattened, [Shard(0), Replicate(), Shard(1)]),
+        ("_unflatten", unflattened_slice, [Replicate(), Shard(1)]),
+    ],
+    ids=["concatenated", "concatenated, sharded twice", "unflattened", "unflattened slice"],
+)
+def test_a_mesh_made_from_others(
+    eight_ranks: Ranks,
+    method: str,
+    make: Callable[[], DeviceMesh],
+    placements: Sequence[Placement],
+) -> None:
+    if not hasattr(DeviceMesh, method):
+        pytest.skip(f"torch {torch.__version__} has no DeviceMesh.{method}")
+    eight_ranks.run(clips_on, make, placements)
 
 
 # --- FSDP2 on a mesh that has the axes of other parallelism too ---
@@ -216,10 +224,7 @@ def wide_gradients() -> list[torch.dtype]:
     return dtypes
 
 
-FSDP2_KEEPS_GRAD_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
-
-
-@needs(FSDP2_KEEPS_GRAD_DTYPE, "`grad_dtype` under FSDP2")
+@needs(TORCH >= (2, 14), "`grad_dtype` under FSDP2")
 def test_gradients_that_are_wider_than_their_parameters(four_on_cpus: Ranks) -> None:
     for dtypes in four_on_cpus.run(wide_gradients):
         assert set(dtypes) == {torch.float32}
