@@ -1,10 +1,10 @@
-# make check | test | test-slurm | test-versions | lint | types | format | clean | run | compare
+# make check | test | test-slurm | test-versions | test-newest | lint | types | format | clean | run | compare
 # Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare check test test-slurm test-versions lint format types wheel clean
+.PHONY: install run compare check test test-slurm test-versions test-newest lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
@@ -51,6 +51,11 @@ test-slurm: $(STAMP)
 VERSIONS ?=
 test-versions: $(STAMP)
 	$(PY) -m tests.versions $(VERSIONS)
+
+# The newest release of each framework, for example once a week; NAMES="transformers triton": of these.
+NAMES ?=
+test-newest: $(STAMP)
+	$(PY) -m tests.versions.newest $(NAMES)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -42,11 +42,13 @@ def venv(version: Version) -> Iterator[Path]:
     """Makes one, and gives the path of its Python.
 
     Raises:
-        Unavailable: no such Python, or pip does not find the torch.
+        Unavailable: no such Python, no compiler, or pip does not find the torch.
     """
     base = find_python(version.python)
+    if lacking := [name for name in ("gcc", "readelf") if not shutil.which(name)]:
+        raise Unavailable(f"{' and '.join(lacking)} cannot be found")
     with tempfile.TemporaryDirectory(prefix="distclip-versions-") as folder:
-        _run([base, "-m", "venv", folder])
+        run([base, "-m", "venv", folder])
         python = Path(folder, "bin", "python")
         _install(python, version)
         yield python
@@ -67,17 +69,17 @@ def find_python(version: str) -> str:
 def _install(python: Path, version: Version) -> None:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     env = _without_constraints(python)
-    _run([*pip, "--no-deps", f"torch=={version.torch}"], env)
+    run([*pip, "--no-deps", f"torch=={version.torch}"], env)
     [site_packages] = python.parents[1].glob("lib/python*/site-packages")
     pins = _pins(python.parents[1]) if version.python == PINNED_PYTHON else []
-    _run([*pip, *pins, *_needs_of_torch(python), *TEST_TOOLS], env)
+    run([*pip, *pins, *_needs_of_torch(python), *TEST_TOOLS], env)
     add_stand_ins(site_packages)
 
 
 def _without_constraints(python: Path) -> dict[str, str]:
     """The settings of this machine's pip, but for one: it may hold torch to other versions."""
     env = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
-    for line in _run([str(python), "-m", "pip", "config", "list"]).splitlines():
+    for line in run([str(python), "-m", "pip", "config", "list"]).splitlines():
         name, _, value = line.partition("=")
         section, _, option = name.partition(".")
         if section in ("global", "install") and option != "constraint":
@@ -87,7 +89,7 @@ def _without_constraints(python: Path) -> dict[str, str]:
 
 def _needs_of_torch(python: Path) -> list[str]:
     code = "from importlib.metadata import requires; print(*requires('torch'), sep='\\n')"
-    needs = _run([str(python), "-c", code]).splitlines()
+    needs = run([str(python), "-c", code]).splitlines()
     return [need for need in needs if not OF_GPUS.match(need) and "extra ==" not in need]
 
 
@@ -98,11 +100,20 @@ def _pins(folder: Path) -> list[str]:
     return ["--constraint", str(folder / "constraints.txt")]
 
 
-def _run(command: Sequence[str], env: dict[str, str] | None = None) -> str:
-    ran = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=env
-    )
+def run(command: Sequence[str], env: dict[str, str] | None = None) -> str:
+    """What a command prints.
+
+    Raises:
+        Unavailable: it failed; with its last line.
+    """
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=env
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{' '.join(command)} took more than {LIMIT_S:.0f} s") from error
     if ran.returncode:
-        errors = [line for line in ran.stderr.splitlines() if line.startswith("ERROR: ")]
-        raise Unavailable([*ran.stderr.splitlines(), *errors][-1].removeprefix("ERROR: "))
+        said = ran.stderr.splitlines() or [f"{' '.join(command)} ended with {ran.returncode}"]
+        errors = [line for line in said if line.startswith("ERROR: ")]
+        raise Unavailable([*said, *errors][-1].removeprefix("ERROR: "))
     return ran.stdout
