@@ -54,7 +54,7 @@ def test_what_cannot_be_had_is_one_line() -> None:
     with pytest.raises(Unavailable, match=r"^there is no Python 3\.1 on this machine$"):
         find_python("3.1")
     code = "import sys; sys.exit('one\\nERROR: no such torch\\nhint')"
-    with pytest.raises(Unavailable, match="^no such torch$"):
+    with pytest.raises(Unavailable, match=r"^no such torch$"):
         run([sys.executable, "-c", code])
 
 
