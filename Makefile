@@ -1,10 +1,12 @@
-# make check | test | test-slurm | test-versions | test-newest | lint | types | format | clean | run | compare
+# make check | test | test-slurm | test-versions | test-newest | lint | types | format | clean
+# make run | compare | docs-pictures
 # Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare check test test-slurm test-versions test-newest lint format types wheel clean
+.PHONY: install run compare docs-pictures check test test-slurm test-versions test-newest
+.PHONY: lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
@@ -31,6 +33,22 @@ run: $(STAMP)
 
 compare: $(STAMP)
 	$(PY) -m launch.compare --out runs/compare $(ARGS)
+
+# The pictures of docs/monitoring.md: three small trainings, half a minute.
+docs-pictures: $(STAMP)
+	$(PY) examples/gradient_flow.py runs/gradient_flow
+	for run in vanishing exploding repaired; do
+		$(PY) -m distclip.cli report runs/gradient_flow/$$run
+		$(PY) -c "$$IN_FEW_COLORS" runs/gradient_flow/$$run/report.png docs/$$run.png
+	done
+
+define IN_FEW_COLORS
+import sys
+from PIL import Image
+source, target = sys.argv[1:]
+Image.open(source).convert("RGB").quantize(256).save(target, optimize=True)
+endef
+export IN_FEW_COLORS
 
 # Before a commit: what needs one process.
 check: lint types

@@ -15,6 +15,7 @@ from benchmarks.timing import Baseline, Run
 ONE_ULP = 1.2e-7  # of float32: the tolerance of distclip's norm
 TORCH, CLIPPER, FUNCTION = "torch", "distclip, Clipper", "distclip, function"
 FOLLOWING = "distclip, Clipper of modules"
+TENSORS, BETWEEN = "distclip, tensor norms", "distclip, between tensor norms"
 OVERLAP, MEASURING = "distclip, overlap", "distclip, measuring alone"
 PLAIN_READ, PLAIN_WRITE, COPY = "plain read", "plain write (mul_)", "device copy"
 PLAIN_BOTH, LOOK = "sum, then mul_", "a look at .grad and its version"
@@ -84,6 +85,18 @@ def overlap_clip(gradients: Gradients, limit: float) -> Run:
     return lambda: clipper.clip_().total_norm
 
 
+def tensor_norms_clip(gradients: Gradients, limit: float) -> Run:
+    """A call that has the norm of every tensor."""
+    clipper = clipper_of(gradients, limit, tensor_norms=True)
+    return lambda: clipper.clip_().total_norm
+
+
+def between_clip(gradients: Gradients, limit: float) -> Run:
+    """Calls of such a Clipper that leave them out. The first has them; the check makes it."""
+    clipper = clipper_of(gradients, limit, tensor_norms=1 << 30)
+    return lambda: clipper.clip_().total_norm
+
+
 def function_clip(gradients: Gradients, limit: float) -> Run:
     return lambda: distclip.clip_grad_norm_(gradients.params, limit)
 
@@ -145,6 +158,8 @@ AFTER_BACKWARD = (
 ON_RANKS = (
     *CLIPPING,
     Baseline(FUNCTION, function_clip, ONE_ULP),
+    Baseline(TENSORS, tensor_norms_clip, ONE_ULP),
+    Baseline(BETWEEN, between_clip, ONE_ULP),
     Baseline("torchtitan", torchtitan_clip),
     Baseline(PLAIN_READ, plain_read, tolerance=None),
 )

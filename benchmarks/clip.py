@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.baselines import AFTER_BACKWARD, IN_ONE_PROCESS
-from benchmarks.goals import BACKWARD, BF16, CLIP, FLOAT32, FP16, SMALL
+from benchmarks.goals import BACKWARD, BF16, CLIP, FLOAT32, FP16, MANY, SMALL
 from benchmarks.gradients import AfterBackward, Shapes, random_gradients
 from benchmarks.timing import STATES, Baseline, Row, measure
 
@@ -55,10 +55,12 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     model, num_small = (SMALL_GPT2, 200) if quick else (GPT2, 2000)
+    num_many = 20 if quick else 384
     return [
         Case(FLOAT32, model, torch.float32),
         Case(BF16, model, torch.bfloat16),
         Case(FP16, model, torch.float16),
+        Case(MANY, num_many * [(65_536,)], torch.float32),
         Case(SMALL, num_small * [(100,)], torch.float32, times=1 if quick else 4),
         Case(BACKWARD, num_small * [(100,)], torch.float32, after_backward=True),
     ]

@@ -93,9 +93,9 @@ class Clipper:
             clipped.
         tensor_norms: measure the norm of every tensor, for `report.tensor_norms()`: True for each
             call, or n for the first call and every n-th after it. The sums travel in the same
-            all-reduce. Nothing that clips depends on them, and other calls do nothing for them.
-            Read once more for it are groups with limits per unit, on a CPU those with p other than
-            2, and on an accelerator FSDP1's parameters. The same on every rank.
+            all-reduce, 8 bytes for each tensor of the model; other calls send zeros. Nothing that
+            clips depends on them. Groups with limits per unit and FSDP1's parameters are read once
+            more for it. The same on every rank.
         symmetric_memory: send the sums through memory that all ranks read, instead of an
             all-reduce: where all ranks of the mesh are on one machine with NVLink, and torch has
             such memory there. Where it has not, `print(clipper.plan)` says why, and the norm comes
@@ -106,13 +106,13 @@ class Clipper:
         ValueError, TypeError: something that cannot be clipped.
 
     Collective: at construction, an all-gather of a few numbers where pipeline stages have norms per
-        tensor or unit, or `tensor_norms`, and one where tensors count as copies along an axis that
-        nothing speaks of (see docs/sharding.md), or may do so on other ranks: with `mesh` or
-        pipeline stages. All ranks of the mesh must make the clipper, and call it every step. Where
-        its axes are a part of the world, a collective is one along each axis; no process group is
-        made. On an accelerator one all-reduce, which makes NCCL's communicators before the first
-        step; two all-gathers for `symmetric_memory`; and for `tensor_norms` one all-reduce, in
-        which the ranks find out whether all ask for them.
+        tensor or unit, one of the names of their tensors with `tensor_norms`, and one where tensors
+        count as copies along an axis that nothing speaks of (see docs/sharding.md), or may do so on
+        other ranks: with `mesh` or pipeline stages. All ranks of the mesh must make the clipper,
+        and call it every step. Where its axes are a part of the world, a collective is one along
+        each axis; no process group is made. On an accelerator one all-reduce, which makes NCCL's
+        communicators before the first step; two all-gathers for `symmetric_memory`; and for
+        `tensor_norms` one all-reduce, in which the ranks find out whether all ask for them.
     """
 
     @outside_of_graphs
@@ -164,7 +164,7 @@ class Clipper:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
-        self._plan_for = plan_for
+        self._plan_for, self._shared = plan_for, shared
         self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
         self._checked = CheckedOptimizers()
         self._hold(self._read_sources(), is_first=True)
@@ -186,7 +186,7 @@ class Clipper:
         if self._tensor_norms:
             if is_first:
                 check_same_call(plan, self._call)
-            plan = with_tensor_groups(plan)
+            plan = with_tensor_groups(plan, self._shared)
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from distclip.norms.plan import ParamGroup, Plan
 from distclip.parameters import as_scalar, gradients_from
 from distclip.policies import Scope
 from distclip.report import Report
-from distclip.scaling import check_real, clamp_, scale_, scale_units_, zero_
+from distclip.scaling import check_real, clamp_, is_one, scale_, scale_units_, zero_
 from distclip.torch_private import has_values, outside_of_graphs
 
 
@@ -173,26 +173,37 @@ class Decision:
             if group.scope is Scope.ELEMENT and clip.limits is not None:
                 check_real(gradients[group.members])
         for group, clip, known in zip(self.plan.groups, self.clips, tensor_lists, strict=True):
+            grads = gradients[group.members]
             if group.units is None:
-                lists = _tensor_lists(gradients[group.members]) if known is None else known
-                self._write_lists_(lists, group, clip, scale)
+                self._write_whole_(grads, known, group, clip, scale)
             elif (factors := self._factor(clip, scale)) is not None:
-                scale_units_(group.units, gradients[group.members], factors)
+                scale_units_(group.units, grads, factors)
         if self.mode == "zero":
             zero_(_tensor_lists(gradients), ~self.finite)
 
-    def _write_lists_(
-        self, lists: TensorLists, group: ParamGroup, clip: GroupClip, scale: Tensor | None
+    def _write_whole_(
+        self,
+        grads: Sequence[Tensor | None],
+        known: TensorLists | None,
+        group: ParamGroup,
+        clip: GroupClip,
+        scale: Tensor | None,
     ) -> None:
-        if group.scope is not Scope.ELEMENT:
-            if (factor := self._factor(clip, scale)) is not None:
-                scale_(lists, factor)
+        """Writes a group without units. It looks for their memory only if it writes."""
+        clamps = group.scope is Scope.ELEMENT and clip.limits is not None
+        factor = self._factor(clip, scale)
+        if group.scope is Scope.ELEMENT:
+            factor = None if scale is None else self._under_mode(scale)
+        if factor is not None and is_one(factor):
+            factor = None
+        if factor is None and not clamps:
             return
-        if scale is not None:
-            scale_(lists, self._under_mode(scale))
-        if clip.limits is not None:
+        lists = _tensor_lists(grads) if known is None else known
+        if factor is not None:
+            scale_(lists, factor)
+        if clamps:
             finite = None if self.mode == "propagate" else self.finite
-            clamp_(lists, limit_under(self.mode, clip.limits, finite))
+            clamp_(lists, limit_under(self.mode, cast(Tensor, clip.limits), finite))
 
 
 def norm_is_finite(total: Tensor, plan: Plan) -> Tensor:

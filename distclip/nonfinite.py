@@ -174,7 +174,7 @@ def error(
 def _rank_report(gradients: Sequence[Tensor | None], plan: Plan) -> _RankReport:
     found: list[_Worst] = []
     num_nonfinite = 0
-    for group in measure(gradients, plan, per_tensor=True):
+    for group in measure(gradients, plan):
         for name, number in zip(group.names, map(float, group.per_tensor.cpu()), strict=True):
             found.append(_Worst(_badness(number), _size(number), name))
             num_nonfinite += not math.isfinite(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -24,7 +25,7 @@ class GroupFigures(NamedTuple):
 
 
 class TensorFigures(NamedTuple):
-    """The norms of all tensors of a parameter group, of order `norm_type`; float64."""
+    """The norms of all tensors of a parameter group, on any rank, of order `norm_type`; float64."""
 
     names: Sequence[str]
     norms: Tensor
@@ -116,9 +117,10 @@ class Report:
     def tensor_norms(self, prefix: str | None = None) -> dict[str, float]:
         """The norm of every tensor before clipping, whole, by its name; or of every module.
 
-        Those that this rank holds a part of: along the `distinct` axes ranks have other names. 0
-        for a tensor without a gradient on any rank. Each norm has the order p of its group's
-        policy. Empty in steps that `Clipper(tensor_norms=...)` leaves out. Waits for the device.
+        Those of the whole model, the same on every rank: along the `distinct` axes too, where
+        tensors of one name get their index, as in "layers.0.w (pp 1)". 0 for a tensor without a
+        gradient on any rank. Each norm has the order p of its group's policy. Empty in steps that
+        `Clipper(tensor_norms=...)` leaves out. Waits for the device.
 
         Args:
             prefix: the path of a module: one norm for each module or tensor directly in it, over
@@ -143,9 +145,11 @@ class Report:
         if prefix is not None:
             return _by_module(found, prefix)
         norms: dict[str, float] = {}
+        counts = Counter[str]()
         for each in found:  # two modules that were given as parameters may have a "weight" each
-            same = sum(name == each.name or name.startswith(f"{each.name} (") for name in norms)
-            norms[f"{each.name} ({same + 1})" if same else each.name] = each.norm
+            counts[each.name] += 1
+            count = counts[each.name]
+            norms[f"{each.name} ({count})" if count > 1 else each.name] = each.norm
         return norms
 
     def _each(self, group: TensorFigures) -> Iterator[tuple[str, float, float]]:

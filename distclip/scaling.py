@@ -15,9 +15,14 @@ from distclip.sharding.local_tensors import first_overlap
 from distclip.torch_private import host_has_values, on_device
 
 
+def is_one(factor: Tensor) -> bool:
+    """Whether the host can see that a product with the scalar changes nothing."""
+    return host_has_values(factor) and factor.item() == 1
+
+
 def scale_(tensor_lists: TensorLists, factor: Tensor) -> None:
     """Multiplies by a float64 scalar. On a CPU a factor of 1 writes nothing."""
-    if host_has_values(factor) and factor.item() == 1:
+    if is_one(factor):
         return
     for tensors in tensor_lists:
         kernels.scale_(tensors, on_device(factor, tensors[0].device))

@@ -224,8 +224,8 @@ def _report(
 def _tensor_figures(plan: Plan, norms: Sequence[GroupNorms]) -> list[TensorFigures]:
     figures: list[TensorFigures] = []
     for group, each in zip(plan.tensor_groups, norms, strict=False):
-        if each.tensors is not None and group.units is not None:
-            figures.append(TensorFigures(group.units.row_names, each.tensors, group.norm_type))
+        if each.tensors is not None:
+            figures.append(TensorFigures(group.tensor_names, each.tensors, group.norm_type))
     return figures
 
 

@@ -7,7 +7,8 @@ wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar, cast
@@ -171,6 +172,23 @@ def local_shape_and_offset(
 
     with torch.device("cpu"):  # it computes with tensors of the default device
         return compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
+
+
+@contextmanager
+def simulated_rank(rank: int, world_size: int) -> Generator[None]:
+    """This process as one rank of many: under torch's fake process group collectives do nothing."""
+    from torch.distributed.tensor import debug
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        if dist.is_initialized():  # what ran here may have ended it
+            dist.destroy_process_group()
+        # torch keeps the layouts of results by their inputs, and meshes of two ranks are equal: a
+        # parameter of the next rank would get the coordinates of this one.
+        cast(Any, debug)._clear_sharding_prop_cache()
 
 
 def symmetric_memory() -> Any:

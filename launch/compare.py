@@ -13,6 +13,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +21,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from launch.report import Row, draw_runs, last_loss, norms, number, read, show
+from distclip.monitoring import plots
+from distclip.monitoring.findings.loss import last_loss
+from distclip.monitoring.records import HistoryError, Run, read_run
+from launch.report import column, finite, number, show
 
 LAUNCHER = (sys.executable, "-m", "launch.run", "--standalone")
 
@@ -53,16 +57,16 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, prog="compare.py", description=__doc__)
-    console, began, runs = Console(), time.perf_counter(), {}
+    console, began, runs = Console(), time.perf_counter(), list[Run]()
     for policy in options.policies:
         console.print(f"--policy {policy}", style="bold", highlight=False)
         if not options.draw_only:
             train(options, policy)
-        runs[label(policy)] = rows_of(options, policy)
+        runs.append(read(options, policy))
     title = f"The same LSTM, seed and batches at learning rate {options.lr:g}"
     title = f"{options.out if options.draw_only else title}; only the clipping differs"
     picture = options.out / "compare.png"
-    draw_runs(runs, title, picture)
+    plots.draw(runs, picture, title)
     console.print(table(runs, title))
     show(console, f"  {picture}, after {time.perf_counter() - began:.0f} s")
 
@@ -90,13 +94,12 @@ def train(options: Options, policy: str) -> None:
         sys.exit(done.returncode)
 
 
-def rows_of(options: Options, policy: str) -> list[Row]:
-    path = folder(options, policy) / "metrics.jsonl"
+def read(options: Options, policy: str) -> Run:
     try:
-        rows = read(path)
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
-    return rows or fail(f"{path} has no rows")
+        run = read_run(folder(options, policy))
+    except HistoryError as error:
+        fail(str(error))
+    return dataclasses.replace(run, name=label(policy))
 
 
 def folder(options: Options, policy: str) -> Path:
@@ -108,15 +111,15 @@ def fail(line: str) -> NoReturn:
     sys.exit(f"compare.py: error: {line}")
 
 
-def table(runs: dict[str, list[Row]], title: str) -> Table:
+def table(runs: Sequence[Run], title: str) -> Table:
     columns = ("policy", "first loss", "highest loss", "last loss", "largest norm", "clipped")
     made = Table(*columns, title=title)
-    for name, rows in runs.items():
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
-        numbers = (rows[0]["loss"], max(losses, default=None), last_loss(rows))
-        largest = number(max(norms(rows), default=None))
-        clipped = f"{sum(bool(row['clipped']) for row in rows)} of {len(rows)}"
-        made.add_row(name, *map(number, numbers), largest, clipped)
+    for run in runs:
+        losses = column(run, "loss")
+        numbers = (losses[0], finite(losses).max(), last_loss(losses))
+        largest = number(finite(column(run, "total_norm")).max())
+        clipped = f"{run.clipped.sum()} of {len(run.steps)}"
+        made.add_row(run.name, *map(number, numbers), largest, clipped)
     return made
 
 

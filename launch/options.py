@@ -73,7 +73,7 @@ class Options(Generic[PolicyT]):
     data: Path | None = None
     """Folder of text files to learn; without it, the source files of Python's standard library."""
     out: Path = Path("runs/main")
-    """Folder for metrics.jsonl, report.png and checkpoints/. Without --resume an earlier run in it
+    """Folder for history.jsonl, report.png and checkpoints/. Without --resume an earlier run in it
     is replaced."""
     resume: bool = False
     """Go on from the newest checkpoint in --out that is not damaged; from the start where there is
@@ -82,7 +82,7 @@ class Options(Generic[PolicyT]):
     """Steps between checkpoints, of which the last two are kept; with 0, one only when asked to
     stop."""
     tensor_norms: int = 0
-    """Every so many steps, counted from the first one of this process, a row of metrics.jsonl has
+    """Every so many steps, counted from the first one of this process, a row of history.jsonl has
     the norm of each tensor that rank 0 has a part of; with 0, none has."""
     seed: int = 0
     """Seed of the first weights and of the order of the data."""

@@ -13,13 +13,16 @@ if __name__ == "__main__":
     # Importing torch takes seconds in which either signal would end this rank.
     signals.install()
 
-import contextlib
 import gc
 import math
 import os
+import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from distclip import History
+from distclip.monitoring import plots
+from distclip.monitoring.lines import FILE_NAME
+from distclip.monitoring.records import HistoryError, read_run
 from launch import ranks, report
 from launch.checkpoint import Checkpoints
 from launch.files import errors_as
@@ -35,8 +42,6 @@ from launch.layouts import Wrapped, wrap
 from launch.options import Options, read_options
 from launch.task import Corpus, build_model, read_corpus
 from launch.trainers import Trainer, make_trainer
-
-MEASURED = ("total_norm", "limit", "coefficient", "clipped", "finite")
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,12 @@ def train(options: Options[Any], device: torch.device) -> bool:
     folder = options.out / "checkpoints"
     checkpoints = Checkpoints(folder, run.trainer, run.facts, resume=resume)
     done = checkpoints.load() if resume else 0
-    log = ranks.agree(lambda: open_log(run, done, resume) if dist.get_rank() == 0 else None)
-    step = run_steps(run, checkpoints, done, log)
+    history = ranks.agree(lambda: open_history(options.out, done))
+    console = Console(quiet=dist.get_rank() != 0)
+    report.show(console, opening(run, done, resume))
+    step = run_steps(run, checkpoints, history, report.StepProgress(console, done, options.steps))
     run.trainer.close()
-    ranks.agree(lambda: finish(run, step, log) if log else None)
+    ranks.on_rank_0(lambda: finish(run, step, history.path, console))
     return step >= options.steps
 
 
@@ -108,17 +115,17 @@ def start(options: Options[Any], device: torch.device, corpus: Corpus) -> Run:
     return Run(options, device, corpus, wrapped, trainer)
 
 
-def run_steps(run: Run, checkpoints: Checkpoints, done: int, log: report.Log | None) -> int:
-    """The steps after `done`, with their checkpoints; the last step that was made."""
-    options, step = run.options, done
-    check = log.check if log else lambda: None
-    with log or contextlib.nullcontext():
-        for step in range(done + 1, options.steps + 1):
-            row, stop, log_failed = train_step(run, step, log)
-            if log_failed:
+def run_steps(
+    run: Run, checkpoints: Checkpoints, history: History, progress: report.StepProgress
+) -> int:
+    """The steps after the loaded checkpoint, with their own ones; the last step that was made."""
+    options, step = run.options, progress.done
+    check = partial(check_written, history)
+    with history, progress:
+        for step in range(progress.done + 1, options.steps + 1):
+            stop, failed = train_step(run, step, history, progress)
+            if failed:
                 break
-            if log:
-                log.add(row)
             last = step == options.steps
             due = options.save_every and (step % options.save_every == 0 or last)
             stop = stop and not last
@@ -131,11 +138,13 @@ def run_steps(run: Run, checkpoints: Checkpoints, done: int, log: report.Log | N
     return step
 
 
-def train_step(run: Run, step: int, log: report.Log | None) -> tuple[report.Row, bool, bool]:
-    """One step of training: its row of metrics.jsonl, whether the ranks stop after it, and whether
-    the rows before could not be written.
+def train_step(
+    run: Run, step: int, history: History, progress: report.StepProgress
+) -> tuple[bool, bool]:
+    """One step of training, and its row: whether the ranks stop after it, and whether the rows
+    before could not be written.
 
-    Reading the numbers is the step's one wait for the device.
+    Reading the loss is the step's one wait for the device.
 
     Collective: every rank must call it.
     """
@@ -148,15 +157,13 @@ def train_step(run: Run, step: int, log: report.Log | None) -> tuple[report.Row,
         logits = run.trainer.model(inputs)
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     clipped = run.trainer.update(loss)
-    failed = log is not None and log.failure is not None
-    mean, (stop, log_failed) = over_ranks(loss, signals.warned(), failed)
-    figures = clipped.to_dict()
-    row = {"step": step, "loss": mean} | {name: figures[name] for name in MEASURED}
-    row |= {"lr": lr, "seconds": round(time.perf_counter() - began, 4)}
-    row |= {"tokens": run.options.batch * run.options.context}
-    if norms := clipped.tensor_norms():
-        row |= {"tensor_norms": norms}
-    return row, stop, log_failed
+    mean, (stop, failed) = over_ranks(loss, signals.warned(), history.failure is not None)
+    values = {"loss": mean, "lr": lr, "seconds": round(time.perf_counter() - began, 4)}
+    values |= {"tokens": run.options.batch * run.options.context}
+    causes = clipped.nonfinite_parameters()
+    history.append(clipped, step, nonfinite_parameters=causes, **values)
+    progress.show(step, mean, clipped)
+    return stop, failed
 
 
 def learning_rate(options: Options[Any], step: int) -> float:
@@ -190,11 +197,23 @@ def over_ranks(loss: Tensor, *flags: bool) -> tuple[float, list[bool]]:
     return total / dist.get_world_size(), [count > 0 for count in counts]
 
 
-def open_log(run: Run, done: int, resume: bool) -> report.Log:
-    console, path = Console(), run.options.out / "metrics.jsonl"
-    report.show(console, opening(run, done, resume))
-    with errors_as(f"{path} cannot be used"):
-        return report.Log(path, console, done, run.options.steps)
+def open_history(folder: Path, done: int) -> History:
+    """Rows after the step `done` are those of a start that was killed: readers leave them out."""
+    path = folder / FILE_NAME
+    # A run does not go on without its rows: `check_written` says why, in one line.
+    warnings.filterwarnings("ignore", f"{re.escape(str(path))} .*Training goes on", UserWarning)
+    try:
+        with errors_as(f"{path} cannot be used"):
+            return History(folder, after=done)
+    except ValueError as error:
+        raise ranks.UserError(str(error)) from None
+
+
+def check_written(history: History) -> None:
+    """Writes the rows so far. Raises UserError where one could not be written."""
+    history.flush()
+    if history.failure:
+        raise ranks.UserError(history.failure)
 
 
 def opening(run: Run, done: int, resume: bool) -> str:
@@ -216,20 +235,22 @@ def describe(run: Run) -> str:
     return f"{options.model}, {where}, {options.policy_name} ({settings})"
 
 
-def finish(run: Run, step: int, log: report.Log) -> None:
+def finish(run: Run, step: int, path: Path, console: Console) -> None:
     """The picture, the table, and where everything is; or how a run that was stopped goes on."""
-    console = log.console
     if step < run.options.steps:
         line = f"asked to stop: checkpoint of step {step} is complete, and --resume goes on"
         return report.show(console, line)
-    out, title = run.options.out, describe(run)
-    if not log.rows:  # a finished run was resumed, and the file is gone
-        return report.show(console, f"{log.path} has no rows: nothing to draw")
-    with errors_as(f"{out / 'report.png'} cannot be written"):
-        report.draw_run(log.rows, title, out / "report.png")
-    console.print(report.summary(log.rows, title))
-    for name in ("report.png", "metrics.jsonl", "checkpoints"):
-        report.show(console, f"  {os.fspath(out / name)}")
+    title = describe(run)
+    try:
+        rows = read_run(path)
+    except HistoryError as error:  # a finished run was resumed, and the file is gone
+        return report.show(console, f"{error}: nothing to draw")
+    picture = run.options.out / "report.png"
+    with errors_as(f"{picture} cannot be written"):
+        plots.draw([rows], picture, title)
+    console.print(report.summary(rows, title))
+    for each in (picture, path, run.options.out / "checkpoints"):
+        report.show(console, f"  {os.fspath(each)}")
 
 
 if __name__ == "__main__":

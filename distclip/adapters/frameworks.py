@@ -27,6 +27,13 @@ class Framework(NamedTuple):
     options: str = ""
 
 
+TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0")
+ACCELERATE = Framework("accelerate", "1.15.0", "1.15.0")
+LIGHTNING = Framework("lightning", "2.6.6", "2.6.6")
+TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0")
+MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1")
+DEEPSPEED = Framework("deepspeed", "0.16.9", "0.19.8", options="--no-build-isolation ")
+
 # What clips the gradients of an object: an optimizer, an engine. Weak: nothing is kept alive.
 _clipped_by: MutableMapping[Any, str] = WeakKeyDictionary()
 

@@ -58,23 +58,6 @@ def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return lists
 
 
-def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """See `Backend.power_sum`."""
-    return _backend_of(tensors).power_sum(tensors, norm_type)
-
-
-def power_sum_and_each(
-    spans: Sequence[Tensor], parts: Sequence[Tensor], norm_type: float
-) -> tuple[Tensor, Tensor]:
-    """`power_sum` of a list of `tensor_lists`, and `power_sums` of tensors in its memory.
-
-    The first has the bits that it has alone. A CPU reads the elements once for p = 2.
-    """
-    if _backend_of(spans) is cpu:
-        return cpu.power_sum_and_each(spans, parts, norm_type)
-    return power_sum(spans, norm_type), power_sums(parts, norm_type)
-
-
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """See `Backend.power_sums`."""
     return _backend_of(tensors).power_sums(tensors, norm_type)

@@ -44,17 +44,11 @@ class Backend(Protocol):
         """
         ...
 
-    def power_sum(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-        """sum(|x|**p) over a list of `tensor_lists`, or max(|x|) for p = inf.
-
-        Shapes: the result: [].
-        """
-        ...
-
     def power_sums(self, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         """sum(|x|**p) of each tensor, or max(|x|) for p = inf; 0 for an empty tensor.
 
-        The sum may overflow for p > 6; `norms` does not. `tensors` may be empty.
+        The sum may overflow for p > 6; `norms` does not. `tensors` may be empty, or a list of
+        `tensor_lists`.
 
         Shapes: the result: [len(tensors)].
         """

@@ -13,31 +13,54 @@ from torch import Tensor
 def contiguous_spans(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The elements of tensors of one dtype. Neighbours in one storage become one flat view.
 
-    Gradients are neighbours in the buffers of FSDP's reduce-scatter, in the buckets of DDP and in
-    the flat buffers of Megatron and DeepSpeed. A span never contains a gap, because the padding in
-    it may hold any value. A tensor without a neighbour is returned as it is.
+    A tensor without a neighbour is returned as it is.
     """
-    offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
-    if not any(offsets):  # each begins its storage, which is usual for thousands of small tensors
+    if _all_begin_storages(tensors):
         return list(tensors)
+    return [span(tensors[run[0]], tensors[run[-1]]) for run in neighbours(tensors)]
+
+
+def neighbours(tensors: Sequence[Tensor], multiple: int = 1) -> list[list[int]]:
+    """The indices of tensors of one dtype; those that are neighbours in one storage together.
+
+    Gradients are neighbours in the buffers of FSDP's reduce-scatter, in the buckets of DDP and in
+    the flat buffers of Megatron and DeepSpeed. There is never a gap between them, because the
+    padding in it may hold any value.
+
+    Args:
+        multiple: of so many elements are all neighbours, except the last of each list.
+    """
+    if _all_begin_storages(tensors):
+        return [[i] for i in range(len(tensors))]
     begins = list(map(Tensor.data_ptr, tensors))
     ends = list(map(add, begins, map(attrgetter("nbytes"), tensors)))
     order = sorted(range(len(tensors)), key=begins.__getitem__)
     # Two allocations may touch by chance. Neighbours share a storage, and its first address.
     itemsize = tensors[0].itemsize
+    offsets = cast("list[int]", list(map(Tensor.storage_offset, tensors)))
     storages: list[int | None] = [
         begin - itemsize * offset for begin, offset in zip(begins, offsets, strict=True)
     ]
     for i, contiguous in enumerate(map(Tensor.is_contiguous, tensors)):
         if not contiguous:
             storages[i] = None  # has no neighbour
-    first_of_span = [
+    first_of_run = [
         position
         for position, (i, j) in enumerate(pairwise(order), 1)
-        if ends[i] != begins[j] or storages[i] is None or storages[i] != storages[j]
+        if ends[i] != begins[j]
+        or storages[i] is None
+        or storages[i] != storages[j]
+        or (ends[i] - begins[i]) % (multiple * itemsize)
     ]
-    bounds = pairwise([0, *first_of_span, len(order)])
-    return [_span(tensors[order[first]], tensors[order[end - 1]]) for first, end in bounds]
+    return [order[first:end] for first, end in pairwise([0, *first_of_run, len(order)])]
+
+
+def span(first: Tensor, last: Tensor) -> Tensor:
+    """The first and the last of neighbours, and all between them, as a flat view."""
+    if first is last:
+        return first
+    numel = last.storage_offset() - first.storage_offset() + last.numel()
+    return first.as_strided((numel,), (1,))
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -55,8 +78,6 @@ def grouped(tensors: Sequence[Tensor], key: Callable[[Tensor], object]) -> list[
     return [[t for t in tensors if key(t) == value] for value in dict.fromkeys(map(key, tensors))]
 
 
-def _span(first: Tensor, last: Tensor) -> Tensor:
-    if first is last:
-        return first
-    numel = last.storage_offset() - first.storage_offset() + last.numel()
-    return first.as_strided((numel,), (1,))
+def _all_begin_storages(tensors: Sequence[Tensor]) -> bool:
+    """Whether none lies behind another; usual for thousands of small tensors."""
+    return not any(map(Tensor.storage_offset, tensors))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,22 +29,18 @@ DTYPES = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np
 # Operators of torch, because profilers and dispatch modes must see them. `custom_op` would take
 # 13 us more a call, nearly half of all that a call costs.
 torch.library.define("distclip::squares", "(Tensor[] tensors) -> Tensor")
-torch.library.define("distclip::squares_and_each", "(Tensor[] tensors) -> (Tensor, Tensor)")
 torch.library.define("distclip::scale_", "(Tensor(a!)[] tensors, Tensor coefficient) -> ()")
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of contiguous tensors of one of `DTYPES`: a float64 scalar.
+    """The sum of squares of each contiguous tensor, all of one of `DTYPES`.
 
     Sums are float32 within a block and float64 across blocks, and the same with any number of
-    threads. The result is infinite or less exact where squares leave the range of float32.
+    threads. Where squares leave the range of float32, they are summed in float64 throughout.
+
+    Shapes: the result: [len(tensors)], float64.
     """
     return torch.ops.distclip.squares(tensors)
-
-
-def squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`squares`, the same bits, and those of each tensor. Shapes: [], [n]."""
-    return torch.ops.distclip.squares_and_each(tensors)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -54,28 +50,20 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:
-    chunks = _chunks(tensors)
+    chunks, first_of_each = _chunks(tensors)
     sums = np.empty(len(chunks))
     _run(_loops.squares, tensors[0].dtype, chunks, sums)
-    return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu")
-
-
-def _squares_and_each(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    chunks = _chunks(tensors)
-    sums = np.empty(len(chunks))
-    _run(_loops.squares, tensors[0].dtype, chunks, sums)
-    counts = np.array([-(-tensor.numel() // _CHUNK) for tensor in tensors])
-    each, full = np.zeros(len(tensors)), counts > 0
-    each[full] = np.add.reduceat(sums, (np.cumsum(counts) - counts)[full])
-    return torch.tensor(sums.sum(), dtype=torch.float64, device="cpu"), torch.from_numpy(each)
+    if len(chunks) > len(tensors):
+        sums = np.add.reduceat(sums, first_of_each)
+    return torch.from_numpy(sums)
 
 
 def _scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    _run(_loops.scale, tensors[0].dtype, _chunks(tensors), np.array([coefficient.item()]))
+    chunks, _ = _chunks(tensors)
+    _run(_loops.scale, tensors[0].dtype, chunks, np.array([coefficient.item()]))
 
 
 torch.library.impl("distclip::squares", "cpu", _squares)
-torch.library.impl("distclip::squares_and_each", "cpu", _squares_and_each)
 torch.library.impl("distclip::scale_", "cpu", _scale_)
 
 
@@ -88,17 +76,29 @@ def _run(loop: object, dtype: torch.dtype, chunks: np.ndarray, values: np.ndarra
     _openmp().GOMP_parallel(worker.ctypes, task.ctypes, ctypes.c_uint(threads), 0)
 
 
-def _chunks(tensors: Sequence[Tensor]) -> np.ndarray:
-    """The address and the number of elements of every chunk. Shape: [num_chunks, 2]."""
-    size = tensors[0].itemsize
-    chunks = [
-        (begin + i * size, min(_CHUNK, numel - i))
-        for begin, numel in zip(
-            map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), strict=True
-        )
-        for i in range(0, numel, _CHUNK)
-    ]
-    return np.array(chunks, dtype=np.int64).reshape(-1, 2)
+class _Chunks(NamedTuple):
+    """The address and the number of elements of every chunk, and the first chunk of each tensor.
+
+    Shapes: table: [num_chunks, 2]; first_of_each: [number of tensors].
+    """
+
+    table: np.ndarray
+    first_of_each: np.ndarray
+
+
+def _chunks(tensors: Sequence[Tensor]) -> _Chunks:
+    """One or more chunks for each tensor; one of no elements for an empty tensor."""
+    num = len(tensors)
+    begins = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, num)
+    numels = np.fromiter(map(Tensor.numel, tensors), np.int64, num)
+    counts = np.maximum(-(-numels // _CHUNK), 1)
+    first_of_each = np.cumsum(counts) - counts
+    tensor = np.repeat(np.arange(num), counts)
+    offsets = (np.arange(len(tensor)) - first_of_each[tensor]) * _CHUNK
+    table = np.empty((len(tensor), 2), np.int64)
+    table[:, 0] = begins[tensor] + offsets * tensors[0].itemsize
+    table[:, 1] = np.minimum(numels[tensor] - offsets, _CHUNK)
+    return _Chunks(table, first_of_each)
 
 
 @cache

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 _LANE = 256  # elements of each lane in a block; its float32 sums err by less than rows in `cpu`
+_LEAST_MEAN = 2.0**-100  # as in `cpu_torch`
 _STRIP = 64  # elements of a lane that are scaled in a row
 
 
@@ -38,8 +39,20 @@ def worker(loop, dtype):
 
 
 # Sums may be taken in any order, because vectors need that. NaN and infinity stay what they are.
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
+_any_order = {"reassoc", "contract", "nsz"}
+
+
+@numba.njit(cache=True)
 def squares(x, sums, chunk):
+    total = _quick_squares(x)
+    # Whatever the range of float32 has lost or rounded is less than 2**-26 of such a sum.
+    if not (_LEAST_MEAN * x.size <= total < np.inf):
+        total = _exact_squares(x)
+    sums[chunk] = total
+
+
+@numba.njit(cache=True, fastmath=_any_order)
+def _quick_squares(x):
     lane = x.size // 4 // _LANE * _LANE
     total = 0.0
     for begin in range(0, lane, _LANE):
@@ -54,9 +67,15 @@ def squares(x, sums, chunk):
             c += _wide(third[i]) * _wide(third[i])
             d += _wide(fourth[i]) * _wide(fourth[i])
         total += np.float64((a + b) + (c + d))
-    for i in range(4 * lane, x.size):
+    return total + _exact_squares(x[4 * lane :])
+
+
+@numba.njit(cache=True, fastmath=_any_order)
+def _exact_squares(x):
+    total = 0.0
+    for i in range(x.size):
         total += np.float64(_wide(x[i])) ** 2
-    sums[chunk] = total
+    return total
 
 
 @numba.njit(cache=True)
@@ -68,8 +87,9 @@ def scale(x, coefficient, _chunk):
             strip = x[k * lane + begin : k * lane + begin + _STRIP]
             for i in range(_STRIP):
                 strip[i] = _narrow(_wide(strip[i]) * factor, strip[i])
-    for i in range(4 * lane, x.size):
-        x[i] = _narrow(_wide(x[i]) * factor, x[i])
+    rest = x[4 * lane :]
+    for i in range(rest.size):
+        rest[i] = _narrow(_wide(rest[i]) * factor, rest[i])
 
 
 _word, _half, _float = ir.IntType(32), ir.HalfType(), ir.FloatType()

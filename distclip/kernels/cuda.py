@@ -30,7 +30,6 @@ __all__ = [
     "clamp_",
     "coefficients",
     "norms",
-    "power_sum",
     "power_sums",
     "power_sums_where",
     "prepare",
@@ -79,11 +78,6 @@ def prepare(tensors: Sequence[Tensor], norm_type: float) -> None:
 def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """All tensors in one list, which remembers its table."""
     return [tensor_table.TensorList(tensors)] if tensors else []
-
-
-def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """All of `power_sums` combined."""
-    return total(power_sums(tensors, norm_type), norm_type).power_sum
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -30,7 +30,6 @@ __all__ = [
     "clamp_",
     "coefficients",
     "norms",
-    "power_sum",
     "power_sums",
     "power_sums_where",
     "prepare",
@@ -44,11 +43,6 @@ __all__ = [
     "unit_power_sums",
     "zero_",
 ]
-
-
-def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """All of `power_sums` combined."""
-    return naive.combine(power_sums(tensors, norm_type), norm_type)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

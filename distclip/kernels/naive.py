@@ -31,11 +31,6 @@ def tensor_lists(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [list(tensors)] if tensors else []
 
 
-def power_sum(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """All of `power_sums` combined."""
-    return combine(power_sums(tensors, norm_type), norm_type)
-
-
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """Elements are widened to float64 first, in which their powers are in range for p <= 6."""
     return _stacked([_power_sum(tensor, norm_type) for tensor in tensors], tensors)

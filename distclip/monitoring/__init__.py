@@ -5,3 +5,5 @@
 
 from distclip.monitoring.history import History as History
 from distclip.monitoring.history import Writer as Writer
+from distclip.monitoring.writers import TensorBoardWriter as TensorBoardWriter
+from distclip.monitoring.writers import WandbWriter as WandbWriter

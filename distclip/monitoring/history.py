@@ -101,6 +101,7 @@ class History:
         self.path = Path(folder) / FILE_NAME
         self.failure: str | None = None
         self._writers = list(writers)
+        self._has_passed_on = False
         self._pending: deque[_Pending] = deque()
         self._last_step = 0 if after is None else _as_step("after", after)
         self._file: int | None = None
@@ -163,10 +164,10 @@ class History:
         """Writes every row that was appended, and closes the file and the writers."""
         if self._file is None:
             return
-        atexit.unregister(self.close)
         try:
             self.flush()
         finally:
+            atexit.unregister(self.close)
             os.close(self._file)
             self._file = None
             for writer in self._writers:
@@ -193,15 +194,24 @@ class History:
         if removed:
             self._fail(f"{self.path} was removed, or belongs to a later start of this run")
             return
+        self._pass_on(pending.step, row)
+
+    def _pass_on(self, step: int, row: Mapping[str, Any]) -> None:
         for writer in [*self._writers]:
             try:
-                writer.write(pending.step, row)
+                writer.write(step, row)
             except Exception as error:  # rank 0 alone must not end while the others wait for it
                 self._writers.remove(writer)
                 name, why = type(writer).__name__, f"{type(error).__name__}: {error}"
-                self._warn(f"{name} failed in step {pending.step}: {why}")
+                self._warn(f"{name} failed in step {step}: {why}")
                 with contextlib.suppress(Exception):
                     writer.close()
+        if not self._has_passed_on:
+            # At the end of the program, before what the writers have opened in their first row ends
+            # itself: the last one registered comes first.
+            self._has_passed_on = True
+            atexit.unregister(self.close)
+            atexit.register(self.close)
 
     def _fail(self, why: str) -> None:
         self.failure = why

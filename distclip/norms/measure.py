@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from distclip import kernels
 from distclip.kernels.kept_indices import KeptIndices
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import Power
-from distclip.norms.unit_rows import Rows
 from distclip.norms.units import Units, rows_of
+from distclip.policies import Scope
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.shard import UnitView
-from distclip.torch_private import host_has_values
 
 TensorLists = list[list[Tensor]]  # as `kernels.tensor_lists` returns them
 
@@ -30,15 +30,14 @@ class GroupMeasurement(NamedTuple):
     Attributes:
         payload: what is reduced: the partials of the total, of the sharded units and of their
             weights; float64, flat.
-        names, per_tensor: of every parameter that has a gradient, or of every unit, a number that
-            is not finite where the gradient is not: its sum of powers or its norm; float64. Empty
-            where all are finite and a number for each would take longer.
+        names, per_tensor: of every parameter, or of every unit, a number that is not finite where
+            the gradient is not: its sum of powers or its norm; float64. 0 without a gradient.
         units, weights: the partials of every unit on this rank, [num_units, num_partials]; None
             where the group has no units, or its policy does not ask for weights.
-        tensor_lists: the memory of the gradients; None where it was not looked at.
+        tensor_lists: the memory of the gradients; None where nothing needed to know it.
         norm: of the group, where no other rank adds to it and the kernels have computed it.
         tensors: the partials of every tensor on this rank, [num_tensors, num_partials]; None where
-            they are not wanted, or where the group's units are its tensors.
+            they are not wanted.
     """
 
     payload: Tensor
@@ -52,171 +51,84 @@ class GroupMeasurement(NamedTuple):
 
 
 def measure(
-    gradients: Sequence[Tensor | None],
-    plan: Plan,
-    per_tensor: bool = False,
-    tensors: bool = False,
+    gradients: Sequence[Tensor | None], plan: Plan, tensors: bool = False
 ) -> list[GroupMeasurement]:
     """Reads every gradient once, and every weight where a policy asks for its norm.
 
     Args:
         gradients: on this rank, in the order of `plan.params`; None where there is none.
-        per_tensor: fill `names` and `per_tensor` in any case.
         tensors: fill `tensors`. Nothing else changes, down to its bits.
     """
-    of_tensors = plan.tensor_groups if tensors else [None] * len(plan.groups)
-    groups = zip(plan.groups, of_tensors, strict=True)
-    found = [_measure_group(gradients, plan, *each, per_tensor) for each in groups]
+    found = [_measure_group(gradients, plan, group) for group in plan.groups]
     return with_tensors(found, gradients, plan) if tensors else found
 
 
 def with_tensors(
     measured: Sequence[GroupMeasurement], gradients: Sequence[Tensor | None], plan: Plan
 ) -> list[GroupMeasurement]:
-    """What was measured, and the partials of every tensor. Reads gradients again if need be."""
+    """What was measured, and the partials of every tensor."""
+    each = zip(plan.groups, plan.tensor_groups, measured, strict=True)
     return [
-        each
-        if of_tensors is group or each.tensors is not None
-        else each._replace(tensors=_tensor_partials(gradients, plan, of_tensors, each))
-        for group, of_tensors, each in zip(plan.groups, plan.tensor_groups, measured, strict=True)
+        found._replace(tensors=_tensor_partials(found, gradients, group, of_tensors))
+        for group, of_tensors, found in each
     ]
 
 
 def _tensor_partials(
-    gradients: Sequence[Tensor | None],
-    plan: Plan,
-    group: ParamGroup,
     measured: GroupMeasurement,
+    gradients: Sequence[Tensor | None],
+    group: ParamGroup,
+    of_tensors: ParamGroup,
 ) -> Tensor:
-    units, grads = cast(Units, group.units), gradients[group.members]
-    here = [i for i, grad in enumerate(grads) if grad is not None]
-    is_known = here and units.are_params and len(measured.per_tensor) == len(here)
-    if not is_known or measured.units is not None:
-        return _unit_partials(grads, group.power, units)
-    if group.has_copies:  # in the order of `_measure_each`
-        params = plan.params[group.members]
-        here.sort(key=lambda i: not params[i].counted)
-    index = units.indexes.of_rows(tuple([Rows(i, 1) for i in here]), 0, units.num_units)
-    partials = power_sums.partials(measured.per_tensor, group.power)
-    return power_sums.gathered(partials, index, group.norm_type)
+    units = cast(Units, of_tensors.units)
+    if group.scope is Scope.TENSOR:
+        return cast(Tensor, measured.units)
+    if group.units is None and units.are_params:
+        return power_sums.partials(measured.per_tensor, group.power)
+    # Limits per unit, or several tensors in one parameter.
+    return _unit_partials(gradients[group.members], group.power, units)
 
 
 def tensor_slots(measured: GroupMeasurement, group: ParamGroup) -> Tensor:
-    """What is reduced of the tensors of a group of `Plan.only_measured`; float64, flat."""
+    """What is reduced for a group of `Plan.tensor_groups`; float64, flat."""
     units, partials = cast(Units, group.units), cast(Tensor, measured.tensors)
-    added = _added(partials, group, units) if group.has_copies else partials
-    if units.all_in_slots and group.num_slots == units.num_slots:
-        return added.flatten()
-    return _in_slots(added, group, units).flatten() if group.num_slots else added[:0, 0]
+    added = partials if group.counted is None else _added(partials, group, units)
+    after = group.num_slots - group.first_slot - units.num_units
+    if after or group.first_slot:
+        added = pad(added, (0, 0, group.first_slot, after))
+    return added.flatten()
 
 
 def _measure_group(
-    gradients: Sequence[Tensor | None],
-    plan: Plan,
-    group: ParamGroup,
-    of_tensors: ParamGroup | None,
-    per_tensor: bool,
+    gradients: Sequence[Tensor | None], plan: Plan, group: ParamGroup
 ) -> GroupMeasurement:
     params, grads = plan.params[group.members], gradients[group.members]
     if group.units is not None:
         partials = _unit_partials(grads, group.power, group.units)
         return _of_units(partials, params, group, group.units)
-    # An accelerator's kernels give a number for each tensor at no cost.
-    if not per_tensor and plan.device.type == "cpu" and not group.power.needs_norms:
-        together = _measure_together(params, grads, group, of_tensors, plan.device)
-        added = together.payload.sum()
-        if not host_has_values(added) or math.isfinite(added.item()):
-            return together
-    return _measure_each(params, grads, group, plan)
+    here, lists = [grad for grad in grads if grad is not None], None
+    if plan.device.type != "cpu":
+        lists = kernels.tensor_lists(here)
+    if len(here) < len(grads):
+        nothing = here[0].new_empty(0) if here else torch.empty(0, device=plan.device)
+        here = [nothing if grad is None else grad for grad in grads]
+    elif lists is not None and len(lists) == 1 and _are_same(lists[0], here):
+        here = lists[0]  # it may know where its tensors lie, which is then looked up once
+    return _of_tensors(_per_tensor(here, group.power, plan.device), group, plan, lists)
 
 
-def _measure_together(
-    params: Sequence[LocalParam],
-    grads: Sequence[Tensor | None],
-    group: ParamGroup,
-    of_tensors: ParamGroup | None,
-    device: torch.device,
+def _of_tensors(
+    per_tensor: Tensor, group: ParamGroup, plan: Plan, lists: TensorLists | None = None
 ) -> GroupMeasurement:
-    counted, copies = _by_counted(params, grads, group)
-    lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
-    p, tensors = group.norm_type, None
-    if of_tensors is not None and all(each.is_cpu for each in [*counted, *copies]):
-        both, tensors = _sums_and_tensors(lists, lists_of_copies, params, grads, of_tensors)
-        sums = both[: len(lists)] + list(map(_only_nonfinite, both[len(lists) :]))
-    else:
-        sums = [kernels.power_sum(each, p).to(device) for each in lists]
-        sums += [_only_nonfinite(kernels.power_sum(each, p).to(device)) for each in lists_of_copies]
-    added = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
-    payload = power_sums.combine(power_sums.partials(added, group.power), p)
-    lists += lists_of_copies
-    return GroupMeasurement(payload, [], added[:0], tensor_lists=lists, tensors=tensors)
-
-
-def _sums_and_tensors(
-    lists: TensorLists,
-    lists_of_copies: TensorLists,
-    params: Sequence[LocalParam],
-    grads: Sequence[Tensor | None],
-    group: ParamGroup,
-) -> tuple[list[Tensor], Tensor]:
-    """The sum of each list, as `power_sum` has it, and the partials of every tensor."""
-    units = cast(Units, group.units)
-    given = [grad for grad in grads if grad is not None]
-    if units.are_params and len(lists) == 1 and not lists_of_copies and len(given) == len(grads):
-        together, each = kernels.power_sum_and_each(lists[0], given, group.norm_type)
-        return [together], power_sums.partials(each, group.power)
-    views_of: dict[tuple[bool, torch.dtype], list[UnitView]] = {}
-    for span in units.spans:
-        if (grad := grads[span.member]) is not None:
-            key = params[span.member].counted, grad.dtype
-            views_of.setdefault(key, []).extend(span.views(grad))
-    sums: list[Tensor] = []
-    of_views: list[Tensor] = [torch.zeros(0, dtype=torch.float64, device="cpu")]
-    views: list[UnitView] = []
-    counted = [(True, tensors) for tensors in lists]
-    for is_counted, tensors in [*counted, *((False, each) for each in lists_of_copies)]:
-        here = views_of.get((is_counted, tensors[0].dtype), [])
-        values = [view.values for view in here]
-        together, each = kernels.power_sum_and_each(tensors, values, group.norm_type)
-        sums.append(together)
-        of_views.append(each)
-        views += here
-    if not views:
-        return sums, _unit_partials([None] * len(grads), group.power, units)
-    index = units.indexes.of_rows(rows_of(views), 0, units.num_units)
-    partials = power_sums.partials(torch.cat(of_views), group.power)
-    return sums, power_sums.gathered(partials, index, group.norm_type)
-
-
-def _measure_each(
-    params: Sequence[LocalParam],
-    grads: Sequence[Tensor | None],
-    group: ParamGroup,
-    plan: Plan,
-) -> GroupMeasurement:
-    counted, copies = _by_counted(params, grads, group)
-    lists, lists_of_copies = kernels.tensor_lists(counted), kernels.tensor_lists(copies)
-    # A list of a backend may know where its tensors lie, which is then looked up once.
-    listed = lists[0] if len(lists) == 1 and _are_same(lists[0], counted) else counted
-    added = per_tensor = _per_tensor(listed, group.power, plan.device)
-    if copies:
-        of_copies = _per_tensor(copies, group.power, plan.device)
-        per_tensor = torch.cat([added, of_copies])
-        added = torch.cat([added, _only_nonfinite(of_copies)])
-    lists += lists_of_copies
-    all_counted = len(counted) == len(grads)
-    names = plan.names[group.members] if all_counted else _names(params, grads)
+    """What a number for each parameter gives; see `GroupMeasurement.per_tensor`."""
+    added, names = per_tensor, plan.names[group.members]
+    if group.counted is not None:  # copies add nothing but NaN and inf, which any of them may have
+        added = torch.where(group.counted | ~per_tensor.isfinite(), per_tensor, 0.0)
     if plan.reduce_mesh is None and len(added) and not group.power.needs_norms:
         power_sum, norm = kernels.total(added, group.norm_type)
-        return GroupMeasurement(power_sum.unsqueeze(0), names, per_tensor, None, None, lists, norm)
-    payload = _payload(added, group)
-    return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists)
-
-
-def _names(params: Sequence[LocalParam], grads: Sequence[Tensor | None]) -> list[str]:
-    """The names of those that have a gradient, first of those that this rank counts."""
-    here = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-    return [p.name for p in here if p.counted] + [p.name for p in here if not p.counted]
+        payload = power_sum.unsqueeze(0)
+        return GroupMeasurement(payload, names, per_tensor, tensor_lists=lists, norm=norm)
+    return GroupMeasurement(_payload(added, group), names, per_tensor, tensor_lists=lists)
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -228,21 +140,6 @@ def _payload(per_tensor: Tensor, group: ParamGroup) -> Tensor:
     if len(per_tensor) and not (group.power.needs_norms or math.isinf(group.norm_type)):
         return kernels.total(per_tensor, group.norm_type).power_sum.unsqueeze(0)
     return power_sums.combine(power_sums.partials(per_tensor, group.power), group.norm_type)
-
-
-def _by_counted(
-    params: Sequence[LocalParam], grads: Sequence[Tensor | None], group: ParamGroup
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients that this rank counts, and those that another rank counts."""
-    if not group.has_copies:
-        return [grad for grad in grads if grad is not None], []
-    both = [(p.counted, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
-    return [grad for counted, grad in both if counted], [g for counted, g in both if not counted]
-
-
-def _only_nonfinite(of_copies: Tensor) -> Tensor:
-    """What copies add: zero, except NaN and inf, which any one of the ranks may have."""
-    return torch.where(of_copies.isfinite(), 0.0, of_copies)
 
 
 def _of_units(
@@ -308,6 +205,9 @@ def _partials_of_rows(
 
 def _per_tensor(values: Sequence[Tensor], power: Power, device: torch.device) -> Tensor:
     """Of each tensor, on any device, what `power_sums.partials` takes; together on `device`."""
+    if device.type == "cpu" and all(map(attrgetter("is_cpu"), values)):
+        kernel = kernels.norms if power.needs_norms else kernels.power_sums
+        return kernel(values, power.norm_type)
     return _per_unit(values, [None] * len(values), power, device)
 
 
@@ -339,9 +239,6 @@ class NormBuffer:
     def __init__(self, group: ParamGroup, plan: Plan) -> None:
         self._group, self._plan = group, plan
         self._params = plan.params[group.members]
-        self._names = [param.name for param in self._params]
-        counted = [param.counted for param in self._params]
-        self._counted = torch.tensor(counted, dtype=torch.bool, device=plan.device)
         shape = [len(self._params)]
         if group.units is not None:
             shape = [group.units.num_units, group.power.num_partials]
@@ -384,41 +281,17 @@ class NormBuffer:
             now = kernels.power_sums_where(grads, p, changed, before)
         self.per_tensor.index_copy_(0, rows, now)
 
-    def measurement(self, rest: Sequence[Tensor | None], tensors: bool = False) -> GroupMeasurement:
+    def measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
         """Of what was put, and of the other gradients, which are measured now.
 
         Args:
             rest: in the order of `plan.params`, as `measure` takes them; None for what was put.
-            tensors: fill `GroupMeasurement.tensors`, where the sums of tensors are known; else
-                `with_tensors` reads the gradients for them.
         """
-        found = self._measurement(rest)
-        return self._with_tensors(found, rest) if tensors else found
-
-    def _with_tensors(
-        self, found: GroupMeasurement, rest: Sequence[Tensor | None]
-    ) -> GroupMeasurement:
-        both = zip(self._plan.groups, self._plan.tensor_groups, strict=True)
-        units = next(other.units for group, other in both if group is self._group)
-        if self._group.units is not None or units is None or not units.are_params:
-            return found
-        power = self._group.power
-        partials = power_sums.partials(self.per_tensor, power).clone()
-        _add_units_(partials, units.views(rest[self._group.members]), power, units)
-        return found._replace(tensors=partials)
-
-    def _measurement(self, rest: Sequence[Tensor | None]) -> GroupMeasurement:
         group, per_tensor = self._group, self.per_tensor.clone()
+        grads = rest[group.members]
         if (units := group.units) is not None:
-            _add_units_(per_tensor, units.views(rest[group.members]), group.power, units)
+            _add_units_(per_tensor, units.views(grads), group.power, units)
             return _of_units(per_tensor, self._params, group, units)
-        added = per_tensor
-        if group.has_copies:
-            added = torch.where(self._counted, per_tensor, _only_nonfinite(per_tensor))
-        payload = power_sums.combine(power_sums.partials(added, group.power), group.norm_type)
-        if all(grad is None for grad in rest[group.members]):
-            return GroupMeasurement(payload, self._names, per_tensor)
-        more = _measure_group(rest, self._plan, group, None, per_tensor=False)
-        payload = power_sums.combine(torch.stack([payload, more.payload]), group.norm_type)
-        names = [*self._names, *more.names]
-        return GroupMeasurement(payload, names, torch.cat([per_tensor, more.per_tensor]))
+        if any(grad is not None for grad in grads):
+            per_tensor += _measure_group(rest, self._plan, group).per_tensor  # one of them is 0
+        return _of_tensors(per_tensor, group, self._plan)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +39,12 @@ class ParamGroup:
 
     Attributes:
         description: the policy as text, for people and for `verify`.
-        has_copies: other ranks count some of the parameters.
+        counted: which of the parameters this rank adds to sums, [number of members], bool; None
+            where it is all.
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units are reduced over all coordinates of the distinct
             axes, and the first that belongs to this rank's coordinate.
+        tensor_names: of a group of `Plan.tensor_groups`, the tensor of each slot.
         norm_dtype: as `Plan.norm_dtype`.
     """
 
@@ -51,11 +54,12 @@ class ParamGroup:
     norm_type: float
     needs_weights: bool
     description: str
-    has_copies: bool
+    counted: Tensor | None = field(compare=False)
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
     norm_dtype: torch.dtype = torch.float32
+    tensor_names: Sequence[str] = ()
 
     @property
     def power(self) -> Power:
@@ -63,7 +67,7 @@ class ParamGroup:
 
     @property
     def slots_size(self) -> int:
-        """How many numbers are reduced for the sharded units."""
+        """How many numbers are reduced for units."""
         return self.power.num_partials * self.num_slots
 
     @property
@@ -102,8 +106,8 @@ class Plan:
         copied_dtensors: the indices of parameters of which another rank may have a gradient that
             must be reduced before it is measured, while this one has none.
         tensor_groups: for each of `groups` one with Scope.TENSOR, which is only measured, in steps
-            that want the norm of every tensor; the group itself where that is its scope. Empty
-            where no step does.
+            that want the norm of every tensor; empty where no step does. Each tensor of the model
+            has a slot in it.
         one_shot: how the sums travel through symmetric memory, where they do.
         not_one_shot: why they do not, although that was asked for.
     """
@@ -123,20 +127,13 @@ class Plan:
 
     @cached_property
     def message_size(self) -> int:
-        """How many numbers each rank sends in the all-reduce."""
-        return message_size([group.payload_size for group in self.groups])
+        """How many numbers each rank sends in the all-reduce.
 
-    @cached_property
-    def message_size_with_tensors(self) -> int:
-        """As `message_size`, in a step that wants the norm of every tensor."""
+        The same in every step: where ranks do not agree which step wants the norms of tensors,
+        their tags then differ, and not the lengths of their messages, which nobody would notice.
+        """
         sizes = [group.payload_size for group in self.groups]
-        return message_size([*sizes, *(group.slots_size for group in self.only_measured)])
-
-    @cached_property
-    def only_measured(self) -> list[ParamGroup]:
-        """The groups of `tensor_groups` that are none of `groups`."""
-        both = zip(self.groups, self.tensor_groups, strict=False)
-        return [of_tensors for group, of_tensors in both if of_tensors is not group]
+        return message_size([*sizes, *(group.slots_size for group in self.tensor_groups)])
 
     @cached_property
     def names(self) -> list[str]:
@@ -147,7 +144,7 @@ class Plan:
     def parameters_text(self) -> str:
         """The names of all parameters, in short; "" where ranks hold different ones."""
         mesh = self.reduce_mesh
-        if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+        if mesh is not None and mesh.holds_distinct:
             return ""
         names = ",".join(self.names)
         return f"{len(self.params)} parameters, names {zlib.crc32(names.encode()):x}"
@@ -264,31 +261,33 @@ def make_plan(
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
         if group.units is not None:
             prepare_units(group.units, params[group.members], group.norm_type)
-    if mesh is not None and mesh.distinct and any(group.units is not None for group in groups):
+    if mesh is not None and gathers_slots(groups, mesh):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
     plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
-    if mesh is None or symmetric_memory is None:
+    return _with_symmetric_memory(plan, symmetric_memory)
+
+
+def with_tensor_groups(plan: Plan, symmetric_memory: SymmetricMemory | None = None) -> Plan:
+    """The plan with `tensor_groups`.
+
+    Collective: where ranks along a distinct axis hold tensors of their own, an all-gather of the
+        names of the model's tensors over the reduce mesh; see `SymmetricMemory.open`.
+    """
+    made = [_of_tensors(group, plan.params[group.members], plan.device) for group in plan.groups]
+    mesh = plan.reduce_mesh
+    if mesh is not None and mesh.distinct:
+        made = _with_tensors_of_other_ranks(made, mesh)
+    return _with_symmetric_memory(replace(plan, tensor_groups=made), symmetric_memory)
+
+
+def _with_symmetric_memory(plan: Plan, symmetric_memory: SymmetricMemory | None) -> Plan:
+    if plan.reduce_mesh is None or symmetric_memory is None:
         return plan
-    opened = symmetric_memory.open(mesh.rank_group, plan.message_size)
+    opened = symmetric_memory.open(plan.reduce_mesh.rank_group, plan.message_size)
     if isinstance(opened, str):
         return replace(plan, not_one_shot=opened)
     return replace(plan, one_shot=opened)
-
-
-def with_tensor_groups(plan: Plan) -> Plan:
-    """The plan with `tensor_groups`.
-
-    Collective: as `make_plan`, where ranks along a distinct axis hold tensors of their own.
-    """
-    made = [group for group in plan.groups if group.scope is not Scope.TENSOR]
-    made = [_of_tensors(group, plan.params[group.members], plan.device) for group in made]
-    mesh = plan.reduce_mesh
-    if mesh is not None and mesh.distinct and made:
-        made = _with_slots_of_other_ranks(made, mesh)
-    each = iter(made)
-    of_all = [group if group.scope is Scope.TENSOR else next(each) for group in plan.groups]
-    return replace(plan, tensor_groups=of_all)
 
 
 def _of_tensors(
@@ -301,15 +300,16 @@ def _of_tensors(
         scope=Scope.TENSOR,
         needs_weights=False,
         units=units,
-        num_slots=units.num_slots,
+        num_slots=units.num_units,
         first_slot=0,
+        tensor_names=units.row_names,
     )
 
 
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
     # The same on every rank, because the payload depends on it. Ranks along a distinct axis hold
     # other parameters, and only a collective could tell their dtypes.
-    if mesh is not None and any(mesh.size(axis) > 1 for axis in mesh.distinct):
+    if mesh is not None and mesh.holds_distinct:
         return torch.float32
     return norm_dtype(param.param.dtype for param in params)
 
@@ -327,11 +327,21 @@ def _make_group(
         policy.norm_type,
         policy.needs_weights,
         str(policy),
-        has_copies=not all(param.counted for param in params),
+        counted=_counted(params, device),
         units=units,
         num_slots=0 if units is None else units.num_slots,
         norm_dtype=dtype,
     )
+
+
+def gathers_slots(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> bool:
+    """Whether the ranks tell each other how many slots they have, in an all-gather."""
+    return bool(mesh.distinct) and any(group.units is not None for group in groups)
+
+
+def _counted(params: Sequence[LocalParam], device: torch.device) -> Tensor | None:
+    counted = [param.counted for param in params]
+    return None if all(counted) else torch.tensor(counted, dtype=torch.bool, device=device)
 
 
 def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -> list[ParamGroup]:
@@ -348,6 +358,49 @@ def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -
         )
         for i, group in enumerate(groups)
     ]
+
+
+class _Tensors(NamedTuple):
+    """The names of a rank's tensors, in each group, and its coordinate on the distinct axes."""
+
+    coordinate: tuple[int, ...]
+    names: Sequence[Sequence[str]]
+
+
+def _with_tensors_of_other_ranks(
+    groups: Sequence[ParamGroup], mesh: ReduceMesh
+) -> list[ParamGroup]:
+    """Each coordinate of the distinct axes gets slots for its tensors; one of its ranks names them.
+
+    Tensors of one name that differ along an axis get its index as well: "layers.0.w (pp 1)".
+    """
+    axes = sorted(mesh.distinct)
+    here = tuple(mesh.coordinate[axis] for axis in axes)
+    is_first = all(mesh.coordinate[a] == 0 for a in mesh.axes if a not in mesh.distinct)
+    mine = _Tensors(here, [group.tensor_names for group in groups]) if is_first else None
+    found = mesh.rank_group.all_gather_objects(mine).values()
+    names_at = dict(sorted(each for each in found if each is not None))
+    made: list[ParamGroup] = []
+    for i, group in enumerate(groups):
+        of_group = {coordinate: names[i] for coordinate, names in names_at.items()}
+        before = sum(len(names) for coordinate, names in of_group.items() if coordinate < here)
+        names = _told_apart(of_group, axes)
+        made.append(replace(group, num_slots=len(names), first_slot=before, tensor_names=names))
+    return made
+
+
+def _told_apart(names_at: dict[tuple[int, ...], Sequence[str]], axes: Sequence[str]) -> list[str]:
+    coordinates: dict[str, list[tuple[int, ...]]] = {}
+    for coordinate, names in names_at.items():
+        for name in names:
+            coordinates.setdefault(name, []).append(coordinate)
+    told: list[str] = []
+    for coordinate, names in names_at.items():
+        for name in names:
+            columns = zip(axes, coordinate, zip(*coordinates[name], strict=True), strict=True)
+            differ = [f"{axis} {index}" for axis, index, others in columns if len({*others}) > 1]
+            told.append(f"{name} ({', '.join(differ)})" if differ else name)
+    return told
 
 
 def _sizes(params: Sequence[LocalParam]) -> list[str]:

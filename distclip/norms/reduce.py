@@ -27,7 +27,8 @@ class GroupNorms(NamedTuple):
     """The norms of one group, float64: its total, and those of its units and of their weights.
 
     Attributes:
-        tensors: the norms of all tensors, [num_tensors]; None where they are not wanted.
+        tensors: the norms of all tensors of the model, in the order of
+            `ParamGroup.tensor_names`; None where they are not wanted.
 
     Shapes: total: []; units, weights: [num_units], None where the group has none.
     """
@@ -76,10 +77,9 @@ def total_norms(
         sums and others maxima; one along each axis where no process group has exactly its ranks;
         none if the plan has no reduce mesh.
     """
-    payload, slots = [group.payload for group in measured], plan.only_measured if tensors else []
+    payload, of_tensors = [group.payload for group in measured], plan.tensor_groups
     if tensors:
-        of_tensors = [each for each in measured if each.tensors is not None]
-        payload += [tensor_slots(*each) for each in zip(of_tensors, slots, strict=True)]
+        payload += [tensor_slots(*each) for each in zip(measured, of_tensors, strict=True)]
     if plan.reduce_mesh is None:
         parts, flags = (
             payload,
@@ -91,7 +91,8 @@ def total_norms(
     each = zip(plan.groups, parts[: len(measured)], measured, strict=True)
     norms = [_norms(*one) for one in each]
     if tensors:
-        norms = _with_tensor_norms(norms, parts[len(measured) :], measured, plan)
+        each = zip(norms, of_tensors, parts[len(measured) :], strict=True)
+        norms = [_with_tensor_norms(*one) for one in each]
     return Totals(norms, *flags)
 
 
@@ -110,12 +111,11 @@ def _reduce(
     """
     assert plan.reduce_mesh is not None
     ranks = plan.reduce_mesh.rank_group
-    groups = [*plan.groups, *plan.only_measured] if tensors else plan.groups
+    groups = [*plan.groups, *plan.tensor_groups] if tensors else plan.groups
     is_max = [math.isinf(group.norm_type) for group in groups]
-    size = plan.message_size_with_tensors if tensors else plan.message_size
     num_filled = HEADER_SIZE + sum(map(len, payload))
     call = header, all(is_max), ranks.num_combined
-    encoded = encode(*call, size - num_filled, payload[0])
+    encoded = encode(*call, plan.message_size - num_filled, payload[0])
     parts = [encoded.header, *payload, encoded.filling]
     message = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)
     first, reduced = message[:HEADER_SIZE], message[HEADER_SIZE:num_filled]
@@ -128,8 +128,7 @@ def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan) -> Te
     """The parts of all ranks, one after the other: of some the maxima, of others the sums."""
     assert plan.reduce_mesh is not None
     ranks = plan.reduce_mesh.rank_group
-    fits = sum(map(len, parts)) == plan.message_size
-    if plan.one_shot is not None and fits and has_values(parts[0]):
+    if plan.one_shot is not None and has_values(parts[0]):
         messages = plan.one_shot.all_gather(parts)
     elif any(is_max) and not all(is_max):
         messages = ranks.all_gather(torch.cat([*parts]))
@@ -290,31 +289,9 @@ def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> Gr
     return GroupNorms(total, _unit_norms(measured.units, of_units, group), weights)
 
 
-def _with_tensor_norms(
-    norms: Sequence[GroupNorms],
-    slots: Sequence[Tensor],
-    measured: Sequence[GroupMeasurement],
-    plan: Plan,
-) -> list[GroupNorms]:
-    found: list[GroupNorms] = []
-    of_groups = iter(slots)
-    for group, each, here in zip(plan.tensor_groups, norms, measured, strict=True):
-        tensors = each.units
-        if here.tensors is not None:
-            reduced = next(of_groups).view(-1, group.power.num_partials)
-            tensors = _tensor_norms(here.tensors, reduced, group)
-        found.append(each._replace(tensors=tensors))
-    return found
-
-
-def _tensor_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:
-    """As `_unit_norms`, in fewer operations where no tensor is sharded, or each is."""
-    assert group.units is not None
-    if not group.num_slots:
-        return power_sums.norm_from_partials(partials, group.power)
-    if group.units.all_in_slots and group.num_slots == group.units.num_slots:
-        return power_sums.norm_from_partials(slots, group.power)
-    return _unit_norms(partials, slots, group)
+def _with_tensor_norms(norms: GroupNorms, group: ParamGroup, slots: Tensor) -> GroupNorms:
+    partials = slots.view(-1, group.power.num_partials)
+    return norms._replace(tensors=power_sums.norm_from_partials(partials, group.power))
 
 
 def _unit_norms(partials: Tensor, slots: Tensor, group: ParamGroup) -> Tensor:

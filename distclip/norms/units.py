@@ -68,7 +68,6 @@ class Units:
         sizes: how many elements the unit has over all ranks; float64.
         sharded: the rows whose unit a boundary between ranks cuts.
         slots: of each of these, its slot among those of ranks that hold the same parameters.
-        all_in_slots: each unit is sharded, and its row is its slot.
     """
 
     spans: Sequence[UnitSpan]
@@ -79,7 +78,6 @@ class Units:
     sizes: Tensor
     sharded: Tensor
     slots: Tensor
-    all_in_slots: bool
 
     def views(self, values: Sequence[Tensor | None]) -> Iterator[UnitView]:
         """The views of all spans, from the values of the group's parameters."""
@@ -143,7 +141,6 @@ def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.
         sizes=per_unit([_unit_size(span) for span in spans]),
         sharded=torch.tensor(rows, dtype=torch.int64, device=device),
         slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        all_in_slots=rows == slots == list(range(num_units)) and num_slots == num_units,
     )
 
 

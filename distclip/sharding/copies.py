@@ -71,12 +71,10 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
     if params and not readable:  # an estimate of memory: no rank has values
         return
     assumed = [param for param in readable if param.assumed]
-    some_are_distinct = any(mesh.size(axis) > 1 for axis in mesh.distinct)
     if during_a_call:
-        if some_are_distinct or not (assumed := [p for p in assumed if _is_new(p, mesh)]):
+        if mesh.holds_distinct or not (assumed := [p for p in assumed if _is_new(p, mesh)]):
             return
-    # Ranks that were given different meshes by mistake must not wait for each other here.
-    elif not (assumed or mesh.from_user or (mesh.shares_copies and some_are_distinct)):
+    elif not compares_copies(readable, mesh):
         return
     gathered = mesh.rank_group.all_gather_objects(_digests(assumed, during_a_call))
     if (found := _first_difference(gathered)) is not None:
@@ -84,6 +82,15 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
     for param in assumed if during_a_call else ():
         identity = layout_identity(param.param)
         _compared[identity] = {*_compared_of(identity), _what(param, mesh)}
+
+
+def compares_copies(params: Sequence[LocalParam], mesh: ReduceMesh) -> bool:
+    """Whether a plan for a `Clipper` compares copies: the same on every rank.
+
+    Ranks that were given different meshes by mistake must not wait for each other.
+    """
+    assumed = any(param.assumed for param in params)
+    return assumed or mesh.from_user or (mesh.shares_copies and mesh.holds_distinct)
 
 
 def has_new_copies(

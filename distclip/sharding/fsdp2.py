@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from distclip.torch_private import composable_modules
 
@@ -56,3 +57,10 @@ def _fsdp2(modules: Iterable[nn.Module]) -> Iterator[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return (module for module in modules if isinstance(module, FSDPModule))
+
+
+def shard_(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards every parameter along dim 0 over a mesh of one axis, in place."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=mesh)

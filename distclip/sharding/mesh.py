@@ -70,6 +70,11 @@ class ReduceMesh:
         """Whether ranks along some axis may hold copies."""
         return any(self.size(axis) > 1 for axis in self.axes if axis not in self.distinct)
 
+    @property
+    def holds_distinct(self) -> bool:
+        """Whether ranks along some axis hold different parameters."""
+        return any(self.size(axis) > 1 for axis in self.distinct)
+
     def size(self, axis: str) -> int:
         return int(self.ranks.shape[self.axes.index(axis)])
 

@@ -246,6 +246,6 @@ def _mesh_text(ranks_by_axis: Mapping[str, Sequence[int]], reduce_mesh: ReduceMe
 
 def _any_rank_shards(params: Sequence[LocalParam], reduce_mesh: ReduceMesh) -> bool:
     """Whether some rank holds elements that another lacks; the same answer on every rank."""
-    if not params or any(reduce_mesh.size(axis) > 1 for axis in reduce_mesh.distinct):
+    if not params or reduce_mesh.holds_distinct:
         return reduce_mesh.ranks.numel() > 1
     return any(param.layout.sharded for param in params)

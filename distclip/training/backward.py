@@ -122,7 +122,7 @@ class BackwardNorms:
         for i in fresh:
             rest[i] = None
         buffers = dict.fromkeys(slot.buffer for slot in self._slots)
-        found = [buffer.measurement(rest, tensors) for buffer in buffers]
+        found = [buffer.measurement(rest) for buffer in buffers]
         return with_tensors(found, gradients, self._plan) if tensors else found
 
     def accumulated(self, param: Tensor) -> None:

@@ -19,16 +19,14 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import _utils as dtensor_utils
-from torch.distributed.tensor import debug as dtensor_debug
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distclip import Clipper, Layout
+from distclip.torch_private import simulated_rank
 from tests.benchmarks.models import Model, Unit, Weight
 
 Meshes = dict[bool, DeviceMesh]  # by Weight.expert
@@ -106,16 +104,9 @@ class Case:
 @contextmanager
 def simulated(case: Case, rank: int) -> Iterator[Meshes]:
     """This process as one rank of the case, with process groups that answer at once."""
-    dist.init_process_group("fake", rank=rank, world_size=case.world, store=FakeStore())
-    try:
+    with simulated_rank(rank, case.world):
         shapes = case.shapes.items()
         yield {e: init_device_mesh("cpu", shape, mesh_dim_names=AXES[e]) for e, shape in shapes}
-    finally:
-        dist.destroy_process_group()
-        # torch caches the specs of results by their inputs, and meshes of two ranks are equal: a
-        # parameter of the second rank would get the coordinates of the first.
-        dtensor_debug._clear_sharding_prop_cache()
-        dtensor_debug._clear_fast_path_sharding_prop_cache()
 
 
 def sharded_stage(case: Case, meshes: Meshes, stage: int, device: str = "meta") -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import distclip
 from distclip import kernels
-from distclip.kernels import cpu, naive
+from distclip.kernels import cpu, cpu_torch, naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]
 # Below and above each size at which the kernels change their method: rows, packs, blocks, chunks.
@@ -23,7 +23,7 @@ SIZES = [0, 1, 63, 64, 65, 255, 257, 1023, 1024, 4095, 4097, 65535, 65600, 300_0
 SAME_ROUNDING = 6.2e-7  # of a sum of squares, which is 3.1e-7 of the norm
 
 NO_NUMBA: dict[str, Any] = {"_NUMBA_FROM": dict.fromkeys(cpu._NUMBA_FROM, math.inf)}
-ALL_NUMBA = {"_NUMBA_FROM": dict.fromkeys(cpu._NUMBA_FROM, 0), "_SHORT": 0, "_EXACT": 0, "_ROW": 1}
+ALL_NUMBA: dict[str, Any] = {"_NUMBA_FROM": dict.fromkeys(cpu._NUMBA_FROM, 0)}
 
 
 @pytest.fixture(autouse=True, params=["torch", "numba"])
@@ -37,9 +37,14 @@ def _method(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def total(tensors: list[Tensor], norm_type: float) -> Tensor:
-    sums = [kernels.power_sum(part, norm_type) for part in kernels.tensor_lists(tensors)]
-    zero = torch.zeros((), dtype=torch.float64)
-    return naive.combine(torch.stack([zero, *sums]), norm_type)
+    """The sum of all, or the largest."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    return naive.combine(torch.cat([zero, cpu.power_sums(tensors, norm_type)]), norm_type)
+
+
+def expected_total(tensors: list[Tensor], norm_type: float) -> Tensor:
+    zero = torch.zeros(1, dtype=torch.float64)
+    return naive.combine(torch.cat([zero, naive.power_sums(tensors, norm_type)]), norm_type)
 
 
 def random(numel: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -53,7 +58,7 @@ def random(numel: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) ->
 def test_any_size_and_dtype(numel: int, dtype: torch.dtype, norm_type: float) -> None:
     tensors = [random(numel, dtype), random(7, dtype, seed=1)]
     torch.testing.assert_close(
-        total(tensors, norm_type), naive.power_sum(tensors, norm_type), rtol=1e-7, atol=0
+        total(tensors, norm_type), expected_total(tensors, norm_type), rtol=1e-7, atol=0
     )
     per_tensor = cpu.power_sums(tensors, norm_type)
     torch.testing.assert_close(per_tensor, naive.power_sums(tensors, norm_type), rtol=1e-7, atol=0)
@@ -66,16 +71,14 @@ def test_equal_elements_whose_roundings_err_to_the_same_side(
 ) -> None:
     tensors = [torch.full((300_000,), value).to(dtype), torch.full((5_000,), value).to(dtype)]
     torch.testing.assert_close(
-        total(tensors, 2.0), naive.power_sum(tensors, 2.0), rtol=SAME_ROUNDING, atol=0
+        total(tensors, 2.0), expected_total(tensors, 2.0), rtol=SAME_ROUNDING, atol=0
     )
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-23, 1e-19, 1e-14, 1e15, 1e18, 1e19, 1e30, 1e37])
 def test_squares_outside_of_float32(scale: float) -> None:
     tensors = [random(70_000, torch.float32, scale), random(5, torch.float32, scale)]
-    torch.testing.assert_close(
-        total(tensors, 2.0), naive.power_sum(tensors, 2.0), rtol=2e-7, atol=0
-    )
+    torch.testing.assert_close(total(tensors, 2.0), expected_total(tensors, 2.0), rtol=2e-7, atol=0)
     per_tensor = cpu.power_sums(tensors, 2.0)
     torch.testing.assert_close(per_tensor, naive.power_sums(tensors, 2.0), rtol=2e-7, atol=0)
 
@@ -137,9 +140,7 @@ def test_a_tensor_with_gaps_has_no_neighbour() -> None:
     tensors = [storage.view(5, 2)[:, 0], storage[5:6], storage[7:8]]
     ((*spans,),) = kernels.tensor_lists(tensors)
     assert sorted(span.numel() for span in spans) == [1, 1, 5]
-    torch.testing.assert_close(
-        total(tensors, 2.0), naive.power_sum(tensors, 2.0), rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(total(tensors, 2.0), expected_total(tensors, 2.0), rtol=1e-7, atol=0)
 
 
 def test_neighbours_of_two_dtypes_and_tensors_in_other_orders_of_dims() -> None:
@@ -150,9 +151,7 @@ def test_neighbours_of_two_dtypes_and_tensors_in_other_orders_of_dims() -> None:
     transposed = random(35 * 200, torch.float32).view(35, 200).t()
     strided = random(500, torch.float32)[::5]
     tensors = [*halves, transposed, strided]
-    torch.testing.assert_close(
-        total(tensors, 2.0), naive.power_sum(tensors, 2.0), rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(total(tensors, 2.0), expected_total(tensors, 2.0), rtol=1e-7, atol=0)
     expected = [(t.double() * 0.25).to(t.dtype) for t in tensors]
     for part in kernels.tensor_lists(tensors):
         kernels.scale_(part, torch.tensor(0.25, dtype=torch.float64))
@@ -203,7 +202,7 @@ def test_any_cut_of_one_buffer(
     expected = [
         (part.to(torch.promote_types(dtype, torch.float32)) * 0.5).to(dtype) for part in parts
     ]
-    torch.testing.assert_close(total(parts, 2.0), naive.power_sum(parts, 2.0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(total(parts, 2.0), expected_total(parts, 2.0), rtol=1e-7, atol=0)
     for part in kernels.tensor_lists(parts):
         kernels.scale_(part, torch.tensor(0.5, dtype=torch.float64))
     assert all(torch.equal(part, e) for part, e in zip(parts, expected, strict=True))
@@ -235,26 +234,43 @@ def parts_of(kind: str, dtype: torch.dtype) -> list[Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("norm_type", [2.0, 3.0, math.inf])
-def test_the_sum_of_each_beside_that_of_all(
-    kind: str, dtype: torch.dtype, norm_type: float
-) -> None:
+def test_a_number_for_each(kind: str, dtype: torch.dtype, norm_type: float) -> None:
     torch.manual_seed(0)
-    (spans,) = cpu.tensor_lists(parts := parts_of(kind, dtype))
-    parts = [part for part in parts if part.numel()]
-    together, each = kernels.power_sum_and_each(spans, parts, norm_type)
+    parts = parts_of(kind, dtype)
     torch.testing.assert_close(
-        together, cpu.power_sum(spans, norm_type), rtol=0, atol=0, equal_nan=True
+        cpu.power_sums(parts, norm_type),
+        naive.power_sums(parts, norm_type),
+        rtol=SAME_ROUNDING,
+        atol=0,
+        equal_nan=True,
     )
-    expected = naive.power_sums(parts, norm_type)
-    torch.testing.assert_close(each, expected, rtol=SAME_ROUNDING, atol=0, equal_nan=True)
 
 
-def test_each_element_is_read_once_for_the_sum_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for less than two rows of each tensor."""
-    parts = list(torch.randn(4 * 70_000).split(70_000))
-    (spans,) = cpu.tensor_lists(parts)
-    monkeypatch.setattr(cpu, "power_sums", lambda *_: pytest.fail("reads every element again"))
-    if cpu._numba_for(spans) is None or len(spans) == len(parts):
-        cpu.power_sum_and_each(spans, parts, 2.0)
-    apart = [part.clone() for part in parts]
-    cpu.power_sum_and_each(apart, apart, 2.0)
+def test_one_call_reads_neighbours_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as few as possible others; the last of them may have a part of a row."""
+    buffer = torch.randn(6 * 5120 + 100_000)
+    parts = list(buffer.split([5120, 5120, 5121, 5120, 5120, 5119, 100_000]))
+    expected, read = naive.power_sums(parts, 2.0), []
+    norms_of_rows = cpu_torch._row_norms
+
+    def spy(values: Sequence[Tensor]) -> Tensor:
+        read.extend(map(len, values))
+        return norms_of_rows(values)
+
+    monkeypatch.setattr(cpu_torch, "_row_norms", spy)
+    for order in ([*range(7)], [3, 6, 0, 5, 1, 4, 2]):
+        found = cpu_torch.squares([parts[i] for i in order])
+        torch.testing.assert_close(found, expected[order], rtol=SAME_ROUNDING, atol=0)
+        whole = [each // 256 * 256 for each in (3 * 5120 + 1, 3 * 5120 - 1, 100_000)]
+        assert read == whole
+        read.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, math.inf])
+@pytest.mark.parametrize("sizes", [[7], [7, 7], [7, 9], [5000], [5000, 256]])
+def test_measuring_writes_nothing(dtype: torch.dtype, norm_type: float, sizes: list[int]) -> None:
+    tensors = [random(numel, dtype, seed=numel).view(-1, 1) for numel in sizes]
+    before = [tensor.clone() for tensor in tensors]
+    cpu.power_sums(tensors, norm_type)
+    assert all(map(torch.equal, tensors, before))

@@ -60,7 +60,7 @@ for n in (1, 2, 16, 17, 160):
             cuda.coefficients(sums, torch.tensor(limit, dtype=torch.float64))
         cuda.scale_each_(tensors, torch.zeros(n + 1, dtype=torch.float64)[1:])
         cuda.zero_(tensors, where[0])
-        cuda.power_sum(tensors, p)
+        cuda.power_sums(tensors, p)
 print(len(variants), variants)
 """
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import Row, command, run, without_seconds
+from tests.launch.runs import command, run
+from tests.support.rows import Row, rows_of, without_seconds
 
 # Enough steps that a run can be killed or warned while it goes on.
 INTERRUPTED = ("--policy", "zclip", "--steps", "100", "--save-every", "20", "--layout", "fsdp2")
@@ -39,4 +40,4 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ro
     out = tmp_path_factory.mktemp("undisturbed")
     done = run(command(text, out, *INTERRUPTED))
     assert done.returncode == 0, done.stderr
-    return without_seconds(out)
+    return without_seconds(rows_of(out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,9 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
+from tests.support.rows import rows_of
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ("-m", "launch.train")
@@ -23,8 +21,6 @@ TINY = (
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT_S = 240  # machines are shared: usually a tenth of it
-
-Row = dict[str, Any]
 
 
 def command(
@@ -69,23 +65,8 @@ def children_of(parent: int) -> Iterator[int]:
 
 
 def wait_for_step(step: int, out: Path, parent: subprocess.Popen[str]) -> None:
-    path, deadline = out / "metrics.jsonl", time.monotonic() + LIMIT_S / 2
-    while not path.exists() or path.read_text().count("\n") < step:
+    deadline = time.monotonic() + LIMIT_S / 2
+    while len(rows_of(out)) < step:
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.02)
-
-
-def rows_of(out: Path) -> list[Row]:
-    """The lines of metrics.jsonl, each read as strict JSON."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=_refuse) for line in lines]
-
-
-def _refuse(word: str) -> None:
-    pytest.fail(f"{word} is not JSON")
-
-
-def without_seconds(out: Path) -> list[Row]:
-    """All that a step computed; two equal runs may differ in the time that it took."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows_of(out)]

@@ -18,16 +18,14 @@ from tests.launch.runs import (
     LAUNCHER,
     ROOT,
     TRAIN,
-    Row,
     children_of,
     command,
     kill,
     popen,
-    rows_of,
     run,
     wait_for_step,
-    without_seconds,
 )
+from tests.support.rows import Row, rows_of, without_seconds
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,7 +61,7 @@ def test_a_killed_rank_and_then_a_warning_end_at_the_same_bits(
     done = run(command(text, tmp_path, *INTERRUPTED, "--resume"))
     assert done.returncode == 0, done.stderr
     assert f"going on after step {step}," in done.stdout
-    assert without_seconds(tmp_path) == undisturbed
+    assert without_seconds(rows_of(tmp_path)) == undisturbed
 
 
 def test_a_mistake_is_one_line_from_one_rank_and_not_started_again(tmp_path: Path) -> None:
@@ -78,7 +76,7 @@ def test_a_full_disk_is_one_line_from_one_rank(text: Path, tmp_path: Path) -> No
     done = run(["bash", "-c", 'ulimit -f 1; exec "$@"', "_", *words])
     assert done.returncode == USER_ERROR
     assert done.stderr.startswith("train.py: error: ")
-    assert "metrics.jsonl cannot be written: File too large" in done.stderr
+    assert "history.jsonl cannot be written: File too large" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

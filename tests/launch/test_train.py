@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import os
 import resource
 import shutil
@@ -19,8 +20,9 @@ from launch import train
 from launch.checkpoint import Checkpoints
 from launch.options import read_options
 from launch.ranks import UserError
-from tests.launch.runs import TINY, command, rows_of, run, without_seconds
+from tests.launch.runs import TINY, command, run
 from tests.support.ranks import Ranks
+from tests.support.rows import rows_of, without_seconds
 
 pytestmark = pytest.mark.timeout(300)
 needs_deepspeed = pytest.mark.skipif(
@@ -84,12 +86,12 @@ def test_a_resumed_run_goes_on_to_the_same_bits(
     policy = ("--policy", "adagc", "--policy.warmup-steps", "1")
     words = (*SIX_STEPS, *paths, "--layout", layout, *policy)
     four_on_cpus.run(train_here, *words)
-    undisturbed = without_seconds(tmp_path)
+    undisturbed = without_seconds(rows_of(tmp_path))
     assert len(undisturbed) == 6
     shutil.rmtree(tmp_path / "checkpoints" / "step-0000006")  # as if it had been killed before
     (tmp_path / "report.png").unlink()
     four_on_cpus.run(train_here, *words, "--resume")
-    assert without_seconds(tmp_path) == undisturbed
+    assert without_seconds(rows_of(tmp_path)) == undisturbed
     assert (tmp_path / "report.png").exists()
 
 
@@ -100,19 +102,19 @@ def test_a_damaged_checkpoint_is_made_again_to_the_same_bits(
     paths = ("--data", str(text), "--out", str(tmp_path))
     words = (*SIX_STEPS, *paths, "--layout", layout, "--policy", "zclip")
     four_on_cpus.run(train_here, *words)
-    undisturbed = without_seconds(tmp_path)
+    undisturbed = without_seconds(rows_of(tmp_path))
     newest = tmp_path / "checkpoints" / "step-0000006"
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     four_on_cpus.run(train_here, *words, "--resume")
-    assert without_seconds(tmp_path) == undisturbed
+    assert without_seconds(rows_of(tmp_path)) == undisturbed
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step-0000003", newest.name]
 
 
 def test_a_finished_run_without_its_rows(four_on_cpus: Ranks, text: Path, tmp_path: Path) -> None:
     words = (*SIX_STEPS, "--data", str(text), "--out", str(tmp_path))
     four_on_cpus.run(train_here, *words)
-    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "history.jsonl").unlink()
     assert four_on_cpus.run(train_here, *words, "--resume") == [True] * 4
     assert rows_of(tmp_path) == []
 
@@ -178,6 +180,26 @@ def test_fp16_with_its_loss_scale(
     rows = rows_of(tmp_path)
     assert sum(row["finite"] and row["clipped"] for row in rows) >= 3
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", STAGES[1]])
+def test_a_run_that_diverges_says_which_parameters(
+    four_on_cpus: Ranks, text: Path, tmp_path: Path, layout: str
+) -> None:
+    paths = ("--data", str(text), "--out", str(tmp_path), "--save-every", "0")
+    diverges = ("--policy", "none", "--optimizer", "sgd", "--lr", "1e30", "--steps", "3")
+    norms = ("--tensor-norms", "2") if layout == "fsdp2" else ()
+    words = (*TINY, *paths, *diverges, *norms, "--layout", layout)
+    assert four_on_cpus.run(train_here, *words) == [True] * 4
+    first, *_, last = rows_of(tmp_path)
+    assert first["finite"]
+    assert "nonfinite_parameters" not in first
+    assert not last["finite"]
+    assert last["nonfinite_parameters"]
+    if norms:
+        assert math.hypot(*first["tensor_norms"].values()) == pytest.approx(first["total_norm"])
+        assert last["nonfinite_parameters"].keys() == last["tensor_norms"].keys()
+        assert ["tensor_norms" in row for row in rows_of(tmp_path)] == [True, False, True]
 
 
 @needs_deepspeed

@@ -330,11 +330,11 @@ def append_late(folder: str) -> list[int]:
     """The number of rows in the file after each step, on a device whose copies arrive late."""
     clipper, (param,) = clipper_of("w", device=f"{NAME}:1", policy=distclip.ClipNorm(1.0))
     history = History(folder)
-    loss = torch.zeros((), device=f"{NAME}:1")
+    loss, on_host = torch.zeros((), device=f"{NAME}:1"), torch.zeros(())
     found = []
     for step in range(1, 9):
         param.grad = torch.tensor([0.0, float(step)]).to(param)
-        history.append(clipper.clip_(), loss=loss.fill_(step), lr=0.5)
+        history.append(clipper.clip_(), loss=loss.fill_(step), on_host=on_host.fill_(step))
         found.append(history.path.read_text().count('"step"'))
     history.flush()
     found.append(history.path.read_text().count('"step"'))
@@ -352,7 +352,8 @@ def test_rows_of_an_accelerator_are_written_when_they_have_arrived(
     assert found == sorted(found)
     assert found[-1] == 8
     columns = read_run(tmp_path).columns
-    assert columns["total_norm"].tolist() == columns["loss"].tolist() == [*range(1, 9)]
+    for name in ("total_norm", "loss", "on_host"):
+        assert columns[name].tolist() == [*range(1, 9)], name
 
 
 AT_EXIT = """

@@ -24,7 +24,7 @@ def one_number_for_each_tensor(device: str) -> None:
         params = lay_out(wholes, placed, device)
         for norm_type in (1.0, 2.0, 3.0, 8.0, math.inf):
             plan = distclip.Clipper(params, distclip.ClipNorm(1.0, norm_type)).plan
-            (measured,) = measure(local_gradients(params), plan, per_tensor=True)
+            (measured,) = measure(local_gradients(params), plan)
             assert len(measured.per_tensor) == len(measured.names) == len(params)
             assert name in UNSHARDED or measured.norm is None, "others add to it"
             norm = total_norms([measured], plan, Header("a call")).norms[0].total
@@ -32,8 +32,9 @@ def one_number_for_each_tensor(device: str) -> None:
             torch.testing.assert_close(norm.cpu(), expected, **NORM)
             assert same_bits_everywhere(norm)
         params[0].grad = None
-        (measured,) = measure(local_gradients(params), plan, per_tensor=True)
-        assert set(measured.names) == set(plan.names[1:])
+        (measured,) = measure(local_gradients(params), plan)
+        assert list(measured.names) == plan.names
+        assert measured.per_tensor[0] == 0
 
 
 def test_one_number_for_each_tensor(four_ranks: Ranks) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.machines import wait_until
+from tests.support.rows import Row, rows_of, without_seconds
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "slurm"
@@ -28,8 +27,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 START_S = 90.0  # for ranks to import torch and to meet: usually a tenth of it
-
-Row = dict[str, Any]
 
 
 class Jobs:
@@ -54,8 +51,8 @@ class Jobs:
 
     def wait_for_step(self, step: int, seconds: float = START_S, out: Path | None = None) -> None:
         """Until the run has done so many steps."""
-        path = (out or self.out) / "metrics.jsonl"
-        wait_until(lambda: len(rows(path)) >= step, seconds, f"{step} steps in {path}")
+        folder = out or self.out
+        wait_until(lambda: len(rows(folder)) >= step, seconds, f"{step} steps in {folder}")
 
     def cancel(self, job: str) -> Job:
         self.cluster.run("scancel", job)
@@ -71,15 +68,9 @@ class Jobs:
         return [int(line.split("step ")[1].split()[0]) for line in stops]
 
 
-def rows(path: Path) -> list[Row]:
-    """The whole lines of a metrics.jsonl, without how long each step took."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [
-        {key: value for key, value in json.loads(line).items() if key != "seconds"}
-        for line in lines
-    ]
+def rows(out: Path) -> list[Row]:
+    """The rows of a run that hold, without how long each step took."""
+    return without_seconds(rows_of(out))
 
 
 def processes(out: Path, *, ranks: bool) -> list[int]:
@@ -105,7 +96,7 @@ class Undisturbed:
 
     def assert_same(self, out: Path, at_least: int) -> None:
         """Checks that the run in `out` made `at_least` steps, and has the same bits as this one."""
-        found = rows(out / "metrics.jsonl")
+        found = rows(out)
         assert [row["step"] for row in found] == list(range(1, len(found) + 1))
         assert len(found) >= at_least
         if len(self.rows) < at_least:
@@ -115,7 +106,6 @@ class Undisturbed:
 
     def _run(self, num_steps: int) -> None:
         out = self.folders.mktemp("undisturbed")
-        path = out / "metrics.jsonl"
         launcher = ["-m", "launch.run", "--standalone", f"--nproc-per-node={self.num_ranks}"]
         options = ["--data", str(self.text), "--out", str(out), *TINY]
         words = [sys.executable, *launcher, "-m", "launch.train", *options]
@@ -123,8 +113,8 @@ class Undisturbed:
         with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as parent:
             try:
                 limit = START_S + num_steps / 10
-                wait_until(lambda: len(rows(path)) >= num_steps, limit, f"{num_steps} steps")
+                wait_until(lambda: len(rows(out)) >= num_steps, limit, f"{num_steps} steps")
             finally:
                 parent.terminate()  # passed on: the ranks stop by themselves
         assert parent.returncode == 75
-        self.rows = rows(path)
+        self.rows = rows(out)

@@ -67,18 +67,18 @@ def test_two_machines_train_as_one_does(
 ) -> None:
     launchers.start(0)
     launchers.start(1)
-    path = tmp_path / "out" / "metrics.jsonl"
-    wait_until(lambda: len(rows(path)) >= 30, 90, "30 steps on two machines")
+    out = tmp_path / "out"
+    wait_until(lambda: len(rows(out)) >= 30, 90, "30 steps on two machines")
     # One launcher is warned; the ranks of both stop, with a checkpoint.
-    running = processes(tmp_path / "out", ranks=False)
+    running = processes(out, ranks=False)
     (warned,) = (pid for pid in running if is_launcher(pid, rank=1))
     os.kill(warned, signal.SIGTERM)
     for launcher in launchers.running.values():
         launcher.communicate(timeout=60)
         assert launcher.returncode == 75
-    undisturbed.assert_same(tmp_path / "out", 30)
-    num_steps = len(rows(path))
-    saved = (tmp_path / "out" / "checkpoints").iterdir()
+    undisturbed.assert_same(out, 30)
+    num_steps = len(rows(out))
+    saved = (out / "checkpoints").iterdir()
     (last,) = [path for path in saved if int(path.name[5:]) == num_steps]
     assert (last / "run.json").exists()
 

@@ -57,7 +57,7 @@ def test_one_node_runs_to_the_end(jobs: Jobs) -> None:
     job = jobs.submit("train.sbatch", args=args, NPROC_PER_NODE="2")
     done = jobs.cluster.wait(job, 120)
     assert (done.state, done.code) == ("COMPLETED", 0)
-    assert len(rows(jobs.out / "metrics.jsonl")) == 4
+    assert len(rows(jobs.out)) == 4
     assert (jobs.out / "report.png").exists()
     assert jobs.checkpoints() == [2, 4]
     assert "2 ranks here (0 GPUs, gloo), one machine" in jobs.log(job)
@@ -73,7 +73,7 @@ def test_a_warned_job_goes_on_to_the_same_bits(
     jobs.cluster.wait(job, 60, ("RUNNING",), restarts=1)
     (stop,) = jobs.stopped_at(job)
     assert stop == jobs.checkpoints()[-1]
-    assert len(rows(jobs.out / "metrics.jsonl")) == stop
+    assert len(rows(jobs.out)) == stop
     jobs.wait_for_step(stop + 20)
     assert f"going on after step {stop}" in jobs.log(job)
     assert jobs.cancel(job).state == "CANCELLED"  # and not requeued

@@ -51,19 +51,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     # And the public names of every room.
     "adapters": BOTTOM | {"policies", "sharding", "nonfinite", "decision", "step", "training"},
     "run": {"adapters"},
+    "cli": API | {PUBLIC, "version", "api", "adapters", "monitoring"},
 }
 
 # The tables below name places: a room ("norms") or a module of one ("norms.reduce").
 # What is not torch, the standard library or distclip -> where it may be imported.
 THIRD_PARTY: dict[str, set[str]] = {
-    **{name: {"kernels"} for name in ("triton", "numba", "llvmlite")},
-    "numpy": {"kernels", "monitoring"},
+    **{name: {"kernels", "cli"} for name in ("triton", "numba", "llvmlite")},
+    "numpy": {"kernels", "monitoring", "cli"},
     **{name: {"monitoring"} for name in ("matplotlib", "bokeh", "jinja2", "tensorboard", "wandb")},
     **{
         name: {"adapters"}
         for name in ["deepspeed", "lightning", "accelerate", "transformers", "torchtitan"]
     },
     "megatron": {"adapters"},
+    **{name: {"cli"} for name in ("tyro", "rich")},
 }
 
 # What works on local tensors alone: no part of torch.distributed.
@@ -80,8 +82,8 @@ LOCAL = {
 }
 # A part of torch.distributed -> where it may be named.
 TORCH: dict[str, set[str]] = {
-    "torch.distributed.tensor": {"sharding", "torch_private"},
-    "torch.distributed.fsdp": {"sharding"},
+    "torch.distributed.tensor": {"sharding", "torch_private", "cli.doctor.ranks"},
+    "torch.distributed.fsdp": {"sharding", "cli.doctor.ranks"},
 }
 
 # Calls that make ranks communicate -> where they may be made; during a step only in `norms.reduce`,
@@ -93,6 +95,7 @@ AT_SETUP = """all_gather all_gather_object gather_object broadcast_object_list
 CALLS: dict[str, set[str]] = {
     **{name: {"norms.reduce", "sharding.rank_group"} for name in EACH_STEP.split()},
     **{name: {"sharding", "norms.reduce", "norms.verify", "adapters"} for name in AT_SETUP.split()},
+    "all_reduce": {"norms.reduce", "sharding.rank_group", "cli.doctor.ranks"},  # tries one
     "redistribute": {"sharding"},  # a Partial gradient, once, before it is measured
 }
 # Names that tensors and strings have too: a collective only where they come from torch.distributed.
@@ -106,6 +109,7 @@ FRAMEWORK_PRIVATE: dict[str, set[str]] = {
         *("_config", "_get_sub_group_process_group", "_param_dict", "_wait_for_offload_copies"),
     },
     "adapters.lightning": {"_forward_module"},
+    "cli.doctor.apart": {"_exit"},  # of `os`: it is public, in spite of its name
     "adapters.transformers.callback": {"_clip_grad_norm", "_get_grad_norm"},
 }
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distclip.adapters.frameworks import Framework, import_framework
+from distclip.adapters.frameworks import ACCELERATE, import_framework
 from distclip.clipper import Clipper
 
-ACCELERATE = Framework("accelerate", "1.15.0", "1.15.0")
 _accelerate = import_framework(ACCELERATE, "accelerate")
 _Accelerated = import_framework(ACCELERATE, "accelerate.optimizer").AcceleratedOptimizer
 

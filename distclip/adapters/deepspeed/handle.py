@@ -22,14 +22,12 @@ from distclip.adapters.deepspeed.model_shards import (
 )
 from distclip.adapters.deepspeed.outer_step import OuterStepHook
 from distclip.adapters.deepspeed.partitions import read_partitions
-from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.adapters.frameworks import DEEPSPEED, claim, import_framework, release
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Minimum, Policy, check_policy
 from distclip.report import Report
 from distclip.sharding.layout import Layout, LayoutFunction
-
-DEEPSPEED = Framework("deepspeed", "0.16.9", "0.19.8", options="--no-build-isolation ")
 
 
 def attach(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from distclip.adapters.frameworks import Framework, import_framework
+from distclip.adapters.frameworks import LIGHTNING, import_framework
 from distclip.adapters.lightning.checks import check_clips_alone, check_options, refuse_to_clip
 from distclip.adapters.lightning.clipped_optimizer import (
     ClippedOptimizer,
@@ -22,7 +22,6 @@ from distclip.adapters.lightning.remembered import (
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-LIGHTNING = Framework("lightning", "2.6.6", "2.6.6")
 PYTORCH_LIGHTNING = LIGHTNING._replace(name="pytorch-lightning")
 
 _FROM_A_MODEL = ("log", "log_dict")  # which the Trainer sets on every callback, in each `fit`

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.adapters.frameworks import MEGATRON, claim, import_framework, release
 from distclip.adapters.megatron.excluded import check_named, with_names
 from distclip.adapters.megatron.held_params import HeldParam, chained, held_params, is_layer_wise
 from distclip.adapters.megatron.model_shards import AXIS, ModelShard, model_shards
@@ -25,7 +25,6 @@ from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, check_policy
 from distclip.report import Report
 
-MEGATRON = Framework("megatron-core", "0.15.3", "0.16.1")
 _DEFAULT_CLIP_GRAD = 1.0  # of OptimizerConfig
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import nonfinite
-from distclip.adapters.frameworks import Framework, claim, import_framework, release
+from distclip.adapters.frameworks import TORCHTITAN, claim, import_framework, release
 from distclip.adapters.torchtitan.trained import (
     Trained,
     check_steps_after_backward,
@@ -31,7 +31,6 @@ from distclip.report import Report
 from distclip.sharding.fsdp2 import sharded_params
 from distclip.training import wrappers
 
-TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0")
 OWNER = "distclip.adapters.torchtitan"
 STATE = "distclip"  # the key of what the policy remembers, in torchtitan's checkpoints
 

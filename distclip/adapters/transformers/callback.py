@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distclip import nonfinite
-from distclip.adapters.frameworks import Framework, import_framework
+from distclip.adapters.frameworks import TRANSFORMERS, import_framework
 from distclip.adapters.transformers import checkpoints
 from distclip.adapters.transformers.clipping import Clipping, InEngine, InOptimizer
 from distclip.clipper import Clipper
@@ -25,7 +25,6 @@ from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
 from distclip.training.wrappers import unwrapped
 
-TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0")
 import_framework(TRANSFORMERS, "transformers", stacklevel=4)
 
 from transformers import trainer_utils  # noqa: E402

@@ -1,0 +1,99 @@
+"""How commands show results, errors and progress. Only results go to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Generator
+from typing import Any, Protocol
+
+_NUM_LINES = 10  # of progress in a log: nobody reads more
+
+
+class UserError(Exception):
+    """Something that the user can put right: one line on stderr, and exit code 2."""
+
+
+class Result(Protocol):
+    """What a command has found. An attribute `exit_code`, 0 without it, ends the process."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts. JSON has no NaN and no infinity."""
+        ...
+
+    def __rich__(self) -> Any:
+        """What rich shows."""
+        ...
+
+
+class Advance(Protocol):
+    def __call__(self, note: str = "") -> None:
+        """One more is done; `note` says which."""
+        ...
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Prints a result: one JSON object, or what rich makes of it."""
+    text = json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else _drawn(result)
+    print(text.rstrip("\n"))
+
+
+def _drawn(result: Result) -> str:
+    """rich would end the process by itself where it cannot print; captured, it does not print."""
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as captured:
+        console.print(result)
+    return captured.get()
+
+
+def fail(command: str, message: str) -> int:
+    """Prints one line on stderr; returns the exit code."""
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Generator[Advance, None, None]:
+    """Shows on stderr how many of `total` are done: a bar on a terminal, about ten lines in a log.
+
+    Example:
+        >>> with progress("reading runs", 2) as advance:
+        ...     for name in ("a", "b"):
+        ...         advance(name)
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total) as advance:
+            yield advance
+    else:
+        yield _lines(what, total)
+
+
+def _lines(what: str, total: int) -> Advance:
+    done = 0
+
+    def advance(note: str = "") -> None:
+        nonlocal done
+        done += 1
+        if done * _NUM_LINES // total > (done - 1) * _NUM_LINES // total:
+            print(f"{what}: {done} of {total}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Generator[Advance, None, None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    note = TextColumn("{task.fields[note]}", markup=False)
+    with Progress(*columns, note, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, note="")
+
+        def advance(note: str = "") -> None:
+            bar.update(task, advance=1, note=note)
+
+        yield advance
