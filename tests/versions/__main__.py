@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -42,8 +42,8 @@ def main() -> int:
     for version in versions_of(options):
         started = time.monotonic()
         try:
-            with venv(version) as python:
-                rows.append(run_core(python, version, QUICK if options.quick else core()))
+            with venv(version, triton=not options.quick) as python:
+                rows.append(run_core(python, version, options.quick))
         except Unavailable as why:
             print(f"{version}: not run, {why}", flush=True)
             continue
@@ -67,7 +67,8 @@ def versions_of(options: argparse.Namespace) -> Iterable[Version]:
     return [OLDEST, NEWEST] if options.quick else VERSIONS
 
 
-def run_core(python: Path, version: Version, tests: Sequence[str]) -> Row:
+def run_core(python: Path, version: Version, quick: bool) -> Row:
+    tests = QUICK if quick else core()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [str(python), "-m", "pytest", "-n", "2", "-q", "--tb=short", "--no-header"]
@@ -77,7 +78,7 @@ def run_core(python: Path, version: Version, tests: Sequence[str]) -> Row:
         if not report.exists():
             raise SystemExit(f"{version}: pytest ended with {ran.returncode} and ran nothing")
         today = datetime.now(timezone.utc).date().isoformat()
-        row = Row(version, *read_counts(report), today)
+        row = Row(version, "part" if quick else "core", *read_counts(report), today)
     if ran.returncode and not row.failed:
         raise SystemExit(f"{version}: pytest ended with {ran.returncode}, and no test failed")
     return row

@@ -38,8 +38,8 @@ class Unavailable(Exception):
 
 
 @contextmanager
-def venv(version: Version) -> Iterator[Path]:
-    """Makes one, and gives the path of its Python.
+def venv(version: Version, triton: bool = True) -> Iterator[Path]:
+    """Makes one, with or without Triton, and gives the path of its Python.
 
     Raises:
         Unavailable: no such Python, no compiler, or pip does not find the torch.
@@ -50,7 +50,7 @@ def venv(version: Version) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="distclip-versions-") as folder:
         run([base, "-m", "venv", folder])
         python = Path(folder, "bin", "python")
-        _install(python, version)
+        _install(python, version, triton)
         yield python
 
 
@@ -66,13 +66,13 @@ def find_python(version: str) -> str:
     raise Unavailable(f"there is no Python {version} on this machine")
 
 
-def _install(python: Path, version: Version) -> None:
+def _install(python: Path, version: Version, triton: bool) -> None:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     env = _without_constraints(python)
     run([*pip, "--no-deps", f"torch=={version.torch}"], env)
     [site_packages] = python.parents[1].glob("lib/python*/site-packages")
     pins = _pins(python.parents[1]) if version.python == PINNED_PYTHON else []
-    run([*pip, *pins, *_needs_of_torch(python), *TEST_TOOLS], env)
+    run([*pip, *pins, *_needs_of_torch(python, triton), *TEST_TOOLS], env)
     add_stand_ins(site_packages)
 
 
@@ -87,10 +87,11 @@ def _without_constraints(python: Path) -> dict[str, str]:
     return env
 
 
-def _needs_of_torch(python: Path) -> list[str]:
+def _needs_of_torch(python: Path, triton: bool) -> list[str]:
     code = "from importlib.metadata import requires; print(*requires('torch'), sep='\\n')"
     needs = run([str(python), "-c", code]).splitlines()
-    return [need for need in needs if not OF_GPUS.match(need) and "extra ==" not in need]
+    needs = [need for need in needs if not OF_GPUS.match(need) and "extra ==" not in need]
+    return [need for need in needs if triton or not need.startswith("triton")]
 
 
 def _pins(folder: Path) -> list[str]:
