@@ -1,10 +1,12 @@
-# make check | test | test-slurm | lint | types | format | clean | run | compare | docs-pictures
+# make check | test | test-slurm | test-versions | test-newest | lint | types | format | clean
+# make run | compare | docs-pictures
 # Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare docs-pictures check test test-slurm lint format types wheel clean
+.PHONY: install run compare docs-pictures check test test-slurm test-versions test-newest
+.PHONY: lint format types wheel clean
 
 PYTHON ?= python3
 NPROC ?= 2
@@ -62,6 +64,17 @@ test: lint types wheel
 test-slurm: $(STAMP)
 	$(PY) -m pytest tests/slurm -m "cluster_slow or not cluster_slow" --durations=0
 
+# The core of the suite on other versions of torch and Python, each in a venv that is deleted after it:
+# over an hour. VERSIONS="--quick" is what CI runs, VERSIONS="--torch 2.9.1 --python 3.13" one of them.
+VERSIONS ?=
+test-versions: $(STAMP)
+	$(PY) -m tests.versions $(VERSIONS)
+
+# The newest release of each framework, for example once a week; NAMES="transformers triton": of these.
+NAMES ?=
+test-newest: $(STAMP)
+	$(PY) -m tests.versions.newest $(NAMES)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -91,7 +104,7 @@ files = [str(path) for path in metadata.files("distclip")]
 assert pathlib.Path(distclip.__file__).is_relative_to(sys.prefix), distclip.__file__
 assert "distclip/py.typed" in files, files
 assert {path.split("/")[0].split("-")[0] for path in files} == {"distclip"}, files
-assert [need for need in metadata.requires("distclip") if "extra ==" not in need] == ["torch>=2.6"]
+assert [need for need in metadata.requires("distclip") if "extra ==" not in need] == ["torch>=2.9"]
 weight = torch.nn.Parameter(torch.zeros(3))
 weight.grad = torch.tensor([10.0, 20.0, 30.0])
 norm = distclip.clip_grad_norm_([weight], 15.0)

@@ -1,5 +1,7 @@
 """Gradient clipping that is right and fast on any sharded PyTorch training."""
 
+from distclip import torch_version as torch_version  # isort: split
+
 from distclip import adapters as adapters
 from distclip import functional as functional
 from distclip import monitoring as monitoring

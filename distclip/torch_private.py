@@ -146,7 +146,7 @@ def root_mesh(mesh: Any) -> Any:
         return mesh._get_root_mesh()
     from torch.distributed import device_mesh
 
-    return cast(Any, device_mesh)._mesh_resources.get_root_mesh(mesh)  # goes with torch < 2.11
+    return cast(Any, device_mesh)._mesh_resources.get_root_mesh(mesh)  # goes with torch 2.9
 
 
 # torch.nn.Module.named_parameters() takes ten times as long to tell whether a module has changed.

@@ -20,6 +20,7 @@ import distclip
 from distclip import functional
 from tests.support import reference
 from tests.support.ranks import Ranks, mesh
+from tests.support.torch_versions import FAKE_ALL_GATHER
 
 BACKENDS = ["eager", "aot_eager"]
 LIMIT = 0.1
@@ -348,6 +349,7 @@ print([type(norm).__name__ for norm in norms] == ["FakeTensor"] * 9)
 """
 
 
+@FAKE_ALL_GATHER.skips
 def test_an_estimate_of_memory_under_fsdp2() -> None:
     """As trainers make it: one process that stands for all ranks."""
     command = [sys.executable, "-c", FSDP2_WITHOUT_VALUES]

@@ -27,7 +27,7 @@ class Framework(NamedTuple):
     options: str = ""
 
 
-TRANSFORMERS = Framework("transformers", "5.23.0", "5.23.0")
+TRANSFORMERS = Framework("transformers", "5.23.0", "5.24.0")
 ACCELERATE = Framework("accelerate", "1.15.0", "1.15.0")
 LIGHTNING = Framework("lightning", "2.6.6", "2.6.6")
 TORCHTITAN = Framework("torchtitan", "0.3.0", "0.3.0")

@@ -24,8 +24,10 @@ from tests.support.parallel_models import (
     whole_gradients,
 )
 from tests.support.ranks import Ranks, mesh
+from tests.support.torch_versions import PIPELINE_OVER_GLOO
 from tests.support.wrapped import local
 
+pytestmark = PIPELINE_OVER_GLOO.skips
 MICROBATCHES = 4
 
 

@@ -131,7 +131,10 @@ def _share_one_gloo_device() -> None:
             return isinstance(group, gloo)
 
     class Gloo(gloo, metaclass=Kind):
-        def __new__(cls, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+        def __new__(
+            cls, store: dist.Store, rank: int, size: int, timeout: timedelta, **since_2_15: Any
+        ) -> Any:
+            assert not any(since_2_15.values()), since_2_15  # enable_reconfigure=False
             options = gloo._Options()
             options._devices = [device]
             options._timeout = timeout

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"errors"},
     "errors": set(),
     "torch_private": set(),
+    "torch_version": set(),
     "version": set(),
     "report": BOTTOM,
     "policies": {"errors", "arguments"},
