@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from distclip.cli.console import UserError, progress
+from distclip.cli.console import UserError, printable, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,7 +74,7 @@ def _shown(run: str, suggestion: Suggestion) -> Iterator[Any]:
 
     recommended = suggestion.recommendation
     of_group = f", group {suggestion.group}" if suggestion.group else ""
-    name = _printable(f"{run}{of_group}")
+    name = printable(f"{run}{of_group}")
     yield Text(f"{name}: {suggestion.num_steps:,} steps{_spikes(suggestion)}", "bold")
     yield _table(suggestion)
     yield Text(f"{recommended.kind.capitalize()}: {recommended.code or 'no policy'}", "bold")
@@ -82,11 +82,6 @@ def _shown(run: str, suggestion: Suggestion) -> Iterator[Any]:
     for note in suggestion.notes:
         yield Text(f"- {note}", "dim")
     yield Text()
-
-
-def _printable(name: str) -> str:
-    """Names come from a file, and may hold what a terminal obeys."""
-    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in name)
 
 
 def _spikes(suggestion: Suggestion) -> str:
