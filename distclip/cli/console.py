@@ -60,7 +60,7 @@ def _drawn(result: Result) -> str:
 
     console = Console()
     with console.capture() as captured:
-        console.print(result)
+        console.print(result, crop=False)
     return captured.get()
 
 

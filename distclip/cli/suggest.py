@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distclip.monitoring.outcomes import Outcome
     from distclip.monitoring.suggestion import Suggestion
 
+_LEAST_WIDTH = 78  # of the table
 _MOST_LISTED = 8  # spikes in a line of text; --json has all
 
 
@@ -93,9 +94,12 @@ def _spikes(suggestion: Suggestion) -> str:
 
 def _table(suggestion: Suggestion) -> Table:
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    # On a narrow terminal, which wraps its lines: rich would leave out the figures.
+    width = _LEAST_WIDTH if Console().width < _LEAST_WIDTH else None
+    table = Table(box=box.SIMPLE, pad_edge=False, width=width)
     table.add_column("policy", no_wrap=True)
     late = f"after {suggestion.num_first}"
     for name in ("clipped", late, "mean coeff.", "least coeff.", "spikes caught"):

@@ -88,7 +88,8 @@ def _tensors(run: Run, facts: Facts) -> Iterator[str]:
     if not series.name and series.tensors is None:
         num = len(run.tensors.rows)
         yield (
-            f"{f'{num:,}' if num else 'None'} of {count(len(run.steps), 'step')} has the norm of "
+            f"{f'{num:,}' if num else 'None'} of {count(len(run.steps), 'step')} "
+            f"{'has' if num == 1 or not num else 'have'} the norm of "
             f"every tensor. ClipTensorNorm and AdaGC, whose averages need each step, were not "
             f"replayed; `Clipper(tensor_norms=True)` records all."
         )
