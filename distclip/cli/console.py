@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
-from collections.abc import Generator
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, cast
 
 _NUM_LINES = 10  # of progress in a log: nobody reads more
 
@@ -35,8 +36,22 @@ class Advance(Protocol):
 
 def show(result: Result, as_json: bool) -> None:
     """Prints a result: one JSON object, or what rich makes of it."""
-    text = json.dumps(result.to_dict(), indent=2, allow_nan=False) if as_json else _drawn(result)
-    print(text.rstrip("\n"))
+    print((_json(result) if as_json else _drawn(result)).rstrip("\n"))
+
+
+def _json(result: Result) -> str:
+    return json.dumps(_without_nan(result.to_dict()), indent=2, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    """Norms near the largest float have infinite sums; such a figure is a string in JSON."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in cast("Sequence[Any]", value)]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _drawn(result: Result) -> str:
@@ -45,14 +60,21 @@ def _drawn(result: Result) -> str:
 
     console = Console()
     with console.capture() as captured:
-        console.print(result)
+        console.print(result, crop=False)
     return captured.get()
 
 
 def fail(command: str, message: str) -> int:
     """Prints one line on stderr; returns the exit code."""
-    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """Names come from files, and may hold what a terminal obeys; such characters are escaped."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 @contextlib.contextmanager
@@ -78,7 +100,11 @@ def _lines(what: str, total: int) -> Advance:
         nonlocal done
         done += 1
         if done * _NUM_LINES // total > (done - 1) * _NUM_LINES // total:
-            print(f"{what}: {done} of {total}  {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{what}: {done} of {total}  {printable(note)}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     return advance
 
@@ -94,6 +120,6 @@ def _bar(what: str, total: int) -> Generator[Advance, None, None]:
         task = bar.add_task(what, total=total, note="")
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
+            bar.update(task, advance=1, note=printable(note))
 
         yield advance

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from distclip.cli.console import UserError, progress
+from distclip.cli.console import UserError, printable, progress
 from distclip.monitoring.lines import FILE_NAME
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Result:
 
         parts = [part for summary in self.summaries for part in _shown(summary)]
         table = [_table(self.summaries)] if len(self.summaries) > 1 else []
-        paths = Text(f"{self.picture}\n{self.page}", overflow="fold")
+        paths = Text("\n".join(map(printable, (self.picture, self.page))), overflow="fold")
         return Group(*parts, *table, paths)
 
 
@@ -184,8 +184,8 @@ def _shown(summary: Summary) -> list[Any]:
     lines = Table.grid(padding=(0, 1))
     for finding in summary.findings:
         sign = Text("!", "bold red") if finding.is_warning else Text("-", "dim")
-        lines.add_row(sign, Text(finding.text))
-    return [Text(summary.run, "bold"), Padding(lines, (0, 0, 1, 1))]
+        lines.add_row(sign, Text(printable(finding.text)))
+    return [Text(printable(summary.run), "bold"), Padding(lines, (0, 0, 1, 1))]
 
 
 def _table(summaries: Sequence[Summary]) -> Any:
@@ -199,7 +199,7 @@ def _table(summaries: Sequence[Summary]) -> Any:
         table.add_column(name, justify="right")
     for summary in summaries:
         cells = (_cell(name, summary.figures.get(name)) for name in _KEY_FIGURES)
-        table.add_row(Text(summary.run), *map(Text, cells))
+        table.add_row(Text(printable(summary.run)), *map(Text, cells))
     return table
 
 

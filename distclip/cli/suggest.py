@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from distclip.cli.console import UserError, progress
+from distclip.cli.console import UserError, printable, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distclip.monitoring.suggestion import Suggestion
     from distclip.monitoring.suggestion.outcomes import Outcome
 
+_LEAST_WIDTH = 78  # of the table
 _MOST_LISTED = 8  # spikes in a line of text; --json has all
 
 
@@ -74,7 +75,7 @@ def _shown(run: str, suggestion: Suggestion) -> Iterator[Any]:
 
     recommended = suggestion.recommendation
     of_group = f", group {suggestion.group}" if suggestion.group else ""
-    name = _printable(f"{run}{of_group}")
+    name = printable(f"{run}{of_group}")
     yield Text(f"{name}: {suggestion.num_steps:,} steps{_spikes(suggestion)}", "bold")
     yield _table(suggestion)
     yield Text(f"{recommended.kind.capitalize()}: {recommended.code or 'no policy'}", "bold")
@@ -82,11 +83,6 @@ def _shown(run: str, suggestion: Suggestion) -> Iterator[Any]:
     for note in suggestion.notes:
         yield Text(f"- {note}", "dim")
     yield Text()
-
-
-def _printable(name: str) -> str:
-    """Names come from a file, and may hold what a terminal obeys."""
-    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in name)
 
 
 def _spikes(suggestion: Suggestion) -> str:
@@ -98,9 +94,12 @@ def _spikes(suggestion: Suggestion) -> str:
 
 def _table(suggestion: Suggestion) -> Table:
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    # On a narrow terminal, which wraps its lines: rich would leave out the figures.
+    width = _LEAST_WIDTH if Console().width < _LEAST_WIDTH else None
+    table = Table(box=box.SIMPLE, pad_edge=False, width=width)
     table.add_column("policy", no_wrap=True)
     late = f"after {suggestion.num_first}"
     for name in ("clipped", late, "mean coeff.", "least coeff.", "spikes caught"):

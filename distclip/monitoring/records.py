@@ -173,6 +173,9 @@ class _Parsed:
     def check(self) -> None:
         if self.rows:
             return
+        if self.versions and self.num_broken:
+            lines = "1 line" if self.num_broken == 1 else f"{self.num_broken:,} lines"
+            raise HistoryError(f"has no step that can be read, but {lines} that cannot")
         if self.versions:
             raise HistoryError("has no step yet")
         if self.num_broken:
@@ -240,9 +243,15 @@ def _is_nested(name: str, value: Any) -> bool:
     if name == "tensor_norms":
         return all(map(_is_number, each))
     if name == "nonfinite_parameters":
-        return all(isinstance(ranks, list) for ranks in each)
+        return all(map(_are_ranks, each))
     return all(
         isinstance(g, dict) and all(_is_number(g.get(k)) for k in _GROUP_NUMBERS) for g in each
+    )
+
+
+def _are_ranks(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(rank, int) for rank in cast("list[Any]", value)
     )
 
 

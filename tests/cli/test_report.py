@@ -113,6 +113,19 @@ def test_markup_in_a_name_is_text(
 
 
 @pytest.mark.usefixtures("no_files")
+def test_what_a_terminal_obeys_is_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"red\x1b[31m.w": [2], "right\u202e.w": [2]}
+    run = make_run(tmp_path / "a\x1b[2J", {"w": [math.nan]}, nonfinite_parameters={0: names})
+    assert cli.main(["report", str(tmp_path / "c\x1b[2J")]) == 2
+    assert cli.main(["report", str(run.path), "--out", str(tmp_path / "b\x1b[2J")]) == 0
+    printed = capsys.readouterr()
+    assert r"red\x1b[31m.w and right\u202e.w" in " ".join(printed.out.split())
+    assert not {"\x1b", "\u202e"} & {*printed.out, *printed.err}
+
+
+@pytest.mark.usefixtures("no_files")
 @pytest.mark.parametrize(
     ("folders", "names"),
     [

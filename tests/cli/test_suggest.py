@@ -76,6 +76,26 @@ def test_names_of_groups_are_shown_as_they_are(
     assert "\x1b" not in shown
 
 
+def test_a_narrow_terminal_has_every_figure(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["suggest", str(run)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ZClip()" in line]
+    assert [len(row.split()) for row in rows] == [6]
+    assert rows[0].rstrip().endswith("2/2")
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_figures_that_json_lacks_are_strings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_history(tmp_path, [*(1.7e308 * np.linspace(0.9, 1, 20))])
+    assert main(["suggest", str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["suggestions"]
+    assert found["usual_norm"] == "Infinity"
+
+
 def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zeros, nans, empty, foreign = (tmp_path / each for each in ("zeros", "nans", "empty", "other"))
     write_history(zeros, [0.0] * 20)

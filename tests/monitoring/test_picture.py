@@ -17,6 +17,7 @@ from distclip.monitoring.picture import draw, figure_of
 from distclip.monitoring.picture.curves import MOST_POINTS, curve
 from distclip.monitoring.picture.heat_map import ODD
 from distclip.monitoring.records import Run
+from tests.monitoring.made_runs import write_history
 from tests.monitoring.runs import make_run
 
 NAN = math.nan
@@ -173,6 +174,20 @@ def test_odd_runs(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, {"a.w": norms, "b.w": norms}, tensor_norms=1, loss=norms)
     assert picture(tmp_path / "one.png", run).shape[1] == 1300
     figure_of([run, replace(run, name="other")], "").draw_without_rendering()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e250, 1e307])
+def test_norms_near_the_ends_of_float64(tmp_path: Path, scale: float) -> None:
+    norms = (scale * np.array(noisy(30))).tolist()
+    run = write_history(tmp_path, norms, tensors={i: {"a.w": norms[i]} for i in range(30)})
+    figure_of([run], "").draw_without_rendering()
+    figure_of([run, replace(run, name="other")], "").draw_without_rendering()
+
+
+def test_layers_of_no_finite_norm(tmp_path: Path) -> None:
+    tensors = {i: {"a.w": NAN, "b.w": math.inf} for i in range(3)}
+    figure = figure_of([write_history(tmp_path, [1.0] * 3, tensors=tensors)], "")
+    assert "No norm of a layer was finite" in titles(figure)
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

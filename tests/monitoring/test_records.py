@@ -102,6 +102,7 @@ DAMAGED = {
     "tensor norms that are text": row(2, tensor_norms={"a": "x"}),
     "tensor norms that are a list": row(2, tensor_norms=[1.0]),
     "ranks that are a number": row(2, nonfinite_parameters={"a": 1}),
+    "ranks that are no numbers": row(2, nonfinite_parameters={"a": [0, {}]}),
 }
 
 
@@ -177,6 +178,8 @@ def test_what_has_no_history(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a") == f"{file} is empty"
     file.write_bytes(HEADER)
     assert refusal(tmp_path / "a") == f"{file} has no step yet"
+    file.write_bytes(HEADER + row(10**19))
+    assert refusal(file) == f"{file} has no step that can be read, but 1 line that cannot"
     file.write_bytes(b"step,loss\n1,2\n")
     assert refusal(file) == f"{file} is no history: distclip.History wrote no line of it"
     file.write_bytes(line_of({"history": 2, "distclip": "9.1\n"}) + row(1))

@@ -155,6 +155,14 @@ def test_norms_that_rise_while_the_learning_rate_falls_are_healthy(tmp_path: Pat
     assert suggestion(tmp_path, spiky).recommendation.kind == "adaptive"
 
 
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_limit_that_left_nothing_is_not_kept(tmp_path: Path, limit: float) -> None:
+    found = suggestion(tmp_path, noise(200), limit=limit)
+    assert found.recommendation.kind == "fix the cause first"
+    assert found.recommendation.code is None
+    assert "The limit was 0 or below" in found.recommendation.reason
+
+
 def test_a_peak_that_is_over_is_no_growth(tmp_path: Path) -> None:
     peak = np.concatenate([np.ones(200), np.geomspace(1, 5000, 200), np.geomspace(5000, 500, 200)])
     assert suggestion(tmp_path, noise(600) * peak).recommendation.kind != "fix the cause first"

@@ -302,6 +302,16 @@ def test_ranks_of_a_nan(tmp_path: Path) -> None:
     assert "it came from l.3.w on ranks 2 and 5" in found(run, "nonfinite").text
 
 
+def test_a_nan_of_no_known_rank(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"w": [1.0, math.inf, 1.0]}, nonfinite_parameters={1: {"l.3.w": []}})
+    assert "it came from l.3.w on rank unknown." in found(run, "nonfinite").text
+
+
+def test_a_limit_of_0_is_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"w": [1.0] * 30}, policy=ClipNorm(0.0))
+    assert "The usual norm has a limit of 0." in found(run, "limit").text
+
+
 LOSSES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, bool]] = {
     "fell": (lambda t: 3 * np.exp(-t), "The loss fell:", False),
     "rose": (lambda t: 1 + t, "The loss rose:", True),

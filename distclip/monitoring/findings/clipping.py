@@ -63,8 +63,9 @@ def _where(clipped: NDArray[np.bool_]) -> str:
 
 def _nearly_always(median: float) -> Finding:
     if median <= STRONG:
+        how = f"is {number(1 / median)} times the limit" if median > 0 else "has a limit of 0"
         text = (
-            f"The usual norm is {number(1 / median)} times the limit. Average a loss that is a "
+            f"The usual norm {how}. Average a loss that is a "
             f"sum, pass `scaler=` or `scale=` where a loss scale is in the gradients, or choose "
             f"another limit."
         )

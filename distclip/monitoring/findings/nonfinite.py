@@ -39,7 +39,8 @@ def _causes(run: Run, rows: Ints) -> tuple[str, list[str]]:
         step = f"In step {run.steps[row]}"
         if named := run.nonfinite.get(row):
             ranks = sorted({rank for each in named.values() for rank in each})
-            where = f"rank{'' if len(ranks) == 1 else 's'} {listed([*map(str, ranks)], 8)}"
+            where = listed([*map(str, ranks)], 8) if ranks else "unknown"
+            where = f"rank{'s' if len(ranks) > 1 else ''} {where}"
             return f"{step} it came from {listed([*named])} on {where}.", [*named]
         if len(index := np.flatnonzero(run.tensors.rows == row)):
             names = chosen(run.tensors.names, ~np.isfinite(run.tensors.norms[index[0]]))

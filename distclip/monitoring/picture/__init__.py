@@ -17,7 +17,7 @@ from distclip.monitoring.findings import count, number, percent
 from distclip.monitoring.findings.loss import find as find_loss
 from distclip.monitoring.findings.loss import last_loss, loss_name, nonfinite_losses
 from distclip.monitoring.findings.spikes import spikes_of
-from distclip.monitoring.picture.curves import MOST_POINTS, Curve, curve
+from distclip.monitoring.picture.curves import MOST, MOST_POINTS, Curve, curve
 from distclip.monitoring.picture.heat_map import draw_layers, height_of
 from distclip.monitoring.picture.texts import shortened
 from distclip.monitoring.records import Floats, Ints, Run
@@ -119,10 +119,15 @@ def _norm_panel(axes: Axes, runs: Sequence[Run]) -> None:
     )
     if any((each > 0).any() for each in finite):
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** (0.18 if len(runs) == 1 else 0.03))
+        _make_room(axes, 0.18 if len(runs) == 1 else 0.03)
     if len(runs) == 1:
         axes.legend(loc="upper right", ncols=5, framealpha=0.95, fontsize=9)
+
+
+def _make_room(axes: Axes, share: float) -> None:
+    """Above the norms, on a log scale: for the legend."""
+    low, high = map(np.log10, axes.get_ylim())
+    axes.set_ylim(top=10 ** (high + share * (high - low)))
 
 
 def _norm_title(run: Run) -> str:
@@ -133,7 +138,7 @@ def _norm_title(run: Run) -> str:
 
 
 def _one_norm(axes: Axes, run: Run) -> None:
-    norms, spikes = run.columns["total_norm"], spikes_of(run)
+    norms, spikes = np.minimum(run.columns["total_norm"], MOST), spikes_of(run)
     thinned = curve(run.steps, norms)
     label = (
         f"median and range of {thinned.num_rows} steps" if thinned.num_rows > 1 else "total norm"

@@ -9,6 +9,8 @@ import numpy as np
 from distclip.monitoring.records import Floats, Ints
 
 MOST_POINTS = 700  # in the width of a picture, of about 1,100 pixels
+# Margins of matplotlib's logarithmic scales overflow above. Float32 has no norm above 1e39.
+MOST = 1e200
 
 
 class Curve(NamedTuple):
@@ -22,8 +24,8 @@ class Curve(NamedTuple):
 
 
 def curve(steps: Ints, values: Floats) -> Curve:
-    """A number that is not finite is a gap."""
-    values = np.where(np.isfinite(values), values, np.nan)
+    """A number that is not finite is a gap; one beyond `MOST` is drawn there."""
+    values = np.clip(np.where(np.isfinite(values), values, np.nan), -MOST, MOST)
     if len(steps) <= 2 * MOST_POINTS:
         return Curve(steps.astype(np.float64), values, values, values, 1)
     starts = np.linspace(0, len(steps), MOST_POINTS, endpoint=False).astype(np.int64)

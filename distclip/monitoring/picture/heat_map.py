@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
+from distclip.monitoring.curves import MOST
 from distclip.monitoring.findings import chosen, depth, listed, number, trends
 from distclip.monitoring.layers import layer_norms, layers_of
 from distclip.monitoring.picture.texts import shortened
@@ -54,7 +55,7 @@ def draw_layers(axes: Axes, run: Run, with_name: bool) -> str:
 
 def _norm(values: Floats) -> LogNorm:
     """A hundredth of the cells may be below the scale: one tiny norm would take all of it."""
-    low, high = np.percentile(values[np.isfinite(values)], [1, 100])
+    low, high = np.percentile(values[np.isfinite(values)], [1, 100]).clip(1 / MOST, MOST)
     return LogNorm(low if low < high else high / 10, high, clip=True)
 
 
@@ -78,6 +79,8 @@ def _title(run: Run, layers: tuple[str, ...], norms: Floats) -> str:
         where = "in all layers" if len(first) == len(layers) else where
         return f"Not finite in step {run.steps[run.tensors.rows[lost[0]]]} {where}"
     has = np.isfinite(known).sum(axis=0) > 0
+    if not has.any():
+        return "No norm of a layer was finite"
     usual = np.nanmedian(known[:, has], axis=0)
     names = [shortened(name, 24) for name in chosen(layers, has)]
     ends = dict.fromkeys((int(usual.argmin()), int(usual.argmax())))

@@ -202,6 +202,12 @@ def _keep(run: Run, facts: Facts) -> Recommendation | None:
     share, coefficient = clipped_share(run, facts), mean_coefficient(run, facts)
     if share <= MOSTLY:
         return None
+    if coefficient <= 0:
+        reason = (
+            "The limit was 0 or below, and nothing of the gradients was left. Train with one above "
+            "0, or measure: distclip.ClipNorm(math.inf)."
+        )
+        return Recommendation("fix the cause first", None, reason)
     limits = columns_of(run, facts)["limit"]
     constant = bool((limits == limits[0]).all())
     code = code_of(ClipNorm(float(limits[0]))) if constant else None
