@@ -326,6 +326,9 @@ def _row(pending: _Pending) -> dict[str, Any]:
         }
     if tensor_norms := report.tensor_norms():
         row["tensor_norms"] = tensor_norms
+        orders = {each.norm_type for each in report.tensors}
+        if len(orders) == 1 and orders != {2.0}:
+            (row["norm_type"],) = orders
     return row
 
 
