@@ -8,11 +8,12 @@ import os
 import re
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from numbers import Real
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -65,6 +66,9 @@ class History:
     Training goes on where a row cannot be written, as on a full disk: one warning says so, and no
     later row is written.
 
+    It holds the rows of one clipper. Two clippers, such as those of a GAN, have a folder each: of
+    two rows with one step, readers take the later.
+
     Args:
         folder: made where it does not exist.
         after: the step that this run goes on after, such as that of the checkpoint; 0 for a run
@@ -101,7 +105,8 @@ class History:
         self.path = Path(folder) / FILE_NAME
         self.failure: str | None = None
         self._writers = list(writers)
-        self._has_passed_on = False
+        self._has_passed_on = self._is_closed = False
+        self._knows_rank = dist.is_initialized() or "RANK" in os.environ
         self._pending: deque[_Pending] = deque()
         self._last_step = 0 if after is None else _as_step("after", after)
         self._file: int | None = None
@@ -133,21 +138,24 @@ class History:
                 number that it had.
 
         Raises:
-            TypeError, ValueError: something that cannot be written, on every rank.
+            TypeError, ValueError: something that cannot be written, on every rank; the history was
+                closed.
+            RuntimeError: this history was made before the process group, and without torchrun,
+                which would have said which rank is 0; on every rank.
         """
+        self._check_open()
         if not isinstance(report, Report):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"cannot append {shown(report)} to a history: it is {kind_of(report)}. Pass the "
                 f"report that `clip_` or `step` returned."
             )
-        for name, value in values.items():
-            _check_value(name, value)
+        values = {name: _checked(name, value) for name, value in values.items()}
+        ranks = _ranks_of(nonfinite_parameters or {})
         step = self._last_step + 1 if step is None else _as_step("step", step)
         self._last_step = step
         if self._file is None or not has_values(report.total):
             return
-        if nonfinite_parameters:
-            ranks = {name: list(each) for name, each in nonfinite_parameters.items()}
+        if ranks:
             values["nonfinite_parameters"] = ranks  # pyright: ignore[reportArgumentType]
         self._pending.append(_copied(step, report, values))
         while self._pending and (
@@ -162,22 +170,47 @@ class History:
 
     def close(self) -> None:
         """Writes every row that was appended, and closes the file and the writers."""
+        self._is_closed = True
         if self._file is None:
             return
         try:
             self.flush()
         finally:
             atexit.unregister(self.close)
-            os.close(self._file)
-            self._file = None
-            for writer in self._writers:
-                writer.close()
+            file, self._file = self._file, None
+            closes: list[tuple[Any, Callable[[], None]]] = [(self.path, partial(os.close, file))]
+            closes += [(type(writer).__name__, writer.close) for writer in self._writers]
+            for name, close in closes:
+                try:
+                    close()
+                except Exception as error:  # rank 0 alone must not end
+                    why = f"{name} failed as it was closed: {type(error).__name__}: {error}"
+                    warnings.warn(f"{why}. Its last rows may be missing.", stacklevel=2)
 
     def __enter__(self) -> History:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"cannot pickle or copy the History of {self.path}: two would write to one file. Leave "
+            f"it where it was made, and do not hand what holds it to other processes."
+        )
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError(
+                f"cannot append to the History of {self.path}: it is closed. Append before "
+                f"`close()` and inside its `with` block, or make another one."
+            )
+        if not self._knows_rank and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"cannot append to the History of {self.path}: it was made before the process "
+                f"group, and every rank took itself for rank 0. Make it after "
+                f"`init_process_group`, or start the ranks with torchrun."
+            )
 
     def _write(self, pending: _Pending) -> None:
         if self.failure is not None or self._file is None:
@@ -293,6 +326,9 @@ def _row(pending: _Pending) -> dict[str, Any]:
         }
     if tensor_norms := report.tensor_norms():
         row["tensor_norms"] = tensor_norms
+        orders = {each.norm_type for each in report.tensors}
+        if len(orders) == 1 and orders != {2.0}:
+            (row["norm_type"],) = orders
     return row
 
 
@@ -310,19 +346,32 @@ def _as_step(name: str, value: Any) -> int:
     )
 
 
-def _check_value(name: str, value: Any) -> None:
+def _ranks_of(given: Any) -> dict[str, list[int]]:
+    try:
+        return {str(name): [*map(int, ranks)] for name, ranks in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            f"cannot append nonfinite_parameters={shown(given)} to a history: it is "
+            f"{kind_of(given)}. Pass what `report.nonfinite_parameters()` returned."
+        ) from None
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value that JSON can have, or a tensor."""
     if name in RESERVED:
         raise ValueError(
             f"cannot append {name}={shown(value)} to a history: that is a figure of the report. "
             f"Choose another name."
         )
-    if isinstance(value, Tensor):
-        writable = value.numel() == 1 and not value.is_complex() and not is_dtensor(value)
-    else:
-        writable = isinstance(value, str | bool | Real)
-    if not writable:
-        raise TypeError(
-            f"cannot append {name}={shown(value)} to a history: it is {kind_of(value)}. Pass a "
-            f"number, a string, or a plain tensor of one element, such as `loss.detach()`; of a "
-            f"DTensor, `loss.full_tensor()` on all ranks."
-        )
+    if isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Real):  # such as NumPy's float32, which JSON does not know
+        return int(value) if isinstance(value, Integral) else float(value)
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1
+    if is_tensor and not value.is_complex() and not is_dtensor(value):
+        return value
+    raise TypeError(
+        f"cannot append {name}={shown(value)} to a history: it is {kind_of(value)}. Pass a "
+        f"number, a string, or a plain tensor of one element, such as `loss.detach()`; of a "
+        f"DTensor, `loss.full_tensor()` on all ranks."
+    )

@@ -31,7 +31,7 @@ def layers_of(names: Iterable[str]) -> dict[str, list[int]]:
 
 
 def layer_norms(run: Run) -> tuple[tuple[str, ...], Floats]:
-    """The names of the layers, and their norms in `run.tensors.rows`: the root of a sum of squares.
+    """The names of the layers, and their norms in `run.tensors.rows`, of the row's order p.
 
     float64 [number of these rows, number of layers]. Where the total norm was finite, a NaN among
     the tensors stands for a tensor that the row lacks: the norm is that of the others, and NaN
@@ -42,10 +42,23 @@ def layer_norms(run: Run) -> tuple[tuple[str, ...], Floats]:
     present = np.where(missing, 0.0, tensors.norms)
     norms = np.empty((len(tensors.rows), len(layers)))
     for k, columns in enumerate(layers.values()):
-        # Squares of large norms would overflow.
-        norms[:, k] = np.hypot.reduce(present[:, columns], axis=1)
+        for p in np.unique(tensors.norm_types):
+            of_p = tensors.norm_types == p
+            norms[of_p, k] = _together(present[of_p][:, columns], p)
         norms[missing[:, columns].all(axis=1), k] = np.nan
     return tuple(layers), norms
+
+
+def _together(norms: Floats, p: float) -> Floats:
+    """The p-norm of each row; powers of large norms would overflow."""
+    if p == 2:
+        return np.hypot.reduce(norms, axis=1)
+    largest = norms.max(axis=1)
+    if np.isinf(p):
+        return largest
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    with np.errstate(over="ignore"):  # beside an infinite one
+        return scale * ((norms / scale[:, None]) ** p).sum(axis=1) ** (1 / p)
 
 
 def _layer(path: Sequence[str], num_common: int) -> str:

@@ -11,7 +11,8 @@ from typing import Any, cast
 FILE_NAME = "history.jsonl"
 FORMAT = 1
 FIGURES = ("total_norm", "limit", "coefficient", "clipped", "finite")
-RESERVED = {"step", *FIGURES, "groups", "tensor_norms", "nonfinite_parameters", "history"}
+_OTHERS = {"groups", "tensor_norms", "norm_type", "nonfinite_parameters"}
+RESERVED = {"step", "history", *FIGURES, *_OTHERS}
 # JSON has no such numbers; protobuf's JSON spells them so.
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -33,11 +33,14 @@ class TensorNorms:
         names: of the tensors.
         rows: the indices of these rows among all rows; int64 [number of rows].
         norms: float64 [number of rows, number of tensors]; NaN where a row lacks a tensor too.
+        norm_types: the order p of the norms in each row, 2 where groups have several; float64
+            [number of rows].
     """
 
     names: tuple[str, ...]
     rows: Ints
     norms: Floats
+    norm_types: Floats
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,12 @@ class _Parsed:
 
     def _with_array(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its tensor norms as an array: dicts of 20,000 rows would take gigabytes."""
+        norm_type = _number(row.pop("norm_type", 2.0))
         if norms := row.pop("tensor_norms", None):
             names = tuple(norms)
             self.names = self.names if names == self.names else names
-            row["tensor_norms"] = self.names, np.array([*map(_number, norms.values())])
+            values = np.array([*map(_number, norms.values())])
+            row["tensor_norms"] = self.names, values, norm_type if norm_type > 0 else 2.0
         return row
 
     def check(self) -> None:
@@ -275,8 +280,8 @@ def _tensor_norms(rows: Sequence[Mapping[str, Any]]) -> TensorNorms:
     names = tuple(dict.fromkeys(name for table in tables.values() for name in table))
     index = {name: column for column, name in enumerate(names)}
     columns = {key: [index[name] for name in table] for key, table in tables.items()}
-    norms = np.full((len(having), len(names)), np.nan)
+    norms, norm_types = np.full((len(having), len(names)), np.nan), np.empty(len(having))
     for k, i in enumerate(having):
-        table, values = rows[i]["tensor_norms"]
+        table, values, norm_types[k] = rows[i]["tensor_norms"]
         norms[k, columns[id(table)]] = values
-    return TensorNorms(names, np.array(having, dtype=np.int64), norms)
+    return TensorNorms(names, np.array(having, dtype=np.int64), norms, norm_types)

@@ -158,5 +158,5 @@ def _pairs(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"grad_norm/{name}", norm) for name, norm in value.items())
         elif key == "nonfinite_parameters":
             yield f"train/{key}", "; ".join(f"{name} on ranks {on}" for name, on in value.items())
-        else:
+        elif key != "norm_type":
             yield _NAMES.get(key, key if "/" in key else f"train/{key}"), value

@@ -45,7 +45,8 @@ def accumulating(layout: str, way: str) -> None:
     expected = acc.whole_gradients(2, num)
     with acc.accelerator_for(layout, gradient_accumulation_steps=2) as accelerator:
         model, optimizer = acc.prepared(accelerator)
-        clipper = prepare(accelerator, model, optimizer, ClipNorm(MAX_NORM))
+        policy = ClipNorm(MAX_NORM)
+        clipper = prepare(accelerator, model, optimizer, policy, tensor_norms=True)
         before = acc.whole_weights(model)
         call = clipper.step if way == "step" else clipper.clip_
         for micro in range(2):
@@ -61,6 +62,9 @@ def accumulating(layout: str, way: str) -> None:
                     optimizer.step()
                 optimizer.zero_grad()
         acc.check_report(report, acc.whole_norm(expected))
+        norms = {name: grad.norm().item() for name, grad in expected.items()}
+        found = {name.removeprefix("module."): norm for name, norm in report.tensor_norms().items()}
+        assert found == pytest.approx(norms, rel=1e-5)
         acc.check_applied(model, before, acc.norm_clipped(expected, MAX_NORM))
         with accelerator.accumulate(model):
             acc.run_backward(accelerator, model)

@@ -39,7 +39,7 @@ def clips_as_one_process(
     limit = 0.3 * whole
     settings = config(stage, dtype, gas, offload, **more)
     with engine(settings, make_optimizer=make_optimizer) as made, engines.collectives() as counts:
-        handle = attach(made, distclip.ClipNorm(limit))
+        handle = attach(made, distclip.ClipNorm(limit), tensor_norms=True)
         step = Applied(made, 0, dtype, gas, SCALE[dtype])
         norm, coefficient = handle.report.total_norm, limit / norm_of(step.grads)
         assert counts == [0 if stage == 0 else 1]
@@ -47,6 +47,8 @@ def clips_as_one_process(
         assert norm.item() == pytest.approx(norm_of(step.grads), rel=2e-7)
         assert norm.item() == pytest.approx(whole, rel=WHOLE[dtype])
         assert handle.report.clipped
+        expected = {name: norm_of({name: grad}) for name, grad in step.grads.items()}
+        assert handle.report.tensor_norms() == pytest.approx(expected, rel=4e-7)
         if make_optimizer is engines.sgd:
             engines.check_applied(step.update, [g * coefficient for g in step.grads.values()])
         else:  # AdamW hides a coefficient in the weights, but not in its first moment

@@ -80,7 +80,10 @@ def stages() -> None:
             return run
 
         for stage in (1, 3):
-            run = fit(stage, modules.DistClip(distclip.ClipNorm(LIMIT)))
+            run = fit(stage, modules.DistClip(distclip.ClipNorm(LIMIT), tensor_norms=True))
+            assert len(run.clip.report.tensor_norms()) == len(
+                [*runs.make_net(torch.float32).parameters()]
+            )
             assert run.norms == pytest.approx(train_whole(3), rel=3e-6)
             assert run.logged == run.norms
             assert run.clip.clippers == []

@@ -56,7 +56,9 @@ def clips_by(run: Run, policy: Any, clipped: list[Tensor], seed: int) -> None:
     """One step with `policy` leaves what `clipped` has, of all tensors."""
     total = reference.total_norm(run.grads)
     # Without the model, parameters of optimizers that are not distributed have no names.
-    handle = attach(run.optimizer, policy, model=run.chunks if seed else None)
+    handle = attach(
+        run.optimizer, policy, model=run.chunks if seed else None, tensor_norms=bool(seed)
+    )
     success, norm, _ = run.optimizer.step()
     assert success is True
     assert isinstance(norm, float)
@@ -64,6 +66,9 @@ def clips_by(run: Run, policy: Any, clipped: list[Tensor], seed: int) -> None:
     assert handle.report is not None
     assert handle.report.clipped
     assert same_bits_everywhere(handle.report.total_norm)
+    if seed:
+        norms = sorted(reference.total_norm([grad]).item() for grad in run.grads)
+        assert sorted(handle.report.tensor_norms().values()) == pytest.approx(norms, rel=3e-7)
     run.check_steps(clipped)
     handle.detach()
 

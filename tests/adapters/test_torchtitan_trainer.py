@@ -118,7 +118,8 @@ def steps_with_distclip(layout: dict[str, Any]) -> Call:
 
     made = titan.config(**layout)
     made.training.max_norm = 0.05
-    with titan.install() as installed, titan.trainer(made) as trained, watched(trained) as calls:
+    installing = titan.install(tensor_norms=True)
+    with installing as installed, titan.trainer(made) as trained, watched(trained) as calls:
         logged = titan.run_steps(trained, 2)
         for call in calls:
             expected = math.hypot(*norms_of_all_stages(call.before).values())
@@ -130,6 +131,8 @@ def steps_with_distclip(layout: dict[str, Any]) -> Call:
         assert logged == [call.norm.item() for call in calls]
         assert installed.report is not None
         assert installed.report.total_norm.item() == logged[-1]
+        expected = norms_of_all_stages(calls[-1].before)
+        assert installed.report.tensor_norms() == pytest.approx(expected, rel=4e-7)
     return calls[0]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import distclip
 from distclip import AdaGC, AutoClip, ClipNorm, NonFiniteGradientError, ZClip
 from distclip.adapters.frameworks import claim, release
+from distclip.monitoring.records import read_run
 from tests.support import reference, trainers
 from tests.support.trainers import LR, MAX_NORM, Net, norms_of, trainer, whole
 
@@ -102,6 +104,22 @@ def test_the_trainer_neither_clips_nor_measures(
     saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert saved.max_grad_norm == made.args.max_grad_norm == max_grad_norm
     assert is_untouched(made)
+
+
+def test_the_norms_of_tensors_in_a_history(tmp_path: Path) -> None:
+    clip = dist_clip(ClipNorm(MAX_NORM), tensor_norms=2)
+    with distclip.History(tmp_path / "run") as history:
+        keep = [At(i, lambda _: history.append(clip.report), "on_step_end") for i in range(1, 5)]
+        made = trainer(str(tmp_path), [clip, *keep])
+        made.train()
+    run = read_run(history.path)
+    assert run.steps.tolist() == [1, 2, 3, 4]
+    assert run.tensors.rows.tolist() == [0, 2]
+    assert run.tensors.names == tuple(name for name, _ in Net().named_parameters())
+    together = np.linalg.norm(run.tensors.norms, axis=1)
+    np.testing.assert_allclose(together, run.columns["total_norm"][[0, 2]], rtol=1e-6)
+    with pytest.raises(ValueError, match="tensor_norms=0"):
+        dist_clip(tensor_norms=0)
 
 
 def test_one_warning_where_max_grad_norm_was_chosen(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def under_deepspeed(folder: str) -> None:
         policy = distclip.AutoClip(percentile=10)
         ends = []
         for checkpoint in (None, f"{folder}/{stage}/checkpoint-2"):
-            clip, model = DistClip(policy), trainers.Net()
+            clip, model = DistClip(policy, tensor_norms=True), trainers.Net()
             with trainers.quiet():
                 made = trainer(
                     f"{folder}/{stage}",
@@ -188,6 +188,8 @@ def under_deepspeed(folder: str) -> None:
                 )
                 made.train(resume_from_checkpoint=checkpoint)
                 made.model_wrapped.destroy()
+            together = math.hypot(*clip.report.tensor_norms().values())
+            assert together == pytest.approx(norms_of(made)[-1], rel=1e-6)
             ends.append((norms_of(made), clip.report.limit.item()))
             if checkpoint is None:
                 seen = everyone(model.seen)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -12,9 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,6 +198,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         History(tmp_path / "file")
 
 
+def test_numbers_of_other_libraries(tmp_path: Path) -> None:
+    with History(tmp_path) as history:
+        history.append(report_of(1.0), lr=np.float32(0.5), epoch=np.int64(3), part=Fraction(1, 4))
+    row = lines(history)[-1]
+    assert (row["lr"], row["epoch"], row["part"]) == (0.5, 3, 0.25)
+
+
 BAD_VALUES = {
     "a list": [1.0],
     "None": None,
@@ -209,6 +220,11 @@ def test_values_that_cannot_be_written(value: Any, tmp_path: Path) -> None:
             history.append(report_of(1.0), loss=value)
         history.append(report_of(1.0))
     assert [row["step"] for row in lines(history)[1:]] == [1]
+
+
+def test_nonfinite_parameters_that_are_none(tmp_path: Path) -> None:
+    with History(tmp_path) as history, pytest.raises(TypeError, match="Pass what `report"):
+        history.append(report_of(1.0), nonfinite_parameters=["w"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["total_norm", "clipped", "groups", "tensor_norms", "history"])
@@ -242,6 +258,8 @@ class Recorder:
 
     def close(self) -> None:
         self.num_closed += 1
+        if self.fails_in < 0:
+            raise ConnectionError("no network")
 
 
 def test_writers_get_each_row_and_one_that_fails_is_left_out(tmp_path: Path) -> None:
@@ -257,6 +275,49 @@ def test_writers_get_each_row_and_one_that_fails_is_left_out(tmp_path: Path) -> 
     assert good.rows[0][1]["loss"] == 1.5
     assert good.num_closed == bad.num_closed == 1
     assert len(read_run(tmp_path).steps) == 3
+
+
+def test_a_writer_that_cannot_be_closed_is_a_warning(tmp_path: Path) -> None:
+    bad, good = Recorder(fails_in=-1), Recorder()
+    history = History(tmp_path, writers=[bad, good])
+    history.append(report_of(2.0))
+    with pytest.warns(UserWarning, match="Recorder failed as it was closed: ConnectionError"):
+        history.close()
+    history.close()
+    assert good.num_closed == bad.num_closed == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_closed_history_takes_no_more_on_any_rank(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    history = History(tmp_path)
+    history.close()
+    with pytest.raises(ValueError, match="it is closed"):
+        history.append(report_of(2.0))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_two_never_write_to_one_file(duplicate: Any, tmp_path: Path) -> None:
+    with History(tmp_path) as history, pytest.raises(TypeError, match="cannot pickle or copy"):
+        duplicate(history)
+
+
+def append_without_a_rank(folder: str) -> str:
+    """As where a program makes the history first, and then its process group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RANK")
+        patch.setattr(dist, "is_initialized", lambda: False)
+        history = History(f"{folder}/{dist.get_rank()}")
+    with history, pytest.raises(RuntimeError) as raised:
+        history.append(report_of(1.0))
+    return str(raised.value).replace(str(history.path), "")
+
+
+def test_every_rank_raises_where_none_knew_its_rank(four_ranks: Ranks, tmp_path: Path) -> None:
+    (text,) = set(four_ranks.run(append_without_a_rank, str(tmp_path)))
+    assert "made before the process group" in text
 
 
 def append_on_ranks(folder: str) -> tuple[bool, str]:

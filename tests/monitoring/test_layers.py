@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import distclip
 from distclip.monitoring.layers import layer_norms, layers_of
-from distclip.monitoring.records import TensorNorms
+from distclip.monitoring.records import read_run
 from tests.monitoring.runs import make_run
 
 NAMES = {
@@ -49,9 +53,28 @@ def test_the_norm_of_a_layer_is_the_root_of_the_sum_of_squares(tmp_path: Path) -
     np.testing.assert_allclose(found, [[5.0, 2.0], [1.0, 0.0]])
 
 
+@pytest.mark.parametrize("p", [1.0, 3.0, 40.0, math.inf])
+def test_layers_have_the_order_of_the_policy(p: float, tmp_path: Path) -> None:
+    """The norm of a layer is that of all its elements, as for `report.tensor_norms(prefix=)`."""
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    clipper = distclip.Clipper(model, distclip.ClipNorm(1.0, p), tensor_norms=True)
+    with distclip.History(tmp_path) as history:
+        for i, scale in enumerate((1.0, 1e12, math.inf)):
+            for k, param in enumerate(model.parameters(), 1):
+                param.grad = torch.full_like(param, float(k))
+            model[0].weight.grad[0, 0] = scale
+            report = clipper.decide().report
+            history.append(report)
+            expected = report.tensor_norms(prefix="")
+            run = read_run(tmp_path)
+            assert layer_norms(run)[0] == tuple(expected)
+            np.testing.assert_allclose(layer_norms(run)[1][i], [*expected.values()], rtol=1e-6)
+    assert "norm_type" not in run.columns
+
+
 def test_large_norms_do_not_overflow(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"a.w": [1.0], "a.b": [1.0], "b.w": [1.0]}, tensor_norms=1)
-    large = TensorNorms(run.tensors.names, run.tensors.rows, np.array([[3e200, 4e200, 1.0]]))
+    large = replace(run.tensors, norms=np.array([[3e200, 4e200, 1.0]]))
     np.testing.assert_allclose(layer_norms(replace(run, tensors=large))[1], [[5e200, 1.0]])
 
 
@@ -59,7 +82,7 @@ def test_nan_is_a_missing_tensor_only_where_the_total_norm_was_finite(tmp_path: 
     norms = {"a.w": [3.0, 3.0], "a.b": [4.0, float("nan")], "b.w": [1.0, 1.0]}
     run = make_run(tmp_path, norms, tensor_norms=1)
     lacking = np.array([[3.0, np.nan, np.nan], [3.0, np.nan, 1.0]])
-    run = replace(run, tensors=TensorNorms(run.tensors.names, run.tensors.rows, lacking))
+    run = replace(run, tensors=replace(run.tensors, norms=lacking))
     found = layer_norms(run)[1]
     np.testing.assert_allclose(found, [[3.0, np.nan], [np.nan, 1.0]])
 

@@ -141,6 +141,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 NAMES = ["step", "total_norm", "tensor_norms", "groups", "nonfinite_parameters", "history", "loss"]
+NAMES += ["norm_type"]
 
 
 @given(

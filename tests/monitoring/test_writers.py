@@ -73,6 +73,18 @@ def test_a_row_in_tensorboard(tmp_path: Path) -> None:
     assert {event.step for tag in values for event in shown.Scalars(tag)} == {7}
 
 
+def test_the_order_of_the_norms_is_no_curve(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    clipper = distclip.Clipper([weight], distclip.ClipNorm(1, 1.0), tensor_norms=True)
+    with distclip.History(tmp_path, writers=[TensorBoardWriter(tmp_path / "events")]) as history:
+        history.append(clipper.clip_())
+    assert '"norm_type": 1.0' in history.path.read_text()
+    tags = events(tmp_path / "events").Tags()["scalars"]
+    assert "train/grad_norm" in tags
+    assert not [tag for tag in tags if "norm_type" in tag]
+
+
 def test_what_is_not_finite_and_what_is_text_in_tensorboard(tmp_path: Path) -> None:
     with distclip.History(tmp_path, writers=[TensorBoardWriter(tmp_path)]) as history:
         history.append(clipped(1.0, 1.0), loss=math.inf)

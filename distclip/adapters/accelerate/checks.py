@@ -52,7 +52,7 @@ def check_engine(
         raise ValueError(
             f"cannot use {', '.join(f'{name}=' for name in given)} under DeepSpeed: its engine "
             f"holds the gradients in partitions of its own, and clips inside its step. Leave out "
-            f"what is not `policy` or `on_nonfinite`."
+            f"what is not `policy`, `on_nonfinite` or `tensor_norms`."
         )
 
 

@@ -33,6 +33,7 @@ def prepare(
     on_nonfinite: OnNonFinite = "propagate",
     max_consecutive_skips: int = 20,
     overlap: bool = False,
+    tensor_norms: bool | int = False,
     symmetric_memory: bool = False,
 ) -> AcceleratedClipper:
     """A clipper for what `accelerator.prepare` returned: call this after it, once for each model.
@@ -48,7 +49,8 @@ def prepare(
             as `Clipper` takes them, under FSDP too.
         optimizer: what `accelerator.prepare` returned, or a list of all that step these parameters.
         policy, mesh, distinct, layouts, gradient, on_nonfinite, max_consecutive_skips, overlap,
-            symmetric_memory: as `Clipper` has them. Under DeepSpeed, `policy` and `on_nonfinite`.
+            tensor_norms, symmetric_memory: as `Clipper` has them. Under DeepSpeed, `policy`,
+            `on_nonfinite` and `tensor_norms`.
 
     Raises:
         ValueError: accelerate has not prepared the model or the optimizer; the optimizer steps none
@@ -72,13 +74,19 @@ def prepare(
     }
     if checks.is_deepspeed(accelerator):
         checks.check_engine(accelerator, model, options, prepare.__kwdefaults__ or {})
-        return EngineClipper(accelerator, deepspeed.attach(model, policy, on_nonfinite))
+        handle = deepspeed.attach(model, policy, on_nonfinite, tensor_norms=tensor_norms)
+        return EngineClipper(accelerator, handle)
     given = wrappers.list_optimizers(optimizer)
     checks.check_optimizers(accelerator, given)
     # `_models` is private: nothing public says what was prepared, and FSDP1 keeps there how its
     # parameters are sharded.
     clipper = Clipper(
-        model, policy, on_nonfinite=on_nonfinite, modules=accelerator._models, **options
+        model,
+        policy,
+        on_nonfinite=on_nonfinite,
+        tensor_norms=tensor_norms,
+        modules=accelerator._models,
+        **options,
     )
     checks.check_prepared(accelerator, clipper)
     for each in given:

@@ -31,7 +31,11 @@ from distclip.sharding.layout import Layout, LayoutFunction
 
 
 def attach(
-    engine: Any, policy: Policy[Any] | None = None, on_nonfinite: OnNonFinite = "propagate"
+    engine: Any,
+    policy: Policy[Any] | None = None,
+    on_nonfinite: OnNonFinite = "propagate",
+    *,
+    tensor_norms: bool | int = False,
 ) -> Handle:
     """Clips inside every `engine.step()`, until `.detach()`.
 
@@ -47,7 +51,7 @@ def attach(
     Args:
         engine: what `deepspeed.initialize` returned, with an optimizer.
         policy: how large the gradients may be; `ClipNorm(1.0)` if omitted.
-        on_nonfinite: as `Clipper` has it.
+        on_nonfinite, tensor_norms: as `Clipper` has them.
 
     Raises:
         ValueError: `engine` is no such engine, or has a handle already; its optimizer is of an
@@ -64,7 +68,7 @@ def attach(
     check_policy(policy)
     claim(engine, "distclip.adapters.deepspeed")
     try:
-        return Handle(engine, policy, on_nonfinite)
+        return Handle(engine, policy, on_nonfinite, tensor_norms)
     except BaseException:
         release(engine)
         raise
@@ -73,7 +77,13 @@ def attach(
 class Handle:
     """A policy on one engine; see `attach`."""
 
-    def __init__(self, engine: Any, policy: Policy[Any], on_nonfinite: OnNonFinite) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        policy: Policy[Any],
+        on_nonfinite: OnNonFinite,
+        tensor_norms: bool | int = False,
+    ) -> None:
         optimizer = engine.optimizer
         partitions = read_partitions(optimizer)
         shards = model_shards(engine, partitions)
@@ -87,6 +97,7 @@ class Handle:
             layouts=None if is_replicated(engine, partitions) else _layouts(shards),
             gradient=None if outer is None else outer.gradient,
             on_nonfinite=on_nonfinite,
+            tensor_norms=tensor_norms,
         )
         self._warn_if_clipped_twice()
         if outer is None:

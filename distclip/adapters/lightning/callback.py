@@ -50,7 +50,8 @@ class DistClip(_Callback):
         metric: the name under which the norm before clipping is logged after each step. It is the
             same on every rank, and needs no `sync_dist`. With several optimizers the second is
             logged as "grad_norm/1". None logs nothing.
-        **options: those of `Clipper`, such as `on_nonfinite`. With DeepSpeed only that one.
+        **options: those of `Clipper`, such as `on_nonfinite`. With DeepSpeed only that one and
+            `tensor_norms`.
 
     Attributes:
         clippers: while `fit` runs, those of the optimizers.

@@ -90,10 +90,10 @@ def clip_in_steps(
 ) -> ClippedOptimizer:
     model = trainer.model  # as the strategy has wrapped it
     if is_engine(model):
-        if unknown := sorted(options.keys() - {"on_nonfinite"}):
+        if unknown := sorted(options.keys() - {"on_nonfinite", "tensor_norms"}):
             raise ValueError(
                 f"cannot clip with {unknown[0]}= under DeepSpeed: its gradients lie in partitions "
-                f"that the adapter reads. Pass only `on_nonfinite`."
+                f"that the adapter reads. Pass only `on_nonfinite` and `tensor_norms`."
             )
         handle = deepspeed.attach(model, policy, **options)
         return ClippedOptimizer(optimizer, None, [], handle, handle)

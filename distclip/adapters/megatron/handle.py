@@ -34,6 +34,7 @@ def attach(
     on_nonfinite: OnNonFinite = "propagate",
     *,
     model: Any = None,
+    tensor_norms: bool | int = False,
 ) -> Handle:
     """Clips inside every `optimizer.step()`, until `.detach()`.
 
@@ -52,6 +53,7 @@ def attach(
         model: the model, or its chunks, as `get_megatron_optimizer` got them: from it parameters
             have names, which `exclude` needs, and states of policies per tensor that are to be
             loaded with other pipeline stages. The distributed optimizer knows its model.
+        tensor_norms: as `Clipper` has it.
 
     Raises:
         ValueError: no optimizer of Megatron, or one that something clips already; gradients that
@@ -80,7 +82,8 @@ def attach(
         for target in {id(one): one for one in (optimizer, *chained(optimizer))}.values():
             claim(target, "distclip.adapters.megatron")
             claimed.append(target)
-        return Handle(optimizer, policy, on_nonfinite, _chunks(model, optimizer), claimed)
+        chunks = _chunks(model, optimizer)
+        return Handle(optimizer, policy, on_nonfinite, chunks, claimed, tensor_norms)
     except BaseException:
         for target in claimed:
             release(target)
@@ -103,6 +106,7 @@ class Handle:
         on_nonfinite: OnNonFinite,
         chunks: Sequence[Any],
         claimed: Sequence[Any],
+        tensor_norms: bool | int = False,
     ) -> None:
         members = chained(optimizer)
         groups, held = _read(optimizer)
@@ -113,7 +117,7 @@ class Handle:
         named, layouts = _named(shards), {one.shard.name: one.layout for one in shards}
         mesh = _world_mesh(named)
 
-        def clipper(policy: Policy[Any], mode: OnNonFinite) -> Clipper:
+        def clipper(policy: Policy[Any], mode: OnNonFinite, every: bool | int) -> Clipper:
             return Clipper(
                 named,
                 policy,
@@ -121,10 +125,11 @@ class Handle:
                 layouts=lambda name, _: layouts[name],
                 gradient=self._gradient,
                 on_nonfinite=mode,
+                tensor_norms=every,
             )
 
-        self._clipper = clipper(with_names(policy, held, shards), on_nonfinite)
-        self._measuring = clipper(ClipNorm(float("inf")), "propagate")
+        self._clipper = clipper(with_names(policy, held, shards), on_nonfinite, tensor_norms)
+        self._measuring = clipper(ClipNorm(float("inf")), "propagate", False)
         self._decision: Decision | None = None  # in a step that is not left out
         self._is_stepping, self._is_attached = False, True
         self._warn_if_clipped_twice(policy)

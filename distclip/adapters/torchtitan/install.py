@@ -23,6 +23,7 @@ from distclip.adapters.torchtitan.trained import (
     states_of,
 )
 from distclip.api import clip_grad_norm_
+from distclip.arguments import as_interval
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
@@ -43,6 +44,7 @@ def install(
     *,
     on_nonfinite: OnNonFinite = "propagate",
     max_consecutive_skips: int = 20,
+    tensor_norms: bool | int = False,
 ) -> Installed:
     """Clips in torchtitan's training steps, until `.remove()` or the end of a `with` block.
 
@@ -55,8 +57,8 @@ def install(
         policy: how large the gradients may be; the `max_norm` of the config has no effect then. If
             omitted, `max_norm` is the limit, with the coefficient of torchtitan's own function,
             max_norm / (norm + 1e-6).
-        on_nonfinite, max_consecutive_skips: as `Clipper` has them. With "skip" the trainer's
-            optimizers leave out the step; its learning rates go on.
+        on_nonfinite, max_consecutive_skips, tensor_norms: as `Clipper` has them. With "skip" the
+            trainer's optimizers leave out the step; its learning rates go on.
 
     Raises:
         ValueError, TypeError: it is installed already, or an argument is not what `Clipper` takes.
@@ -67,7 +69,13 @@ def install(
     if policy is not None:
         check_policy(policy)
     nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
-    return Installed(policy, on_nonfinite, max_consecutive_skips)
+    make_clipper = functools.partial(
+        Clipper,
+        on_nonfinite=on_nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        tensor_norms=as_interval("tensor_norms", tensor_norms) or False,
+    )
+    return Installed(policy, on_nonfinite, make_clipper)
 
 
 class Installed:
@@ -80,13 +88,13 @@ class Installed:
     report: Report | None = None
 
     def __init__(
-        self, policy: Policy[Any] | None, on_nonfinite: OnNonFinite, max_consecutive_skips: int
+        self,
+        policy: Policy[Any] | None,
+        on_nonfinite: OnNonFinite,
+        make_clipper: Callable[..., Clipper],
     ) -> None:
         claim(_utils, OWNER)
-        self._policy, self._mode = policy, on_nonfinite
-        self._make_clipper = functools.partial(
-            Clipper, on_nonfinite=on_nonfinite, max_consecutive_skips=max_consecutive_skips
-        )
+        self._policy, self._mode, self._make_clipper = policy, on_nonfinite, make_clipper
         # By a weak reference: a trainer that is gone leaves no model behind.
         self._trainers: WeakKeyDictionary[Any, Trained] = WeakKeyDictionary()
         self._is_removed = False

@@ -18,6 +18,7 @@ from distclip import nonfinite
 from distclip.adapters.frameworks import TRANSFORMERS, import_framework
 from distclip.adapters.transformers import checkpoints
 from distclip.adapters.transformers.clipping import Clipping, InEngine, InOptimizer
+from distclip.arguments import as_interval
 from distclip.clipper import Clipper
 from distclip.nonfinite import OnNonFinite
 from distclip.policies import ClipNorm, Policy, StatelessPolicy, check_policy
@@ -58,8 +59,8 @@ class DistClip(FollowsTrain):
         policy: how large the gradients may be. If omitted, `ClipNorm(args.max_grad_norm)`, which
             only measures where that is 0 or None, and follows callbacks that change it between
             steps.
-        on_nonfinite, max_consecutive_skips, mesh, layouts: as `Clipper` has them. Under DeepSpeed
-            only `on_nonfinite`.
+        on_nonfinite, max_consecutive_skips, mesh, layouts, tensor_norms: as `Clipper` has them.
+            Under DeepSpeed only `on_nonfinite` and `tensor_norms`.
 
     Attributes:
         report: of the latest step; None before the first.
@@ -84,6 +85,7 @@ class DistClip(FollowsTrain):
         max_consecutive_skips: int = DEFAULT_SKIPS,
         mesh: DeviceMesh | None = None,
         layouts: LayoutFunction | None = None,
+        tensor_norms: bool | int = False,
     ) -> None:
         super().__init__()
         nonfinite.check_mode(on_nonfinite, max_consecutive_skips)
@@ -92,6 +94,7 @@ class DistClip(FollowsTrain):
         self.policy = policy
         self._on_nonfinite: OnNonFinite = on_nonfinite
         self._max_skips, self._mesh, self._layouts = max_consecutive_skips, mesh, layouts
+        self._tensor_norms = as_interval("tensor_norms", tensor_norms)
         self._clipping: Clipping | None = None
         self._limit = math.inf  # without a policy
         self._ends = ExitStack()
@@ -161,7 +164,7 @@ class DistClip(FollowsTrain):
             with warnings.catch_warnings():
                 if engine.gradient_clipping() == args.max_grad_norm:  # "auto": see _warn_if_chosen
                     warnings.filterwarnings("ignore", "The config of DeepSpeed has gradient_clip")
-                return InEngine(engine, policy, self._on_nonfinite)
+                return InEngine(engine, policy, self._on_nonfinite, self._tensor_norms)
         clipper = Clipper(
             trainer.model_wrapped,
             policy,
@@ -169,6 +172,7 @@ class DistClip(FollowsTrain):
             layouts=self._layouts,
             on_nonfinite=self._on_nonfinite,
             max_consecutive_skips=self._max_skips,
+            tensor_norms=self._tensor_norms or False,
         )
         return InOptimizer(clipper, optimizer, trainer.accelerator)
 

@@ -112,8 +112,11 @@ class InOptimizer:
 class InEngine:
     """Clips in the steps of a DeepSpeed engine, which accelerate takes during backward."""
 
-    def __init__(self, engine: Any, policy: Policy[Any], on_nonfinite: OnNonFinite) -> None:
-        self._handle = deepspeed.attach(engine, policy, on_nonfinite)
+    def __init__(
+        self, engine: Any, policy: Policy[Any], on_nonfinite: OnNonFinite, tensor_norms: int
+    ) -> None:
+        every = tensor_norms or False
+        self._handle = deepspeed.attach(engine, policy, on_nonfinite, tensor_norms=every)
         self.end = self._handle.detach
         self.state_dict = self._handle.state_dict
         self.load_state_dict = self._handle.load_state_dict
