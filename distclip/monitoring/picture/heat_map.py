@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
-from distclip.monitoring.curves import MOST
 from distclip.monitoring.findings import chosen, depth, listed, number, trends
 from distclip.monitoring.layers import layer_norms, layers_of
+from distclip.monitoring.picture.curves import MOST
 from distclip.monitoring.picture.texts import shortened
 from distclip.monitoring.records import Floats, Run
 from distclip.monitoring.thinning import cells
