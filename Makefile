@@ -103,7 +103,9 @@ import torch, distclip
 files = [str(path) for path in metadata.files("distclip")]
 assert pathlib.Path(distclip.__file__).is_relative_to(sys.prefix), distclip.__file__
 assert "distclip/py.typed" in files, files
-assert {path.split("/")[0].split("-")[0] for path in files} == {"distclip"}, files
+assert {path.split("/")[0].split("-")[0] for path in files} == {"distclip", ".."}, files
+assert [path for path in files if path.startswith("..")] == ["../../../bin/distclip"], files
+assert "distclip/monitoring/page/page.html.jinja" in files, files
 assert [need for need in metadata.requires("distclip") if "extra ==" not in need] == ["torch>=2.9"]
 weight = torch.nn.Parameter(torch.zeros(3))
 weight.grad = torch.tensor([10.0, 20.0, 30.0])
