@@ -306,7 +306,12 @@ def longer(run: Run, times: int) -> Run:
         run,
         steps=np.arange(1, 1 + times * num_rows),
         columns={name: np.tile(column, times) for name, column in run.columns.items()},
-        tensors=replace(run.tensors, rows=rows, norms=np.tile(run.tensors.norms, (times, 1))),
+        tensors=replace(
+            run.tensors,
+            rows=rows,
+            norms=np.tile(run.tensors.norms, (times, 1)),
+            norm_types=np.tile(run.tensors.norm_types, times),
+        ),
     )
 
 
