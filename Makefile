@@ -65,7 +65,7 @@ test-slurm: $(STAMP)
 	$(PY) -m pytest tests/slurm -m "cluster_slow or not cluster_slow" --durations=0
 
 # The core of the suite on other versions of torch and Python, each in a venv that is deleted after it:
-# over an hour. VERSIONS="--quick" is what CI runs, VERSIONS="--torch 2.9.1 --python 3.13" one of them.
+# over an hour. VERSIONS="--quick": a part on the oldest and the newest torch; VERSIONS="--torch 2.9.1": one of them.
 VERSIONS ?=
 test-versions: $(STAMP)
 	$(PY) -m tests.versions $(VERSIONS)

@@ -384,23 +384,23 @@ def _with_tensors_of_other_ranks(
     for i, group in enumerate(groups):
         of_group = {coordinate: names[i] for coordinate, names in names_at.items()}
         before = sum(len(names) for coordinate, names in of_group.items() if coordinate < here)
-        names = _told_apart(of_group, axes)
+        names = _with_indices(of_group, axes)
         made.append(replace(group, num_slots=len(names), first_slot=before, tensor_names=names))
     return made
 
 
-def _told_apart(names_at: dict[tuple[int, ...], Sequence[str]], axes: Sequence[str]) -> list[str]:
+def _with_indices(names_at: dict[tuple[int, ...], Sequence[str]], axes: Sequence[str]) -> list[str]:
     coordinates: dict[str, list[tuple[int, ...]]] = {}
     for coordinate, names in names_at.items():
         for name in names:
             coordinates.setdefault(name, []).append(coordinate)
-    told: list[str] = []
+    unique: list[str] = []
     for coordinate, names in names_at.items():
         for name in names:
             columns = zip(axes, coordinate, zip(*coordinates[name], strict=True), strict=True)
             differ = [f"{axis} {index}" for axis, index, others in columns if len({*others}) > 1]
-            told.append(f"{name} ({', '.join(differ)})" if differ else name)
-    return told
+            unique.append(f"{name} ({', '.join(differ)})" if differ else name)
+    return unique
 
 
 def _sizes(params: Sequence[LocalParam]) -> list[str]:

@@ -176,10 +176,11 @@ def test_odd_runs(tmp_path: Path, name: str) -> None:
     figure_of([run, replace(run, name="other")], "").draw_without_rendering()
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e250, 1e307])
+@pytest.mark.parametrize("scale", [1e-300, 8e307])
 def test_norms_near_the_ends_of_float64(tmp_path: Path, scale: float) -> None:
-    norms = (scale * np.array(noisy(30))).tolist()
-    run = write_history(tmp_path, norms, tensors={i: {"a.w": norms[i]} for i in range(30)})
+    norms = (scale * np.random.default_rng(0).random(30)).tolist()
+    tensors = {i: {"a.w": norms[i]} for i in range(30)}
+    run = write_history(tmp_path, norms, scale / 10, tensors=tensors)
     figure_of([run], "").draw_without_rendering()
     figure_of([run, replace(run, name="other")], "").draw_without_rendering()
 

@@ -2,7 +2,7 @@
 
     python -m tests.versions                            every version; writes docs/versions.md
     python -m tests.versions --torch 2.9.1 --python 3.13
-    python -m tests.versions --quick                    the oldest and the newest torch, as CI does
+    python -m tests.versions --quick                    a part, on the oldest and the newest torch
 
 A version that cannot be had on this machine is one line, and no failure.
 """

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ["kernels", "norms", "policies", "sharding", "training"]
 LEFT_OUT = {"test_docs.py", "test_examples.py", "test_gpu.py", "test_architecture.py"}
 
-# On every push, in about two minutes: what depends most on the version of torch.
+# `--quick`: what depends most on the version of torch.
 QUICK = [
     "tests/sharding/test_wrapped.py",
     "tests/sharding/test_read.py",

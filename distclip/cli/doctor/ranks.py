@@ -197,8 +197,8 @@ def _finding(line: Finding, stages: list[Stage]) -> Finding:
 def _why(answers: list[Answer]) -> str:
     """The errors of the ranks; one that waited for the other says little."""
     errors = [answer.error or "ended early" for answer in answers]
-    told = [error for error in errors if not error.startswith("no answer")] or errors
-    return "; ".join(dict.fromkeys(told))
+    reasons = [error for error in errors if not error.startswith("no answer")] or errors
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _advice(backend: str) -> str:

@@ -45,10 +45,10 @@ def find(run: Run) -> Iterator[Finding]:
     steps: list[int] = run.steps[[spike.row for spike in found]].tolist()
     text = f"The norm has {count(len(found), 'spike')}: {in_words(steps)}."
     leaders = {spike: _leaders(run, spike, found) for spike in highest}
-    told = [_told(run, spike, leaders[spike]) for spike in highest]
+    described = [_described(run, spike, leaders[spike]) for spike in highest]
     names = [leader.layer for each in leaders.values() for leader in each]
     yield Finding(
-        "spikes", True, " ".join([text, *told]), steps[:MOST_STEPS], [*dict.fromkeys(names)]
+        "spikes", True, " ".join([text, *described]), steps[:MOST_STEPS], [*dict.fromkeys(names)]
     )
 
 
@@ -98,7 +98,7 @@ def inside(rows: Ints, spikes: Sequence[Spike]) -> NDArray[np.bool_]:
     return inside
 
 
-def _told(run: Run, spike: Spike, leaders: Sequence[Leader]) -> str:
+def _described(run: Run, spike: Spike, leaders: Sequence[Leader]) -> str:
     norm = number(float(run.columns["total_norm"][spike.row]))
     text = f"In step {run.steps[spike.row]} it was {norm}, {number(spike.ratio)} times the usual"
     if leaders:

@@ -31,7 +31,7 @@ from distclip.monitoring.records import Floats, Ints, Run
 from distclip.monitoring.thinning import rows_that_show, shares, spans
 
 _MOST_SPANS = 300
-_SHORT_RUN = 100  # rows, whose points can be told apart
+_SHORT_RUN = 100  # rows: each point can be seen
 _STEP = ("step", "@step{0}")
 
 

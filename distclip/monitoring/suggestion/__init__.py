@@ -67,7 +67,7 @@ class Suggestion:
     Attributes:
         group: its name; "" for the model.
         num_steps: with a finite norm above 0.
-        num_first: rows at the start that were told apart.
+        num_first: rows at the start that are counted separately.
         usual_norm: the median of the ordinary norms after the first steps.
         spikes: their steps.
         notes: what the history cannot tell, a sentence each.

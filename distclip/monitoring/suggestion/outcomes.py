@@ -14,8 +14,8 @@ from distclip.monitoring.spikes import find_spikes
 from distclip.monitoring.suggestion.replay import Replay, Series, code_of, replay, threshold
 from distclip.policies import AdaGC, AutoClip, ClipNorm, ClipTensorNorm, Policy, ZClip
 
-# The first steps are told apart, because norms fall fast there: as many as AdaGC, whose warm-up is
-# the longest, takes by default, and at most a tenth of the run.
+# Norms fall fast in the first steps, which are counted separately: as many as the warm-up of AdaGC
+# has by default, the longest of all policies, and at most a tenth of the run.
 NUM_FIRST = 100
 PERCENTS = (1, 5, 10)  # of the steps that a constant limit clips
 # AutoClip's default window of 10,000 norms, which are sorted in each step, takes 10 times as long.
