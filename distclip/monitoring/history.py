@@ -5,11 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,16 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.arguments import kind_of, shown
-from distclip.monitoring.lines import FILE_NAME, FORMAT, RESERVED, line_of
+from distclip.monitoring.history_file import open_file, write_whole
+from distclip.monitoring.lines import FILE_NAME, RESERVED, line_of
 from distclip.norms.late_reads import recorded_event
 from distclip.report import Report
 from distclip.sharding.local_tensors import is_dtensor
 from distclip.torch_private import has_values
-from distclip.version import __version__
 
 _MOST_PENDING = 16  # steps; the host is rarely so far ahead of an accelerator
-_STEP = re.compile(rb'\{"step": (\d+), .*\}\n')
-_AFTER = re.compile(rb'\{"history": .*"after": (\d+)\}\n')
 
 
 class Writer(Protocol):
@@ -112,10 +108,8 @@ class History:
         self._file: int | None = None
         if not _is_rank_0():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        last_step = _take_over(self.path, _header(after))
+        self._file, last_step = open_file(self.path, after)
         self._last_step = last_step if after is None else self._last_step
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         atexit.register(self.close)
 
     def append(
@@ -219,7 +213,7 @@ class History:
             event.synchronize()
         row = _row(pending)
         try:
-            _write_whole(self._file, line_of(row))
+            write_whole(self._file, line_of(row))
             removed = os.fstat(self._file).st_nlink == 0
         except OSError as error:
             self._fail(f"{self.path} cannot be written: {error.strerror or error}")
@@ -259,42 +253,6 @@ def _is_rank_0() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
 
 
-def _header(after: int | None) -> bytes:
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    header: dict[str, Any] = {"history": FORMAT, "distclip": __version__, "started": started}
-    return line_of(header if after is None else header | {"after": after})
-
-
-def _take_over(path: Path, header: bytes) -> int:
-    """Puts a copy in the file's place, with the header of this start; the last step in it.
-
-    The copy leaves out a last line that a kill has cut.
-    """
-    path.touch()
-    temporary, last_step = path.with_suffix(".tmp"), 0
-    with path.open("rb") as file:
-        _check_own(path, file.readline())
-        file.seek(0)
-        with temporary.open("wb") as copy:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                copy.write(line)
-                if found := _STEP.match(line) or _AFTER.match(line):
-                    last_step = int(found[1])
-            copy.write(header)
-    temporary.replace(path)
-    return last_step
-
-
-def _check_own(path: Path, first_line: bytes) -> None:
-    if first_line and not first_line.startswith((b'{"history":', b'{"step":')):
-        raise ValueError(
-            f"cannot append to {path}: it was not written by distclip.History, and its rows would "
-            f"be mixed with others. Choose another folder, or move the file."
-        )
-
-
 def _copied(step: int, report: Report, values: dict[str, Any]) -> _Pending:
     """Everything on its way to the host."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -330,11 +288,6 @@ def _row(pending: _Pending) -> dict[str, Any]:
         if len(orders) == 1 and orders != {2.0}:
             (row["norm_type"],) = orders
     return row
-
-
-def _write_whole(file: int, line: bytes) -> None:
-    while line:
-        line = line[os.write(file, line) :]
 
 
 def _as_step(name: str, value: Any) -> int:
