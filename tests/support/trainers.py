@@ -101,6 +101,9 @@ def quiet(shards: bool = False) -> Any:
     os.environ.setdefault("MASTER_PORT", "29500")  # nobody connects: the process group is there
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    # The ranks are shared: a Trainer on DeepSpeed leaves ACCELERATE_USE_DEEPSPEED behind.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     before = set(os.environ)
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
