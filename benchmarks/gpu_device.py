@@ -111,13 +111,14 @@ class Session:
             seconds = _seconds(run)
             return Time(1e6 * seconds, 1e6 * seconds, True)
         seconds = 0.005 + 2 * times * (_seconds(prepare) + _seconds(run))
-        for _ in range(3):
+        while True:
             self.synchronize()
             found = self._queued(run, prepare, times, seconds)
-            if found.queued:
-                break
-            seconds *= 3
-        return found
+            if found.queued or times == 1:
+                return found
+            # The sleep was too short, or the device's queue of about a thousand launches was full,
+            # or the call reads numbers of four calls before.
+            seconds, times = 3 * seconds, times // 2
 
     def _queued(self, run: Run, prepare: Run, times: int, seconds: float) -> Time:
         def event() -> torch.cuda.Event:
@@ -156,9 +157,11 @@ class Session:
             run()
             return None
         self.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            run()
-            self.synchronize()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Profiler clears events")
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+                run()
+                self.synchronize()
         events = profiled.events() or []
         return count_launches([e.name for e in events if "CUDA" in str(e.device_type)])
 

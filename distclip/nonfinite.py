@@ -53,7 +53,10 @@ def coefficient_under(mode: OnNonFinite, coefficient: Tensor, finite: Tensor) ->
 
 def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor | None) -> Tensor:
     """What the gradients are clamped to, given the mode; `finite` is None with "propagate"."""
-    return limit if finite is None else torch.where(finite, limit, math.inf)
+    if finite is None:
+        return limit
+    # `limit` may lie on the host: a sum takes it as a number, `where` would wait to copy it.
+    return torch.where(finite, 0.0, math.inf) + limit
 
 
 class SkipCounter:

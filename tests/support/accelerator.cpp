@@ -252,7 +252,8 @@ Tensor& set_whole_storage(Tensor& tensor, at::Storage storage) {
   return at::native::set_(tensor, std::move(storage));
 }
 
-// Whether CUDA would wait: for a size that depends on values, or for indices on the host.
+// Whether CUDA would wait: for a size that depends on values, for indices on the host, or for numbers
+// on the host that `where` copies to the device.
 bool waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   const std::string& name = op.schema().name();
   for (const char* known : {"nonzero", "masked_select", "equal", "_unique", "_unique2",
@@ -260,6 +261,13 @@ bool waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
     if (name == std::string("aten::") + known) return true;
   size_t first = stack.size() - op.schema().arguments().size();
   if (name == "aten::repeat_interleave") return stack[first + 1].isNone();
+  if (name == "aten::where") {
+    for (size_t i = first; i < stack.size(); ++i)
+      if (stack[i].isTensor() && stack[i].toTensor().is_cpu() &&
+          !stack[i].toTensor().unsafeGetTensorImpl()->is_wrapped_number())
+        return true;
+    return false;
+  }
   if (name != "aten::index" && name != "aten::index_put_" && name != "aten::_index_put_impl_")
     return false;
   for (const c10::IValue& each : stack[first + 1].toListRef()) {
