@@ -148,10 +148,15 @@ def training(session: Session, kind: str, mesh: DeviceMesh, overlap: bool) -> No
 
 
 def norm(model: nn.Module) -> float:
-    """Of whole gradients, by float64."""
-    grads = (p.grad for p in model.parameters() if p.grad is not None)
-    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
-    return math.sqrt(sum(float(g.double().square().sum()) for g in whole))
+    """Of whole gradients, by float64; `full_tensor` crashes where gloo has CUDA tensors."""
+    total = 0.0
+    for param in model.parameters():
+        assert param.grad is not None
+        square = local(param.grad).double().square().sum()
+        if isinstance(param.grad, DTensor):  # of one axis, and sharded
+            dist.all_reduce(square, group=param.grad.device_mesh.get_group())
+        total += float(square)
+    return math.sqrt(total)
 
 
 def symmetric_memory(session: Session, mesh: DeviceMesh) -> None:
@@ -189,7 +194,7 @@ def offload(session: Session, mesh: DeviceMesh, kind: type[torch.optim.Optimizer
             torch.cuda._sleep(20_000_000)
         clipper.step(second)
     worst = max(
-        float((a.detach().cpu() - local(b)).abs().max())
+        float((a.detach().cpu() - local(b).cpu()).abs().max())
         for a, b in zip(plain.parameters(), sharded.parameters(), strict=True)
     )
     name = f"{kind.__name__}, fused, offloaded to the host"
@@ -197,4 +202,4 @@ def offload(session: Session, mesh: DeviceMesh, kind: type[torch.optim.Optimizer
 
 
 def local(param: Tensor) -> Tensor:
-    return param.detach().to_local().cpu() if isinstance(param, DTensor) else param.detach().cpu()
+    return param.detach().to_local() if isinstance(param, DTensor) else param.detach()

@@ -17,9 +17,11 @@ import distclip
 from benchmarks.gpu_device import Session
 from benchmarks.gradients import random_gradients
 from benchmarks.timing import STATES
+from distclip.training import optimizers
 from tests.benchmarks.models import LLAMA_1B
 
 ALONE, APART, FOLDED, TORCHS = "step alone", "clip_, step", "clipper.step", "torch, step"
+GIVEN = "step given a factor"  # which the kernels read, and write every gradient
 NOISE = 1.02
 
 
@@ -33,11 +35,13 @@ def folding_of(session: Session, dtype: torch.dtype) -> None:
     shapes = session.pick([w.shape for w in LLAMA_1B.weights], [(10, 10), (7,)])
     work = random_gradients(shapes, dtype, device=session.device)
     optimizer = AdamW(work.params, lr=1e-6, fused=True)
+    half = torch.full((), 0.5, device=session.device)
     for state, factor in STATES.items():
         limit = factor * work.norm
         clipper = distclip.Clipper(work.params, distclip.ClipNorm(limit))
         ways: dict[str, Callable[[], object]] = {
             ALONE: optimizer.step,
+            GIVEN: partial(step_given, optimizer, half),
             APART: partial(in_turn, clipper.clip_, optimizer.step),
             FOLDED: partial(clipper.step, optimizer),
             TORCHS: partial(
@@ -51,6 +55,11 @@ def folding_of(session: Session, dtype: torch.dtype) -> None:
             session.say(what=f"{LLAMA_1B.name}, {dtype}", state=state, by=name, **found.facts())
         what = f"{FOLDED}, {state}, {dtype}, us: as {APART}"
         session.goal(what, us[FOLDED], NOISE * us[APART])
+
+
+def step_given(optimizer: Optimizer, factor: Tensor) -> None:
+    with optimizers.folded(optimizer, factor, None):
+        optimizer.step()
 
 
 def in_turn(*calls: Callable[[], object]) -> None:

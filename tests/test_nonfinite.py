@@ -132,9 +132,10 @@ def all_ranks_do_the_same(layout: str, device: str) -> None:
                 torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
         if rule in ("skip", "zero"):
             assert clipper.skipped == 1
-            with_a_value_on(2, math.inf, params)
             with pytest.raises(distclip.NonFiniteGradientError, match=r"after 1 steps in a row"):
-                clipper.clip_()
+                for _ in range(1 if device == "cpu" else 5):  # an accelerator is read 4 steps late
+                    with_a_value_on(2, math.inf, params)
+                    clipper.clip_()
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in UNSHARDED])

@@ -143,6 +143,18 @@ def _share_one_gloo_device() -> None:
     dist.distributed_c10d.ProcessGroupGloo = Gloo  # where torch makes its groups
 
 
+def _gather_dtensors_by_the_host() -> None:
+    """torch's all-gather of DTensors ends the process where gloo has CUDA tensors (2.11)."""
+    collectives = torch.distributed._functional_collectives
+    gather = collectives.all_gather_tensor
+
+    def gathered(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        found = gather(tensor.detach().cpu(), *args, **options)
+        return collectives.wait_tensor(found).to(tensor.device)
+
+    collectives.all_gather_tensor = gathered
+
+
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
     gc.freeze()  # DeepSpeed asks for many collections, which then leave out what modules hold
     torch.set_num_threads(1)
@@ -151,6 +163,8 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> N
     own_gpu = device == "cuda" and torch.cuda.device_count() >= size
     if device == "cuda":
         torch.cuda.set_device(rank if own_gpu else 0)
+        if not own_gpu:
+            _gather_dtensors_by_the_host()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
         store=dist.FileStore(store, size),
