@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
@@ -57,6 +57,9 @@ class Deterministic(TorchDispatchMode):
     ) -> object:
         name = func.overloadpacket.__name__.strip("_")
         self.called.append(name)
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        if torch.cuda.is_available() and all(each.is_cpu for each in tensors):
+            return func(*args, **(kwargs or {}))  # on the host, which makes the kernels' tables
         assert name not in VARIES, f"{func} has no fixed order on CUDA"
         if name in ("cumsum", "cumprod"):
             assert not args[0].is_floating_point(), f"{func} has no fixed order on CUDA"

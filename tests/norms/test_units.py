@@ -103,7 +103,7 @@ def wrapped_clips(kind: str, device: str) -> None:
     """The same elements, whatever the wrapper: a second model beside it, whose gradients are laid
     out the same.
     """
-    whole_model = make_model(device)
+    whole_model = make_model()
     model = with_gradients(kind, device)
     distclip.clip_grad_norm_(model, math.inf)  # reduces Partial gradients
     own = [None if p.grad is None else p.grad.clone() for p in model.parameters()]

@@ -143,16 +143,22 @@ def _share_one_gloo_device() -> None:
     dist.distributed_c10d.ProcessGroupGloo = Gloo  # where torch makes its groups
 
 
-def _gather_dtensors_by_the_host() -> None:
-    """torch's all-gather of DTensors ends the process where gloo has CUDA tensors (2.11)."""
-    collectives = torch.distributed._functional_collectives
-    gather = collectives.all_gather_tensor
+def _dtensors_by_the_host() -> None:
+    """The collectives of DTensors through the host's memory, where gloo has CUDA tensors.
 
-    def gathered(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-        found = gather(tensor.detach().cpu(), *args, **options)
-        return collectives.wait_tensor(found).to(tensor.device)
+    In torch 2.11 its all-gather then ends the process, and what its reduce-scatter left was NaN.
+    """
+    functional = torch.distributed._functional_collectives
 
-    collectives.all_gather_tensor = gathered
+    def by_the_host(collective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+            found = collective(tensor.detach().cpu(), *args, **options)
+            return functional.wait_tensor(found).to(tensor.device)
+
+        return run
+
+    for name in ("all_gather_tensor", "reduce_scatter_tensor", "all_reduce"):
+        setattr(functional, name, by_the_host(getattr(functional, name)))
 
 
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
@@ -164,7 +170,7 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> N
     if device == "cuda":
         torch.cuda.set_device(rank if own_gpu else 0)
         if not own_gpu:
-            _gather_dtensors_by_the_host()
+            _dtensors_by_the_host()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
         store=dist.FileStore(store, size),
