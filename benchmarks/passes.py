@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.utils.benchmark import timer
 
 import distclip
@@ -29,12 +29,16 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW, fused": lambda params: AdamW(params, fused=True),
     "SGD with momentum, fused": lambda params: SGD(params, lr=1e-3, momentum=0.9, fused=True),
     "AdamW, foreach": lambda params: AdamW(params, foreach=True),
+    "Muon": lambda params: Muon(params, ns_steps=1),
 }
+NUM_TOKENS = 4.0  # of all micro-batches, by which the sum of their gradients is divided
+WIDTH = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TITLE = "From loss-scaled gradients to the step: bytes and time"
 LEGEND = """\
-torch: scaler.unscale_, torch.nn.utils.clip_grad_norm_, scaler.step.
-clip_: clipper.clip_(optimizer, scaler), scaler.step. step: clipper.step(optimizer, scaler).
+torch: scaler.unscale_, torch._foreach_div_ by the number of tokens, clip_grad_norm_, scaler.step.
+clip_: clipper.clip_(optimizer, scaler, scale=1 / num_tokens), scaler.step.
+step: clipper.step(optimizer, scaler, scale=1 / num_tokens). Muon has one Newton-Schulz step here.
 Bytes: read + written of a gradient element, counted by operator. Every step clips.
 Times: median (p20 to p80) of the rounds, and the ratio of the medians to torch's."""
 
@@ -43,7 +47,8 @@ class Work:
     """Gradients that are scaled and too large, and one step with them."""
 
     def __init__(self, optimizer: str, dtype: str, way: str, sizes: list[int]) -> None:
-        self.params = [nn.Parameter(torch.ones(n, dtype=DTYPES[dtype])) for n in sizes]
+        shapes = [(n // WIDTH, WIDTH) for n in sizes]  # Muon takes matrices only
+        self.params = [nn.Parameter(torch.ones(shape, dtype=DTYPES[dtype])) for shape in shapes]
         self.optimizer = OPTIMIZERS[optimizer](self.params)
         self.scaler = GradScaler("cpu", init_scale=256.0)
         self.clipper = distclip.Clipper(self.params, distclip.ClipNorm(1.0))
@@ -52,17 +57,18 @@ class Work:
     def prepare(self) -> None:
         self.scaler.scale(torch.zeros(()))
         for param in self.params:
-            param.grad = torch.full_like(param, 256.0)
+            param.grad = torch.full_like(param, 256.0 * NUM_TOKENS)
 
     def run(self) -> Tensor:
         """The norm before clipping."""
         if self.way == "step":
-            norm = self.clipper.step(self.optimizer, self.scaler).total_norm
+            norm = self.clipper.step(self.optimizer, self.scaler, scale=1 / NUM_TOKENS).total_norm
         elif self.way == "clip_":
-            norm = self.clipper.clip_(self.optimizer, self.scaler).total_norm
+            norm = self.clipper.clip_(self.optimizer, self.scaler, scale=1 / NUM_TOKENS).total_norm
             self.scaler.step(self.optimizer)
         else:
             self.scaler.unscale_(self.optimizer)
+            torch._foreach_div_([p.grad for p in self.params if p.grad is not None], NUM_TOKENS)
             norm = nn.utils.clip_grad_norm_(self.params, 1.0)
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -93,7 +99,7 @@ def table(num_elements: int, rounds: int) -> list[list[str]]:
     columns = [f"{way}: {what}" for what in ("bytes", "ms") for way in WAYS]
     lines = [["optimizer", "gradients", *columns, "ratios"]]
     for optimizer, dtype in product(OPTIMIZERS, DTYPES):
-        counts = [bytes_per_element(optimizer, dtype, way, [4096, 512, 33]) for way in WAYS]
+        counts = [bytes_per_element(optimizer, dtype, way, [4096, 512, 64]) for way in WAYS]
         rows = times(optimizer, dtype, [num_elements // 8] * 8, rounds)
         found = [(row.baseline, ratio(row, rows[0])) for row in rows[1:]]
         ratios = ", ".join(f"{way} {r.p50:.2f}" for way, r in found if r is not None)

@@ -8,16 +8,20 @@ import torch
 from benchmarks.passes import DTYPES, bytes_per_element, main
 from tests.benchmarks.counting import Traffic, tensors_in
 
-READS_AND_WRITES = {  # of unscaling, measuring, clipping and stepping
-    ("AdamW, fused", "torch"): (4, 2),
+# Of unscaling, dividing by the number of tokens, measuring, clipping and stepping.
+READS_AND_WRITES = {
+    ("AdamW, fused", "torch"): (5, 3),
     ("AdamW, fused", "clip_"): (3, 1),
     ("AdamW, fused", "step"): (2, 1),
-    ("SGD with momentum, fused", "torch"): (4, 2),
+    ("SGD with momentum, fused", "torch"): (5, 3),
     ("SGD with momentum, fused", "clip_"): (3, 1),
     ("SGD with momentum, fused", "step"): (2, 1),
-    ("AdamW, foreach", "torch"): (5, 2),  # its step reads twice
+    ("AdamW, foreach", "torch"): (6, 3),  # its step reads twice
     ("AdamW, foreach", "clip_"): (4, 1),
     ("AdamW, foreach", "step"): (4, 1),
+    ("Muon", "torch"): (6, 3),  # it cannot take a factor
+    ("Muon", "clip_"): (4, 1),
+    ("Muon", "step"): (4, 1),
 }
 
 
@@ -26,7 +30,7 @@ def test_reads_and_writes(dtype: str) -> None:
     """Large tensors too: those that are measured in chunks."""
     size = DTYPES[dtype].itemsize
     for (optimizer, way), (reads, writes) in READS_AND_WRITES.items():
-        counted = bytes_per_element(optimizer, dtype, way, [100_000, 7])
+        counted = bytes_per_element(optimizer, dtype, way, [100_000, 64])
         assert counted == [reads * size, writes * size], (optimizer, way)
 
 
@@ -60,7 +64,7 @@ def test_fused_kernels_write_gradients_back_only_when_they_divide() -> None:
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--elements", "64", "--rounds", "3"])
+    main(["--elements", "2048", "--rounds", "3"])
     out = capsys.readouterr().out
-    assert "16 + 8" in out
+    assert "20 + 12" in out
     assert "8 + 4" in out
