@@ -14,6 +14,7 @@ missed is no error.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -113,12 +114,12 @@ def run_section(section: Section, options: Options, limit_s: float) -> Iterator[
     began, ranks = time.monotonic(), range(section.num_ranks)
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    store = tempfile.mktemp(prefix="distclip-gpu-")
+    folder = tempfile.mkdtemp(prefix="distclip-gpu-")
     pipes: dict[Connection, int] = {}
     processes = []
     for rank in ranks:
         ours, theirs = context.Pipe(duplex=False)
-        given = (section, options, rank, store, theirs)
+        given = (section, options, rank, f"{folder}/store", theirs)
         processes.append(context.Process(target=work, args=given))
         processes[-1].start()
         theirs.close()
@@ -141,8 +142,7 @@ def run_section(section: Section, options: Options, limit_s: float) -> Iterator[
     if pipes:
         ended = f"ended after {limit_s:.0f} s; {section.seconds:.0f} s were expected"
         yield {"section": section.name, "error": ended}
-    with suppress(FileNotFoundError):
-        os.unlink(store)
+    shutil.rmtree(folder, ignore_errors=True)
     yield {"section": section.name, "took_s": time.monotonic() - began}
 
 

@@ -137,7 +137,7 @@ class Pool:
 
     def _received(self, rank: int, pipe: Any) -> Answer:
         try:
-            return pickle.loads(pipe.recv_bytes())
+            return pickle.loads(pipe.recv_bytes())  # noqa: S301  (of our own process)
         except (EOFError, ConnectionResetError):
             process = self._processes[rank]
             process.join(GRACE_S)
@@ -174,7 +174,7 @@ def serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
 
 def _answer(worker: Worker, request: bytes, stack: Any) -> Answer:
     try:
-        method, args, limit_s = pickle.loads(request)
+        method, args, limit_s = pickle.loads(request)  # noqa: S301  (of the process that started this one)
         faulthandler.dump_traceback_later(0.8 * limit_s, file=stack)
         return Answer(getattr(worker, method)(*args))
     except BaseException as error:

@@ -52,7 +52,7 @@ class Worker:
                 that can be read.
         """
         try:
-            self.task = task = pickle.loads(pickled)
+            self.task = task = pickle.loads(pickled)  # noqa: S301  (of the process that started this one)
         except Exception as error:
             raise InvalidTask(
                 f"cannot run the functions on the ranks: {error}. Each rank is another process. "

@@ -140,4 +140,4 @@ def _load_module(name: str) -> _Script:
 def _run(script: _Script, namespace: dict[str, Any], name: str) -> None:
     namespace.update(__name__=name, __file__=script.file, __package__=script.package)
     namespace["__spec__"] = _Spec(script.package)
-    exec(script.code, namespace)
+    exec(script.code, namespace)  # noqa: S102  (the user's script, as `python` runs it)
