@@ -72,6 +72,8 @@ class Options(Generic[PolicyT]):
     """Layers of the model; 3 for gpt, 2 for lstm."""
     data: Path | None = None
     """Folder of text files to learn; without it, the source files of Python's standard library."""
+    corrupt: float = 0.0
+    """Share of the batches that are random bytes, as of a broken file."""
     out: Path = Path("runs/main")
     """Folder for history.jsonl, report.png and checkpoints/. Without --resume an earlier run in it
     is replaced."""
@@ -172,6 +174,8 @@ def _check_numbers(options: Options[Any]) -> None:
     for name in ("lr", "timeout"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} {getattr(options, name)}: a finite number above 0")
+    if not 0 <= options.corrupt <= 1:
+        raise UserError(f"--corrupt {options.corrupt}: a share, 0 to 1")
     width, depth = options.shape["width"], options.shape["depth"]
     if width < 1 or depth < 1:
         raise UserError(f"--width {width} --depth {depth}: both at least 1")

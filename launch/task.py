@@ -38,14 +38,19 @@ class Corpus:
     num_files: int
     checksum: int
 
-    def batch(self, seed: int, step: int, size: int, context: int) -> Tensor:
+    def batch(self, seed: int, step: int, size: int, context: int, corrupt: float = 0.0) -> Tensor:
         """The sequences of a step: a function of (seed, step), so that a resumed run has the same.
+
+        A share `corrupt` of the steps has random bytes, as of a broken file.
 
         Shapes: [size, context + 1], int64; inputs are all but the last byte, targets all but the
         first.
         """
         # random hashes a string seed with SHA-512: neighbouring steps and seeds are independent.
         draw = random.Random(f"{seed}/{step}")
+        if random.Random(f"{seed}/{step}/corrupt").random() < corrupt:
+            noise = torch.Generator().manual_seed(draw.getrandbits(63))
+            return torch.randint(256, (size, context + 1), generator=noise)
         last = len(self.data) - context - 1
         starts = [draw.randint(0, last) for _ in range(size)]
         return torch.stack([self.data[start : start + context + 1] for start in starts]).long()

@@ -180,7 +180,7 @@ def local_batch(run: Run, step: int) -> tuple[Tensor, Tensor]:
     Shapes: inputs and targets are [local batch, context], int64.
     """
     options, wrapped = run.options, run.wrapped
-    batch = run.corpus.batch(options.seed, step, options.batch, options.context)
+    batch = run.corpus.batch(options.seed, step, options.batch, options.context, options.corrupt)
     share = batch.chunk(wrapped.num_data_ranks)[wrapped.data_rank].to(run.device)
     return share[:, :-1].contiguous(), share[:, 1:].contiguous()
 

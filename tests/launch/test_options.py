@@ -24,6 +24,7 @@ from launch.ranks import UserError
         (["--layout", "hsdp"], 5, "--layout hsdp pairs the ranks up and there are 5"),
         (["--layout", "tp"], 3, "and there are 3 ranks: use 4 or fewer"),
         (["--batch", "9"], 2, "--batch 9 cannot be shared out evenly over 2 data ranks"),
+        (["--corrupt", "2"], 1, "--corrupt 2.0: a share, 0 to 1"),
     ],
 )
 def test_wrong_options_say_what_to_do(
