@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from distclip.kernels import naive, tensor_table
 from tests.support.drawn import given, settings
 from tests.support.drawn import strategies as st
 from tests.support.tolerances import NORM
+from tests.support.triton_launches import wrap_launches
 
 triton = pytest.importorskip("triton")
 cuda = pytest.importorskip("distclip.kernels.cuda")
@@ -340,17 +341,13 @@ def model() -> nn.Module:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched."""
     names: list[str] = []
-    for module in (cuda._triton, cuda._rewriting):
-        for name in KERNELS & vars(module).keys():
-            function = getattr(module, name)
 
-            def run(
-                *args: object, name: str = name, original: Any = function.run, **kwargs: object
-            ) -> None:
-                names.append(name)
-                original(*args, **kwargs)
+    def noted(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        if name in KERNELS:
+            names.append(name)
+        return launch
 
-            monkeypatch.setattr(function, "run", run)
+    wrap_launches(noted, monkeypatch.setattr)
     return names
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from distclip import kernels
 from distclip.kernels import naive, unit_table
 from distclip.kernels.unit_table import BROAD, LONG, MEDIUM, NARROW, SHORT
 from tests.support.tolerances import NORM
+from tests.support.triton_launches import wrap_launches
 
 triton = pytest.importorskip("triton")
 cuda_units = pytest.importorskip("distclip.kernels.cuda_units")
@@ -237,14 +238,16 @@ KERNELS = ("partial_sums", "partial_norms", "finish", "finish_norms", "scale")
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[object, ...]]]:
     """The kernels that are launched, with their compile-time arguments."""
     launches: list[tuple[str, tuple[object, ...]]] = []
-    for name in KERNELS:
-        function = getattr(cuda_units._scaling if name == "scale" else cuda_units._triton, name)
 
-        def run(*args: Any, name: str = name, original: Any = function.run, **kwargs: Any) -> None:
-            launches.append((name, tuple(a for a in args if not isinstance(a, Tensor))))
-            original(*args, **kwargs)
+    def noted(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> None:
+            if name in KERNELS:
+                launches.append((name, tuple(a for a in args if not isinstance(a, Tensor))))
+            launch(*args, **options)
 
-        monkeypatch.setattr(function, "run", run)
+        return run
+
+    wrap_launches(noted, monkeypatch.setattr)
     return launches
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
@@ -84,20 +84,22 @@ def use_triton() -> None:
 
     Nothing is prepared, because an interpreter compiles nothing.
     """
-    from triton.runtime.interpreter import InterpretedFunction
-
     from distclip import kernels
     from distclip.kernels import cuda
+    from tests.support.triton_launches import wrap_launches
 
-    choose, run = kernels._choose, InterpretedFunction.run
+    choose = kernels._choose
 
-    def launch(self: Any, *args: Any, **options: Any) -> None:
-        if Watch.active is not None:
-            Watch.active.launched(self.__name__)
-        run(self, *map(_on_host, args), **{k: _on_host(v) for k, v in options.items()})
+    def on_host(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> None:
+            if Watch.active is not None:
+                Watch.active.launched(name)
+            launch(*map(_on_host, args), **{k: _on_host(v) for k, v in options.items()})
+
+        return run
 
     kernels._choose = lambda device: cuda if device.type == accelerator.NAME else choose(device)
-    InterpretedFunction.run = launch
+    wrap_launches(on_host)
     cuda.prepare = cuda.prepare_units = lambda *_: None
 
 

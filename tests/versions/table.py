@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -43,9 +44,10 @@ def write_rows(page: Path, rows: Iterable[Row]) -> None:
     """Puts rows into the table of a page; rows of other versions stay as they are."""
     before, found, after = page.read_text().partition(HEAD)
     assert found, f"{page} has no table"
-    old = [match for line in after.splitlines() if (match := ROW.match(line))]
-    rest = after.splitlines()[len(old) :]
-    texts = {Version(match[1], match[2]): match[0] for match in old}
+    lines = after.splitlines()
+    old = list(takewhile(bool, map(ROW.match, lines)))  # other tables may follow
+    rest = lines[len(old) :]
+    texts = {Version(match[1], match[2]): match[0] for match in old if match}
     texts |= {row.version: str(row) for row in rows}
     table = [texts[version] for version in sorted(texts, key=_order)]
     page.write_text(before + HEAD + "\n".join([*table, *rest]) + "\n")

@@ -35,14 +35,15 @@ def test_counts_are_those_of_pytest(tmp_path: Path) -> None:
 
 def test_rows_of_other_versions_stay(tmp_path: Path) -> None:
     page = tmp_path / "versions.md"
-    page.write_text(f"# Versions\n\n{HEAD}\nThe rest.\n")
+    another = "| framework | lowest |\n|---|---|\n| Numba | 0.68.1 | the same |\n"
+    page.write_text(f"# Versions\n\n{HEAD}\nThe rest.\n\n{another}")
     first, second = Version("2.10.0", "3.11"), Version("2.9.1", "3.11")
     write_rows(page, [Row(first, "core", 5, 0, 1, "2026-11-25")])
     write_rows(page, [Row(second, "part", 4, 1, 2, "2026-11-26")])
     write_rows(page, [Row(first, "core", 6, 0, 0, "2026-11-27")])
     assert page.read_text() == (
         f"# Versions\n\n{HEAD}| 2.9.1 | 3.11 | part | 4 | 1 | 2 | 2026-11-26 |\n"
-        "| 2.10.0 | 3.11 | core | 6 | 0 | 0 | 2026-11-27 |\n\nThe rest.\n"
+        f"| 2.10.0 | 3.11 | core | 6 | 0 | 0 | 2026-11-27 |\n\nThe rest.\n\n{another}"
     )
 
 
