@@ -13,7 +13,6 @@ from distclip.arguments import as_number, shown
 from distclip.policies.base import NormContext, PolicyBase, Scope
 from distclip.policies.checks import check_not_negative, store_checked
 
-_FEWEST = 20  # as in OLMo-core; a smaller window must be full
 # Of the mean: the least deviation. Norms that are all the same differ by their rounding.
 _ROUNDING = 1e-6
 
@@ -44,10 +43,10 @@ class SkipSpike(PolicyBase):
     clips what lies beyond the other. With several parameter groups, one whose policy vetoes leaves
     out the step of all.
 
-    The window takes norms of accepted steps only. Until it has max(20, window // 2) of them, or is
-    full if it is smaller, only `max_norm` leaves out steps. Norms that stay at a higher level are
-    all left out, until `Clipper(max_consecutive_skips=...)` raises. A norm of 0 is accepted, and
-    is no statistic. A norm that is NaN or infinite is no spike: `on_nonfinite` says what happens.
+    The window takes norms of accepted steps only. Until it has max(2, window // 2) of them, only
+    `max_norm` leaves out steps. Norms that stay at a higher level are all left out, until
+    `Clipper(max_consecutive_skips=...)` raises. A norm of 0 is accepted, and is no statistic. A
+    norm that is NaN or infinite is no spike: `on_nonfinite` says what happens.
 
     Args:
         z_thresh: `math.inf` leaves `max_norm` alone.
@@ -56,11 +55,11 @@ class SkipSpike(PolicyBase):
         ValueError: `z_thresh` or `max_norm` is negative or NaN, or `window` is not a whole number
             above 1.
 
-    Reference: the skip-step optimizer of OLMo-core (`optim/skip_step_optimizer.py`): 128 norms, 6
-        deviations, nothing before max(20, 64) of them. It counts the current norm among these,
-        keeps those of skipped steps in its window, also skips norms far *below* the mean, and also
-        looks at the loss. MaxText's `skip_step_on_spikes` looks above only and keeps them too;
-        `max_norm` is Megatron-LM's `grad_norm_skip_threshold`.
+    Reference: the skip-step optimizer of OLMo-core (`optim/skip_step_optimizer.py`), with 128
+        norms, 6 deviations, and nothing before half of the window. It counts the current norm among
+        these, has no least deviation, keeps the norms of skipped steps in its window, and looks at
+        the loss as well; MaxText's `skip_step_on_spikes` does the same. `max_norm` is Megatron-LM's
+        `grad_norm_skip_threshold`.
     """
 
     z_thresh: float = 6.0
@@ -97,7 +96,7 @@ class SkipSpike(PolicyBase):
         mean = torch.where(is_used, state.norms, 0.0).sum() / num
         var = torch.where(is_used, state.norms - mean, 0.0).square().sum() / (num - 1)
         highest = mean + self.z_thresh * torch.maximum(var.sqrt(), _ROUNDING * mean)
-        is_ready = num >= min(self.window, max(_FEWEST, self.window // 2))
+        is_ready = num >= max(2, self.window // 2)
         return norms <= torch.where(is_ready, highest, math.inf).clamp(max=self.max_norm)
 
 
