@@ -242,6 +242,20 @@ def test_a_vetoed_step_leaves_gradients_as_they_are_in_each_mode(mode: str) -> N
     assert str(clipper.state_dict()) != state
 
 
+@pytest.mark.parametrize("vetoing", [(), (0,), (1,), (0, 1)])
+def test_one_group_is_enough(vetoing: tuple[int, ...]) -> None:
+    params = [with_gradient(3.0, 4.0), with_gradient(3.0, 4.0)]
+    limits = [1.0 if i in vetoing else 10.0 for i in range(2)]
+    groups = [
+        {"params": [(f"w{i}", param)], "policy": SkipSpike(max_norm=limit), "name": f"g{i}"}
+        for i, (param, limit) in enumerate(zip(params, limits, strict=True))
+    ]
+    clipper = Clipper(groups)
+    assert bool(clipper.clip_().skipped) is bool(vetoing)
+    found = clipper.state_dict()["groups"].values()
+    assert [int(group["SkipSpike"]["num_steps"]) for group in found] == [int(not vetoing)] * 2
+
+
 def test_a_report_without_a_veto() -> None:
     param = with_gradient(3.0, math.nan)
     for mode, skipped in (("propagate", False), ("skip", True), ("zero", False)):
