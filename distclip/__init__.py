@@ -14,6 +14,7 @@ from distclip.clipper import Clipper as Clipper
 from distclip.decision import Decision as Decision
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
+from distclip.errors import SkippedStepsError as SkippedStepsError
 from distclip.monitoring import History as History
 from distclip.norms.plan import Plan as Plan
 from distclip.parity import parity as parity
@@ -30,6 +31,7 @@ from distclip.policies import NormContext as NormContext
 from distclip.policies import Policy as Policy
 from distclip.policies import PolicyBase as PolicyBase
 from distclip.policies import Scope as Scope
+from distclip.policies import SkipSpike as SkipSpike
 from distclip.policies import StatelessPolicy as StatelessPolicy
 from distclip.policies import ZClip as ZClip
 from distclip.report import Report as Report

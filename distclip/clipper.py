@@ -76,8 +76,9 @@ class Clipper:
             as torch does; "raise" raises on every rank and leaves the gradients as they are;
             "skip" leaves them as they are, and `step` does not step the optimizer; "zero" sets
             them to zero.
-        max_consecutive_skips: with "skip" and "zero", how many steps in a row may be non-finite
-            before a call raises.
+        max_consecutive_skips: how many steps in a row may be left out before a call raises: those
+            that are non-finite, with "skip" and "zero", and those that a policy vetoes, such as
+            `SkipSpike`.
         overlap: measure large gradients during backward, soon after they are final: under FSDP2
             after their reduce-scatter, under DDP after their bucket's all-reduce (the clipper needs
             the module, and takes DDP's one communication hook), plain parameters at once. A
@@ -197,7 +198,9 @@ class Clipper:
 
     @property
     def skipped(self) -> Tensor:
-        """How many calls found a norm that was not finite, with "skip" or "zero"; int64 scalar."""
+        """How many calls found a norm that was not finite, with "skip" or "zero", or that a policy
+        vetoed; int64 scalar.
+        """
         return self._skips.total.clone()
 
     @outside_of_graphs
@@ -219,6 +222,12 @@ class Clipper:
         (accelerate's, Lightning's, torchtitan's) are seen through; `scaler.step` may follow for the
         wrapper or for what is inside.
 
+        Where a policy vetoes the step, and where the norm is not finite with on_nonfinite="skip",
+        the gradients stay as they are and `report.skipped` is true. A scaler then leaves out the
+        step, and halves its scale, because it takes it for an overflow. Without one, the step is
+        yours: `if not report.skipped: optimizer.step()`, which waits for the norm, or let `step`
+        or `attach` take it.
+
         Args:
             scale: a factor that the gradients still need, such as 1 / num_tokens: a finite number,
                 or a tensor with one element that is not waited for. The same on every rank. It
@@ -230,7 +239,10 @@ class Clipper:
             LayoutError: on every rank, where a rank makes another call: of a Clipper with other
                 policies or another `on_nonfinite`, of another Clipper, or with another `step`. On
                 an accelerator the norm is NaN first, and the error follows four steps later.
-            NonFiniteGradientError: with on_nonfinite="raise", on every rank together.
+            NonFiniteGradientError: with on_nonfinite="raise", on every rank together; after
+                `max_consecutive_skips` steps with a norm that is not finite.
+            SkippedStepsError: after as many steps, on every rank together, where a policy vetoes
+                this one too.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
                 scaler or `scale` was given; `scale` is no finite number; a policy returned a limit
                 that is negative or NaN although the norm is finite.
@@ -295,9 +307,9 @@ class Clipper:
         write all gradients, and nobody waits to know that it is 1. Where parameters lie on a CPU,
         and the norm on an accelerator (CPU offload), the number is waited for.
 
-        Where the norm is not finite, a scaler skips the step, and so does on_nonfinite="skip": on
-        the device if the optimizer can take the coefficient, else on the host, which waits for the
-        norm.
+        Where the norm is not finite, a scaler skips the step, and so does on_nonfinite="skip", and
+        any step that a policy vetoes: on the device if the optimizer can take the coefficient, else
+        on the host, which waits for the norm.
 
         A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
         accelerate's does, steps and updates it there; while accelerate accumulates gradients, a
@@ -326,7 +338,7 @@ class Clipper:
             if folds:
                 with optimizers.folded(each, decision.factor if multiplies else None, skip):
                     grad_scaler.step_optimizer(each, scaler)
-            elif skip is None or grad_scaler.is_on(scaler) or not decision.is_known_nonfinite:
+            elif skip is None or grad_scaler.is_on(scaler) or not decision.is_left_out:
                 grad_scaler.step_optimizer(each, scaler, found_inf)
         return decision.report
 
@@ -461,12 +473,24 @@ class Clipper:
         self._states = state_dict.carried_over(states, self._group_states(self._states))
 
     def _raise_if_nonfinite(self, decision: Decision) -> None:
-        counts = self._on_nonfinite in ("skip", "zero")
-        too_many = counts and self._skips.count_(decision.finite)
+        counted = None
+        if self._on_nonfinite in ("skip", "zero"):
+            counted = decision.accepted
+        elif decision.vetoed is not None:
+            counted = ~decision.vetoed
+        too_many = counted is not None and self._skips.count_(counted)
         if too_many or (self._on_nonfinite == "raise" and decision.is_known_nonfinite):
             decision.take_effect()  # a scaler can skip the step of who goes on
-            in_a_row = self._skips.max_consecutive if too_many else None
-            raise nonfinite.error(decision.total_norm, decision.gradients, self.plan, in_a_row)
+            in_a_row, vetoes = self._skips.max_consecutive, decision.vetoed is not None
+            if too_many and vetoes and not decision.is_known_nonfinite:
+                raise nonfinite.too_many_vetoes(decision.total_norm, in_a_row)
+            raise nonfinite.error(
+                decision.total_norm,
+                decision.gradients,
+                self.plan,
+                in_a_row if too_many else None,
+                vetoes,
+            )
 
     def _gradients(self) -> list[Tensor | None]:
         if self._gradient is not None:

@@ -31,6 +31,7 @@ class GroupClip(NamedTuple):
             measures.
         next_state: of the policy, if this step counts.
         valid: whether the limits are some; see `limits.Limits`.
+        accepts: whether the step may be taken; a bool scalar. None where the policy never vetoes.
     """
 
     norm: Tensor
@@ -38,6 +39,7 @@ class GroupClip(NamedTuple):
     coefficients: Tensor
     next_state: Any
     valid: Tensor | None = None
+    accepts: Tensor | None = None
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Decision:
     Attributes:
         report: the figures of the step; see `Report`.
         total_norm: over all groups, before clipping; float64 scalar.
+        vetoed: whether a policy leaves out the step although the norm is finite; a bool scalar on
+            the device. None where no policy can.
     """
 
     plan: Plan = field(repr=False)
@@ -60,6 +64,7 @@ class Decision:
     in_grad: bool = True  # the gradients are those in `.grad`
     on_apply: Callable[[Tensor], None] | None = field(default=None, repr=False)
     known_finite: Tensor | None = field(default=None, repr=False)
+    vetoed: Tensor | None = field(default=None, repr=False)
     _applied: bool = field(default=False, repr=False)
 
     @outside_of_graphs
@@ -116,14 +121,25 @@ class Decision:
         return norm_is_finite(self.total_norm, self.plan) if known is None else known
 
     @property
+    def accepted(self) -> Tensor:
+        """Whether the norm is finite and no policy vetoes the step; a bool scalar on the device."""
+        return self.finite if self.vetoed is None else self.finite & ~self.vetoed
+
+    @property
     def found_inf(self) -> Tensor:
-        """1 where the total norm is not finite, as GradScaler has it; float32."""
-        return (~self.finite).float()
+        """1 where a GradScaler leaves out the step, which is not `accepted`; float32."""
+        return (~self.accepted).float()
 
     @property
     def is_known_nonfinite(self) -> bool:
         """Whether the total norm is NaN or infinite, which waits for it; not if it has no value."""
         return has_values(self.finite) and not bool(self.finite)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether a step without a scaler is left out; waits for the norm where one may be."""
+        skip = self.skip(False)
+        return skip is not None and has_values(skip) and bool(skip)
 
     def skip(self, scaled: bool) -> Tensor | None:
         """1 where the optimizer's step is to be left out; None where it never is.
@@ -131,7 +147,9 @@ class Decision:
         Args:
             scaled: a scaler, which skips such steps, is in use.
         """
-        return self.found_inf if scaled or self.mode == "skip" else None
+        if scaled or self.mode == "skip":
+            return self.found_inf
+        return None if self.vetoed is None else self.vetoed.float()
 
     @property
     def has_one_factor(self) -> bool:
@@ -146,11 +164,11 @@ class Decision:
         return self._factor(self.clips[0], self.scale)
 
     def next_policy_states(self, states: Sequence[Any]) -> list[Any]:
-        """The policies' states after the step: the old ones where the norm is not finite."""
+        """The policies' states after the step: the old ones where it is not `accepted`."""
         if not any(states):  # none has a field
             return list(states)
-        finite, pairs = self.finite, zip(self.clips, states, strict=True)
-        return [_where(finite, clip.next_state, state) for clip, state in pairs]
+        accepted, pairs = self.accepted, zip(self.clips, states, strict=True)
+        return [_where(accepted, clip.next_state, state) for clip, state in pairs]
 
     def _factor(self, clip: GroupClip, scale: Tensor | None) -> Tensor | None:
         if clip.limits is None and scale is None:
@@ -159,9 +177,9 @@ class Decision:
         return self._under_mode(factor)
 
     def _under_mode(self, factor: Tensor) -> Tensor:
-        if self.mode == "propagate":
+        if self.mode == "propagate" and self.vetoed is None:
             return factor
-        return coefficient_under(self.mode, factor, self.finite)
+        return coefficient_under(self.mode, factor, self.finite, self.vetoed)
 
     def _write_(
         self,
@@ -202,8 +220,8 @@ class Decision:
         if factor is not None:
             scale_(lists, factor)
         if clamps:
-            finite = None if self.mode == "propagate" else self.finite
-            clamp_(lists, limit_under(self.mode, cast(Tensor, clip.limits), finite))
+            limit = cast(Tensor, clip.limits)
+            clamp_(lists, limit_under(self.mode, limit, lambda: self.finite, self.vetoed))
 
 
 def norm_is_finite(total: Tensor, plan: Plan) -> Tensor:
@@ -215,7 +233,7 @@ def _tensor_lists(gradients: Sequence[Tensor | None]) -> TensorLists:
     return kernels.tensor_lists([grad for grad in gradients if grad is not None])
 
 
-def _where(finite: Tensor, new: Any, old: Any) -> Any:
+def _where(accepted: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
-        return torch.where(finite.to(new.device), new, old)
-    return type(new)(*(_where(finite, a, b) for a, b in zip(new, old, strict=True)))
+        return torch.where(accepted.to(new.device), new, old)
+    return type(new)(*(_where(accepted, a, b) for a, b in zip(new, old, strict=True)))

@@ -7,3 +7,7 @@ class LayoutError(ValueError):
 
 class NonFiniteGradientError(RuntimeError):
     """The total norm is not finite. Every rank of the step raises it, or none."""
+
+
+class SkippedStepsError(RuntimeError):
+    """Too many steps in a row were left out, the last one by a policy that found a spike."""

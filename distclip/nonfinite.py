@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.arguments import as_number, shown
-from distclip.errors import NonFiniteGradientError
+from distclip.errors import NonFiniteGradientError, SkippedStepsError
 from distclip.norms.late_reads import LateReads
 from distclip.norms.measure import measure
 from distclip.norms.plan import Plan
@@ -44,23 +44,27 @@ def check_mode(mode: str, max_consecutive_skips: Any) -> float:
     return number if math.isinf(number) else int(number)
 
 
-def coefficient_under(mode: OnNonFinite, coefficient: Tensor, finite: Tensor) -> Tensor:
-    """What the gradients are multiplied by, given the mode."""
-    if mode == "propagate":
-        return coefficient
-    return torch.where(finite, coefficient, 0.0 if mode == "zero" else 1.0)
+def coefficient_under(
+    mode: OnNonFinite, coefficient: Tensor, finite: Tensor, vetoed: Tensor | None
+) -> Tensor:
+    """What the gradients are multiplied by, given the mode; 1 where a policy vetoes the step."""
+    if mode != "propagate":
+        coefficient = torch.where(finite, coefficient, 0.0 if mode == "zero" else 1.0)
+    return coefficient if vetoed is None else torch.where(vetoed, 1.0, coefficient)
 
 
-def limit_under(mode: OnNonFinite, limit: Tensor, finite: Tensor | None) -> Tensor:
-    """What the gradients are clamped to, given the mode; `finite` is None with "propagate"."""
-    if finite is None:
-        return limit
+def limit_under(
+    mode: OnNonFinite, limit: Tensor, finite: Callable[[], Tensor], vetoed: Tensor | None
+) -> Tensor:
+    """What the gradients are clamped to, given the mode; infinity where a policy vetoes."""
     # `limit` may lie on the host: a sum takes it as a number, `where` would wait to copy it.
-    return torch.where(finite, 0.0, math.inf) + limit
+    if mode != "propagate":
+        limit = torch.where(finite(), 0.0, math.inf) + limit
+    return limit if vetoed is None else torch.where(vetoed, math.inf, 0.0) + limit
 
 
 class SkipCounter:
-    """Counts, on the device, the steps whose norm was not finite."""
+    """Counts, on the device, the steps that did not count: not finite, or vetoed."""
 
     def __init__(self, max_consecutive: float) -> None:
         self.max_consecutive = max_consecutive
@@ -73,13 +77,13 @@ class SkipCounter:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._counts[0]
 
-    def count_(self, finite: Tensor) -> bool:
+    def count_(self, counted: Tensor) -> bool:
         """Whether too many came in a row. On an accelerator the answer is some steps old."""
         if self._counts is None:
             with torch.inference_mode(False):  # counted up outside of inference mode too
-                self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
-        self._counts.add_(~finite)
-        self._counts[1].mul_(~finite)
+                self._counts = torch.zeros(2, dtype=torch.int64, device=counted.device)
+        self._counts.add_(~counted)
+        self._counts[1].mul_(~counted)
         return self._late.read(self._counts[1]) > self.max_consecutive
 
 
@@ -141,11 +145,14 @@ def error(
     gradients: Sequence[Tensor | None],
     plan: Plan,
     skipped: float | None = None,
+    vetoes: bool = False,
     setting: str = 'on_nonfinite="propagate"',
 ) -> NonFiniteGradientError:
     """The error for all ranks, which come here together because `total_norm` is the same on each.
 
     Args:
+        skipped: how many steps in a row were left out before this one.
+        vetoes: a policy may have been the reason.
         setting: the argument of the caller with which nothing is raised.
 
     Collective: an all-gather of objects over the reduce mesh.
@@ -161,6 +168,7 @@ def error(
     if skipped is not None:
         after = (
             f", after {skipped} steps in a row that were left out because the norm was not finite"
+            f"{' or vetoed by a policy' if vetoes else ''}"
         )
     # torch's own words at the end: tests and trainers look for them.
     return NonFiniteGradientError(
@@ -171,6 +179,18 @@ def error(
         f"this step. The total norm of order {float(plan.groups[0].norm_type)} for gradients from "
         f"`parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
         f"gradients by the non-finite norm anyway, set `{setting}`"
+    )
+
+
+def too_many_vetoes(total_norm: Tensor, skipped: float) -> SkippedStepsError:
+    """The error for all ranks, where the latest step of too many in a row has a finite norm."""
+    return SkippedStepsError(
+        f"cannot go on: {skipped + 1} steps in a row were left out, because their norms lay above "
+        f"what the policy accepts, or were not finite. The latest norm is {total_norm.item()}. A "
+        f"spike passes, and so many do not: the policy compares with the norms of accepted steps "
+        f"only, and accepts no other level of them by itself. Look for the cause in the loss and "
+        f"its inputs, go on from a checkpoint before them, or, if the norms are meant to be so "
+        f"large, make a new Clipper, whose window is empty, or raise `z_thresh` or `max_norm`."
     )
 
 

@@ -55,8 +55,13 @@ class Report:
         limit: the largest norm that is not clipped, inf where the policy only measures.
         coefficient: what the gradients were multiplied by. With `on_nonfinite="skip"` it is 1 where
             the norm is not finite, because the gradients stay as they are; with "zero" it is 0.
+            It is 1 where a policy vetoes the step.
         finite: whether `total_norm` is neither NaN nor infinite; bool.
         clipped: whether the gradients were scaled down; bool.
+        skipped: whether the step is left out: a policy vetoes it, or the norm is not finite with
+            on_nonfinite="skip"; bool. The gradients stay as they are. `step` and `attach` leave it
+            out; after `clip_` without a scaler your loop must. What a GradScaler leaves out of its
+            own accord, after an overflow, is not in it.
         norms, limits, coefficients: the same for each parameter group, by its name.
     """
 
@@ -65,6 +70,8 @@ class Report:
     dtype: torch.dtype
     search: Callable[[], dict[str, list[int]]] = field(compare=False)
     tensors: Sequence[TensorFigures] = field(default=(), compare=False)
+    vetoed: Tensor | None = None
+    skips_nonfinite: bool = False
 
     @property
     def total_norm(self) -> Tensor:
@@ -97,6 +104,11 @@ class Report:
     @property
     def clipped(self) -> Tensor:
         return self.coefficient < 1
+
+    @property
+    def skipped(self) -> Tensor:
+        skipped = ~self.finite if self.skips_nonfinite else torch.zeros_like(self.finite)
+        return skipped if self.vetoed is None else skipped | self.vetoed
 
     @outside_of_graphs
     def nonfinite_parameters(self) -> dict[str, list[int]]:
@@ -165,6 +177,7 @@ class Report:
             "coefficient": float(self.coefficient),
             "finite": bool(self.finite),
             "clipped": bool(self.clipped),
+            "skipped": bool(self.skipped),
         }
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> Report:
@@ -179,7 +192,10 @@ class Report:
 
         groups = {name: GroupFigures(*map(moved, group)) for name, group in self.figures.items()}
         tensors = [each._replace(norms=moved(each.norms)) for each in self.tensors]
-        return replace(self, figures=groups, total=moved(self.total), tensors=tensors)
+        vetoed = None if self.vetoed is None else moved(self.vetoed)
+        return replace(
+            self, figures=groups, total=moved(self.total), tensors=tensors, vetoed=vetoed
+        )
 
     def converted(self) -> Report:
         """With all figures as they are shown, each a tensor that stays the same."""

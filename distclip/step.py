@@ -27,7 +27,7 @@ from distclip.norms.measure import GroupMeasurement, measure
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
-from distclip.policies import NormContext, Policy, Scope, StatelessPolicy
+from distclip.policies import NormContext, Policy, Scope, StatelessPolicy, accept
 from distclip.report import GroupFigures, Report, TensorFigures
 from distclip.scaling import (
     check_real,
@@ -119,12 +119,17 @@ def decide(
     # Where nothing asks for it, an accelerator need not compute it. A graph must contain it.
     captures = is_capturing(plan.device)
     judged = any(clip.valid is not None for clip in clips)
-    asked = captures or judged or any(states) or mode != "propagate"
+    accepts = [clip.accepts for clip in clips if clip.accepts is not None]
+    asked = captures or judged or accepts or any(states) or mode != "propagate"
     finite = norm_is_finite(total, plan) if asked else None
     for group, clip in zip(plan.groups, clips, strict=True):
         if clip.valid is not None and is_shared(group, plan):
             assert finite is not None
             finite = finite & clip.valid
+    vetoed = None
+    if accepts:
+        assert finite is not None
+        vetoed = finite & ~(accepts[0] if len(accepts) == 1 else torch.stack(accepts).all())
     return Decision(
         plan,
         gradients,
@@ -133,10 +138,11 @@ def decide(
         total,
         scale,
         mode,
-        _report(plan, measured, norms, clips, total, finite, mode, captures),
+        _report(plan, measured, norms, clips, total, finite, vetoed, mode, captures),
         in_grad,
         on_apply,
         finite,
+        vetoed,
     )
 
 
@@ -174,12 +180,14 @@ def _ask_policy(
     sizes = _one(each, plan) if units is None else units.sizes
     context = NormContext(sizes, norms.weights, norms.total)
     returned, next_state = policy.limit(each, state, context)
+    accepts = accept(policy, each, state, context)
     if returned is None:
-        return GroupClip(norms.total, None, torch.ones_like(each), next_state)
+        return GroupClip(norms.total, None, torch.ones_like(each), next_state, None, accepts)
     limits, valid = read_limits(returned, each, group, plan, policy, is_finite)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
-    return GroupClip(norms.total, limits, kernels.coefficients(each, limits), next_state, valid)
+    coefficients = kernels.coefficients(each, limits)
+    return GroupClip(norms.total, limits, coefficients, next_state, valid, accepts)
 
 
 def _one(like: Tensor, plan: Plan) -> Tensor:
@@ -198,6 +206,7 @@ def _report(
     clips: Sequence[GroupClip],
     total: Tensor,
     finite: Tensor | None,
+    vetoed: Tensor | None,
     mode: OnNonFinite,
     captures: bool,
 ) -> Report:
@@ -207,7 +216,7 @@ def _report(
         applied = (
             clip.coefficients
             if finite is None
-            else coefficient_under(mode, clip.coefficients, finite)
+            else coefficient_under(mode, clip.coefficients, finite, vetoed)
         )
         figures[group.name] = GroupFigures(clip.norm, limit, _smallest(applied, 1.0))
     names, per_tensor = [m.names for m in measured], [m.per_tensor for m in measured]
@@ -217,6 +226,8 @@ def _report(
         plan.norm_dtype,
         NonFiniteSearch(names, per_tensor, rank_group(plan)),
         _tensor_figures(plan, norms),
+        vetoed,
+        mode == "skip",
     )
     return report.converted() if captures else report
 

@@ -27,6 +27,7 @@ POLICIES: dict[str, Any] = {
     "agc": distclip.AGC(0.01),
     "autoclip": distclip.AutoClip(),
     "zclip": distclip.ZClip(),
+    "skip-spike": distclip.SkipSpike(),
     "adagc": distclip.AdaGC(),
     "none": distclip.ClipNorm(math.inf),  # measures, never writes a gradient
 }

@@ -26,6 +26,7 @@ from distclip import (
     ClipTensorNorm,
     ClipValue,
     Layout,
+    SkipSpike,
     ZClip,
     functional,
 )
@@ -68,6 +69,9 @@ NUMBERS: dict[str, tuple[Callable[[Box, Any], object], str]] = {
     "ZClip.alpha": (lambda b, x: ZClip(alpha=x), "alpha"),
     "ZClip.warmup_steps": (lambda b, x: ZClip(warmup_steps=x), "warmup_steps"),
     "ZClip.max_norm": (lambda b, x: ZClip(max_norm=x), "max_norm"),
+    "SkipSpike.z_thresh": (lambda b, x: SkipSpike(x), "z_thresh"),
+    "SkipSpike.window": (lambda b, x: SkipSpike(window=x), "window"),
+    "SkipSpike.max_norm": (lambda b, x: SkipSpike(max_norm=x), "max_norm"),
     "AdaGC.ratio": (lambda b, x: AdaGC(x), "ratio"),
     "AdaGC.max_norm": (lambda b, x: AdaGC(max_norm=x), "max_norm"),
     "AdaGC.beta": (lambda b, x: AdaGC(beta=x), "beta"),
@@ -181,7 +185,8 @@ def test_what_is_no_number_is_refused_by_name(argument: str, kind: str) -> None:
 
 def test_the_table_has_every_argument_that_is_a_number() -> None:
     """A field that is added to a policy gets a row here."""
-    for policy in (ClipNorm, ClipTensorNorm, ClipBlockRMS, ClipValue, AGC, AutoClip, ZClip, AdaGC):
+    limits = (ClipNorm, ClipTensorNorm, ClipBlockRMS, ClipValue, AGC, AutoClip, ZClip, AdaGC)
+    for policy in (*limits, SkipSpike):
         for field in policy.__dataclass_fields__:
             assert f"{policy.__name__}.{field}" in NUMBERS or field == "exclude"
 

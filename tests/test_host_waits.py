@@ -46,6 +46,7 @@ POLICIES: dict[str, Policy[Any]] = {
     "AGC": distclip.AGC(),
     "ZClip": distclip.ZClip(),
     "AutoClip": distclip.AutoClip(),
+    "SkipSpike": distclip.SkipSpike() & distclip.ClipNorm(0.05),
     "Minimum": distclip.ZClip() & distclip.AutoClip(),
 }
 MODES = ["propagate", "raise", "skip", "zero"]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 FILE_NAME = "history.jsonl"
 FORMAT = 1
-FIGURES = ("total_norm", "limit", "coefficient", "clipped", "finite")
+FIGURES = ("total_norm", "limit", "coefficient", "clipped", "finite", "skipped")
 _OTHERS = {"groups", "tensor_norms", "norm_type", "nonfinite_parameters"}
 RESERVED = {"step", "history", *FIGURES, *_OTHERS}
 # JSON has no such numbers; protobuf's JSON spells them so.

@@ -16,7 +16,7 @@ from distclip.monitoring.lines import FIGURES, FILE_NAME, FORMAT, NOT_FINITE
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_NUMBERS, _FLAGS = FIGURES[:3], FIGURES[3:]
+_NUMBERS, _FLAGS = FIGURES[:3], ("clipped", "finite")  # a file of 1.0 has no "skipped"
 _NESTED = {"groups", "tensor_norms", "nonfinite_parameters"}
 _GROUP_NUMBERS = ("norm", "limit", "coefficient")
 
@@ -51,8 +51,8 @@ class Run:
         name: of its folder.
         steps: int64 [number of rows].
         columns: the numbers and flags of each row by their names: "total_norm", "limit",
-            "coefficient", "clipped", "finite", and what the user has added, such as "loss" and
-            "lr"; float64 [number of rows], NaN where a row has no such number.
+            "coefficient", "clipped", "finite", "skipped", and what the user has added, such as
+            "loss" and "lr"; float64 [number of rows], NaN where a row has no such number.
         groups: the columns "norm", "limit" and "coefficient" of each parameter group, where there
             are several.
         nonfinite: the parameters that were not finite, each with its ranks, by row.

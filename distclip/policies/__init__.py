@@ -11,12 +11,15 @@ from distclip.policies.base import Policy as Policy
 from distclip.policies.base import PolicyBase as PolicyBase
 from distclip.policies.base import Scope as Scope
 from distclip.policies.base import StatelessPolicy as StatelessPolicy
+from distclip.policies.base import accept as accept
 from distclip.policies.base import check_policy as check_policy
 from distclip.policies.base import never_negative as never_negative
+from distclip.policies.base import vetoes as vetoes
 from distclip.policies.checks import check_not_negative as check_not_negative
 from distclip.policies.clip_norm import ClipNorm as ClipNorm
 from distclip.policies.clip_norm import TorchClipNorm as TorchClipNorm
 from distclip.policies.clip_tensor import ClipBlockRMS as ClipBlockRMS
 from distclip.policies.clip_tensor import ClipTensorNorm as ClipTensorNorm
 from distclip.policies.clip_value import ClipValue as ClipValue
+from distclip.policies.skip_spike import SkipSpike as SkipSpike
 from distclip.policies.zclip import ZClip as ZClip

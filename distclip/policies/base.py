@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distclip.arguments import shown
+from distclip.arguments import kind_of, shown
 from distclip.policies.checks import check_norm_type
 
 # A NamedTuple of tensors, or of such NamedTuples.
@@ -46,6 +46,11 @@ class Policy(Protocol[State]):
 
     Derive from `PolicyBase`, or from `StatelessPolicy` if there is no state: they give `a & b`
     and the members that few policies change.
+
+    A policy with Scope.MODEL may have one method more, `accept(norms, state, context) -> Tensor`:
+    a bool scalar on the device of the norms, false where the step is to be left out on all ranks
+    although the norm is finite. It gets what `limit` gets and never waits for the device. The
+    caller keeps the old state of every policy where a step is left out.
     """
 
     @property
@@ -80,7 +85,7 @@ class Policy(Protocol[State]):
 
         A limit of None means: measure only, write nothing. One that is negative or NaN for a finite
         norm is an error, and nothing is scaled by it. The caller keeps the new state where
-        the total norm is finite, and the old state where it is not.
+        the total norm is finite and no policy vetoes the step, else the old state.
 
         Shapes: norms and limits: [] with Scope.MODEL and Scope.ELEMENT, else [num_groups]; float64,
             on the device of the norms. A scalar limit may lie on the CPU.
@@ -137,6 +142,31 @@ def valid_state(policy: Any, state: Any) -> Any:
     return policy.valid_state(state) if hasattr(policy, "valid_state") else None
 
 
+def vetoes(policy: Any) -> bool:
+    """Whether it may leave out a step: it has `accept`."""
+    if isinstance(policy, Minimum):
+        return vetoes(policy.first) or vetoes(policy.second)
+    return hasattr(policy, "accept")
+
+
+def accept(policy: Any, norms: Tensor, state: Any, context: NormContext) -> Tensor | None:
+    """`policy.accept(norms, state, context)`; None where the policy never vetoes.
+
+    Raises:
+        TypeError: it returned no bool scalar.
+    """
+    if not vetoes(policy):
+        return None
+    accepted = policy.accept(norms, state, context)
+    if isinstance(accepted, Tensor) and accepted.dtype is torch.bool and not accepted.ndim:
+        return accepted.to(norms.device)
+    raise TypeError(
+        f"cannot clip with the policy {shown(policy)}: its `accept` returned {shown(accepted)}, "
+        f"{kind_of(accepted)}, and it is unclear whether the step is to be left out. Return a bool "
+        f"tensor without dims, such as `norms <= threshold`."
+    )
+
+
 def never_negative(policy: Any) -> bool:
     """Whether limits for finite norms are known to be 0 or above, as tests show for distclip's.
 
@@ -174,7 +204,8 @@ class MinimumState(NamedTuple):
 class Minimum(PolicyBase):
     """The smaller of the limits that `first` and `second` set for the same norms: `first & second`.
 
-    Each keeps its own statistics, of the norms before either has clipped.
+    Each keeps its own statistics, of the norms before either has clipped. A step that one of them
+    vetoes is left out.
 
     Raises:
         TypeError: one of them is no policy.
@@ -245,6 +276,12 @@ class Minimum(PolicyBase):
         smaller = b if a is None else a if b is None else torch.minimum(a, b)
         return smaller, MinimumState(first, second)
 
+    def accept(self, norms: Tensor, state: MinimumState, context: NormContext) -> Tensor:
+        first = accept(self.first, norms, state.first, context)
+        second = accept(self.second, norms, state.second, context)
+        each = [one for one in (first, second) if one is not None]
+        return each[0] if len(each) == 1 else each[0] & each[1]
+
 
 _MEMBERS = ("scope", "norm_type", "unit_dim", "exclude", "needs_weights", "init", "limit")
 
@@ -262,6 +299,11 @@ def check_policy(policy: Any, group: str | None = None) -> None:
         found = f"it has no `{missing[0]}`, which every policy has"
     elif not isinstance(policy.scope, Scope):
         found = f"its scope is {policy.scope!r}, which is no member of distclip.Scope"
+    elif vetoes(policy) and policy.scope is not Scope.MODEL:
+        found = (
+            f"it has `accept` and {policy.scope}, but a step is left out on all ranks or on none, "
+            f"and only the norm of Scope.MODEL is the same on each"
+        )
     else:
         check_norm_type("norm_type", policy.norm_type)
         return

@@ -283,7 +283,7 @@ class _LeftOut(BaseException):
     """Leads from a hook out of the step; not an `Exception`, which others might catch."""
 
     def __init__(self, hook: StepHook, result: Any) -> None:
-        super().__init__("the step is left out: the norm of the gradients is not finite")
+        super().__init__("the step is left out: the norm is not finite, or a policy vetoes it")
         self.hook, self.result = hook, result
 
 

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip import ClipNorm, ClipValue, ZClip
+from distclip import ClipNorm, ClipValue, SkipSpike, ZClip
 from tests.support import accelerated as acc
 from tests.support import reference
 from tests.support.ranks import Ranks
@@ -387,11 +387,28 @@ def nonfinite(layout: str, make: str, way: str) -> None:
         assert not optimizer.step_was_skipped
 
 
+def vetoed(layout: str, make: str, way: str) -> None:
+    """Without a scaler, a step that a policy vetoes is left out."""
+    with acc.accelerator_for(layout) as accelerator:
+        model, optimizer = acc.prepared(accelerator, OPTIMIZERS[make])
+        clipper = prepare(accelerator, model, optimizer, SkipSpike(max_norm=0.0))
+        before = acc.whole_weights(model)
+        acc.run_backward(accelerator, model, 0)
+        report = clipper.step() if way == "step" else clipper.clip_()
+        if way == "clip_":
+            optimizer.step()
+        assert report.skipped
+        assert optimizer.step_was_skipped
+        after = acc.whole_weights(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def every_nonfinite() -> None:
     for layout in ("fsdp1", "fsdp2"):
         for way in ("clip_", "step"):
             for make in ("sgd", "fused"):
                 nonfinite(layout, make, way)
+                vetoed(layout, make, way)
 
 
 def test_a_step_that_is_not_finite_is_left_out(two_accelerated_ranks: Ranks) -> None:

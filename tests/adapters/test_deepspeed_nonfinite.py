@@ -127,12 +127,23 @@ def a_nan(made: Any, dtype: str, mode: Any) -> None:
     handle.detach()
 
 
+def a_veto(made: Any, dtype: str) -> None:
+    handle = attach(made, distclip.SkipSpike(max_norm=0.0) & distclip.AutoClip())
+    before, state = engines.masters(made), str(handle.state_dict())
+    engines.train_step(made, 1, dtype)
+    assert handle.report.skipped
+    assert unchanged(made, before)
+    assert str(handle.state_dict()) == state
+    handle.detach()
+
+
 def every_mode(stage: int, dtype: str, checks: bool) -> None:
     for offload in (False, True) if stage else (False,):
         settings = config(stage, dtype, offload=offload)
         if not checks:
             settings["bf16"]["check_grad_overflow"] = False
         with engine(settings) as made:
+            a_veto(made, dtype)
             for mode in ("skip", "zero", "raise"):  # a raise leaves the engine inside its step
                 a_nan(made, dtype, mode)
 

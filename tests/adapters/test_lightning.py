@@ -374,6 +374,21 @@ def nonfinite(mode: str) -> None:
         assert net.net[0].weight.isfinite().all()
 
 
+def vetoed() -> None:
+    modules = runs.modules()
+    net = modules.Net()
+    before = [p.detach().clone() for p in net.parameters()]
+    with quietly():
+        run = modules.Run("ddp", modules.DistClip(distclip.SkipSpike(max_norm=0.0)))
+        run.fit(2, net)
+    assert all(report.skipped for report in run.reports)
+    assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+
+
+def test_a_policy_vetoes_every_step(two_lightning_ranks: Ranks) -> None:
+    two_lightning_ranks.run(vetoed)
+
+
 @pytest.mark.parametrize("mode", ["raise", "skip"])
 def test_on_nonfinite(two_lightning_ranks: Ranks, mode: str) -> None:
     two_lightning_ranks.run(nonfinite, mode)

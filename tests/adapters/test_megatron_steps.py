@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from distclip import AGC, AdaGC, AutoClip, ClipNorm, ClipTensorNorm, NonFiniteGradientError
+from distclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipNorm,
+    ClipTensorNorm,
+    NonFiniteGradientError,
+    SkipSpike,
+)
 from distclip.adapters.megatron import attach
 from tests.support import reference
 from tests.support.megatron_models import ETP, Case, Run, running, sizes
@@ -86,6 +94,13 @@ def test_an_overflow_leaves_all_as_it_was(four_megatron_ranks: Ranks) -> None:
 def norms_that_are_not_finite_are_handled() -> None:
     for case, modes in ((SHARDED, ("skip", "raise", "propagate", "zero")), (EXPERTS, ("skip",))):
         with running(case) as run:
+            handle, weights = attach(run.optimizer, SkipSpike(max_norm=0.0)), main_weights(run)
+            run.fill(0)
+            assert run.optimizer.step() == (False, None, None)
+            assert handle.report is not None
+            assert handle.report.skipped
+            assert same(main_weights(run), weights)
+            handle.detach()
             for mode in modes:
                 handle = attach(run.optimizer, AutoClip(50.0, history=8), mode)
                 run.fill(0)

@@ -195,6 +195,13 @@ def nonfinite_norms() -> None:
                 before = whole_parameters(trained)
                 titan.run_steps(trained)
                 assert not unchanged(before, whole_parameters(trained))
+            with titan.install(distclip.SkipSpike(max_norm=0.0)) as installed:
+                installed.add(trained)
+                before = whole_parameters(trained)
+                titan.run_steps(trained)
+                assert unchanged(before, whole_parameters(trained)), f"vetoed, fused={fused}"
+                assert installed.report is not None
+                assert installed.report.skipped
         with titan.install(on_nonfinite="raise") as installed:
             installed.add(trained)
             with pytest.raises(NonFiniteGradientError, match=r"tok_embeddings\.weight"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import AdaGC, AutoClip, ClipNorm, NonFiniteGradientError, ZClip
+from distclip import AdaGC, AutoClip, ClipNorm, NonFiniteGradientError, SkipSpike, ZClip
 from distclip.adapters.frameworks import claim, release
 from distclip.monitoring.records import read_run
 from tests.support import reference, trainers
@@ -372,6 +372,16 @@ def test_a_trainer_that_clips_in_its_own_steps(tmp_path: Path) -> None:
     made.max_norm = 1.0
     made.train()
     assert norms_of(made) == pytest.approx([1.0] * 4)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
+def test_a_policy_vetoes_every_step(tmp_path: Path, optim: str) -> None:
+    clip = dist_clip(SkipSpike(max_norm=0.0))
+    made = trainer(str(tmp_path), [clip], optim=optim, max_steps=3)
+    made.train()
+    assert is_untouched(made)
+    assert made.state.global_step == 3
+    assert clip.report.skipped
 
 
 @pytest.mark.parametrize("mode", ["skip", "zero", "raise", "propagate"])

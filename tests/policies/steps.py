@@ -19,6 +19,7 @@ from distclip.policies import (
     NormContext,
     Policy,
     Scope,
+    SkipSpike,
     ZClip,
 )
 
@@ -36,6 +37,7 @@ POLICIES: dict[str, Policy[Any]] = {
     "ZClip": ZClip(warmup_steps=4),
     "AdaGC": AdaGC(warmup_steps=4),
     "minimum": ClipNorm(3.0) & AutoClip(50.0, history=5) & ZClip(warmup_steps=3),
+    "SkipSpike": SkipSpike(4.0, window=6) & ClipNorm(3.0),
     "minimum per tensor": ClipTensorNorm(2.0) & AdaGC(warmup_steps=3),
 }
 

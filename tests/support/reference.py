@@ -91,6 +91,18 @@ def autoclip(norms: Sequence[float], percentile: float, history: int) -> list[fl
     ]
 
 
+def accepts(norms: Sequence[float], z_thresh: float, window: int, max_norm: float) -> list[bool]:
+    import numpy as np
+
+    accepted: list[float] = []
+    for norm in norms:
+        past, limit = accepted[-window:], max_norm
+        if len(past) >= max(2, window // 2):
+            limit = min(max_norm, np.mean(past) + z_thresh * np.std(past, ddof=1))
+        accepted += [norm] if norm <= limit else []
+    return [norm in accepted for norm in norms]
+
+
 def zclip(
     norms: Sequence[float], z_thresh: float, alpha: float, warmup_steps: int, max_norm: float
 ) -> list[float]:

@@ -27,7 +27,7 @@ from distclip.arguments import as_interval
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
-from distclip.policies import Policy, TorchClipNorm, check_policy
+from distclip.policies import Policy, TorchClipNorm, check_policy, vetoes
 from distclip.report import Report
 from distclip.sharding.fsdp2 import sharded_params
 from distclip.training import wrappers
@@ -58,7 +58,8 @@ def install(
             omitted, `max_norm` is the limit, with the coefficient of torchtitan's own function,
             max_norm / (norm + 1e-6).
         on_nonfinite, max_consecutive_skips, tensor_norms: as `Clipper` has them. With "skip" the
-            trainer's optimizers leave out the step; its learning rates go on.
+            trainer's optimizers leave out the step; its learning rates go on. So it is where the
+            policy vetoes a step.
 
     Raises:
         ValueError, TypeError: it is installed already, or an argument is not what `Clipper` takes.
@@ -139,7 +140,7 @@ class Installed:
         if rule is not None:  # at setup, not in the first step: it may be a collective
             trained.clipper = self._make_clipper(trained.params, rule, mesh=trained.mesh)
         claim(trained.optimizers, OWNER)
-        if self._mode == "skip":
+        if self._mode == "skip" or vetoes(self._policy):
             trained.skips.register(wrappers.unwrapped([trained.optimizers]))
         if trained.clipper is not None and remembers(trained.clipper):
             states_of(trainer)[STATE] = trained.clipper
@@ -215,8 +216,8 @@ class Installed:
                 setting="error_if_nonfinite=False",
             )
         decision.apply_()
-        if self._mode == "skip":
-            trained.skips.expect(decision.found_inf)
+        if (skip := decision.skip(False)) is not None:
+            trained.skips.expect(skip)
         self.report = decision.report
         return decision.report.total_norm
 

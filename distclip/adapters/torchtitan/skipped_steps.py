@@ -1,4 +1,4 @@
-"""Steps that torchtitan's optimizers leave out where the norm was not finite."""
+"""Steps that torchtitan's optimizers leave out: the norm was not finite, or a policy vetoed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distclip.training import optimizers, wrappers
 
 
 class SkippedSteps:
-    """Leaves out the next step of optimizers where the norm was not finite."""
+    """Leaves out the next step of optimizers where a decision says so."""
 
     def __init__(self) -> None:
         self._found: Tensor | None = None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distclip.monitoring.records import Floats, Ints, Run
-from distclip.policies import NormContext, Policy, Scope
+from distclip.policies import NormContext, Policy, Scope, accept
 
 
 class Series(NamedTuple):
@@ -75,7 +75,8 @@ def _norms_of_tensors(run: Run) -> Floats | None:
 def replay(policy: Policy[Any], series: Series) -> Replay:
     """Asks the policy for each step's limit, with the state that its earlier steps have left.
 
-    That is what `Clipper` does: the state stays as it is where the total norm is not finite. The
+    That is what `Clipper` does: the state stays as it is where the total norm is not finite, and
+    where the policy vetoes the step. The
     policy's scope is MODEL, or TENSOR where the series has the norms of tensors.
     """
     totals = torch.from_numpy(series.norms)
@@ -85,9 +86,12 @@ def replay(policy: Policy[Any], series: Series) -> Replay:
     sizes = torch.ones_like(norms[0])  # no policy that asks for them is replayed
     each = zip(norms.unbind(), totals.unbind(), series.finite.tolist(), strict=True)
     for norm, total, finite in each:
-        limit, next_state = policy.limit(norm, state, NormContext(sizes, None, total))
+        context = NormContext(sizes, None, total)
+        limit, next_state = policy.limit(norm, state, context)
         limits.append(torch.full_like(norm, math.inf) if limit is None else limit)
-        state = next_state if finite else state
+        accepted = accept(policy, norm, state, context)
+        is_taken = finite and (accepted is None or bool(accepted))
+        state = next_state if is_taken else state
     return _replay(policy, series, norms, torch.stack(limits))
 
 

@@ -1,0 +1,122 @@
+"""Steps whose norm is a spike are left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distclip.arguments import as_number, shown
+from distclip.policies.base import NormContext, PolicyBase, Scope
+from distclip.policies.checks import check_not_negative, store_checked
+
+# Of the mean: the least deviation. Norms that are all the same differ by their rounding.
+_ROUNDING = 1e-6
+
+
+class SkipSpikeState(NamedTuple):
+    """
+    Attributes:
+        norms: the latest accepted norms; a new one overwrites the oldest. Unused entries are inf;
+            float64 [window].
+        num_steps: the number of accepted norms above 0 so far; int64 scalar.
+    """
+
+    norms: Tensor
+    num_steps: Tensor
+
+
+@dataclass(frozen=True)
+class SkipSpike(PolicyBase):
+    """Leaves out a step whose total norm is a spike, and clips nothing.
+
+    With the mean μ and the sample deviation σ of the last `window` accepted norms, the step is left
+    out on all ranks where
+
+        norm > μ + z_thresh · max(σ, 1e-6 μ)      or      norm > max_norm
+
+    Weights, momentum, step counts and what all policies remember stay as they were, as if the
+    batch had not been drawn. `SkipSpike() & ClipNorm(1.0)` leaves out what lies beyond the one and
+    clips what lies beyond the other. With several parameter groups, one whose policy vetoes leaves
+    out the step of all.
+
+    The window takes norms of accepted steps only. Until it has max(2, window // 2) of them, only
+    `max_norm` leaves out steps. Norms that stay at a higher level are all left out, until
+    `Clipper(max_consecutive_skips=...)` raises. A norm of 0 is accepted, and is no statistic. A
+    norm that is NaN or infinite is no spike: `on_nonfinite` says what happens.
+
+    Args:
+        z_thresh: `math.inf` leaves `max_norm` alone.
+
+    Raises:
+        ValueError: `z_thresh` or `max_norm` is negative or NaN, or `window` is not a whole number
+            above 1.
+
+    Reference: the skip-step optimizer of OLMo-core (`optim/skip_step_optimizer.py`), with 128
+        norms, 6 deviations, and nothing before half of the window. It counts the current norm among
+        these, has no least deviation, keeps the norms of skipped steps in its window, and looks at
+        the loss as well; MaxText's `skip_step_on_spikes` does the same. `max_norm` is Megatron-LM's
+        `grad_norm_skip_threshold`.
+    """
+
+    z_thresh: float = 6.0
+    window: int = 128
+    max_norm: float = math.inf
+    scope = Scope.MODEL
+    norm_type = 2.0
+
+    def __post_init__(self) -> None:
+        store_checked(self, z_thresh=_check_z, window=_check_window, max_norm=check_not_negative)
+
+    def init(self, num_groups: int, device: torch.device) -> SkipSpikeState:
+        norms = torch.full((self.window,), math.inf, dtype=torch.float64, device=device)
+        return SkipSpikeState(norms, torch.zeros((), dtype=torch.int64, device=device))
+
+    def valid_state(self, state: SkipSpikeState) -> SkipSpikeState:
+        index = torch.arange(self.window, device=state.norms.device)
+        is_norm = (state.norms > 0) & state.norms.isfinite()
+        norms = torch.where(index < state.num_steps, is_norm, state.norms == math.inf)
+        return SkipSpikeState(norms, state.num_steps >= 0)
+
+    def limit(
+        self, norms: Tensor, state: SkipSpikeState, context: NormContext
+    ) -> tuple[Tensor | None, SkipSpikeState]:
+        is_norm = norms > 0
+        oldest = (state.num_steps % self.window).reshape(1)
+        norm = torch.where(is_norm, norms, state.norms.take(oldest).reshape(()))
+        after = state.norms.scatter(0, oldest, norm.reshape(1))
+        return None, SkipSpikeState(after, state.num_steps + is_norm)
+
+    def accept(self, norms: Tensor, state: SkipSpikeState, context: NormContext) -> Tensor:
+        num = state.num_steps.clamp(max=self.window)
+        is_used = state.norms < math.inf
+        mean = torch.where(is_used, state.norms, 0.0).sum() / num
+        var = torch.where(is_used, state.norms - mean, 0.0).square().sum() / (num - 1)
+        highest = mean + self.z_thresh * torch.maximum(var.sqrt(), _ROUNDING * mean)
+        is_ready = num >= max(2, self.window // 2)
+        return norms <= torch.where(is_ready, highest, math.inf).clamp(max=self.max_norm)
+
+
+def _check_z(name: str, value: Any) -> float:
+    number = as_number(name, value, "a number, such as 6.0, or math.inf for max_norm alone")
+    if not number >= 0:
+        raise ValueError(
+            f"cannot leave out spikes with {name}={number}: it is how many deviations above their "
+            f"mean norms may lie, and norms at or below the mean are none. Pass 0 or above, or "
+            f"math.inf for max_norm alone."
+        )
+    return number
+
+
+def _check_window(name: str, value: Any) -> int:
+    number = as_number(name, value)
+    if not (number >= 2 and number.is_integer()):
+        raise ValueError(
+            f"cannot leave out spikes with {name}={shown(value)}: it is how many norms a mean and "
+            f"a deviation are made from, and one norm has no deviation. Pass a whole number, 2 or "
+            f"above."
+        )
+    return int(number)
