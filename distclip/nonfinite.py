@@ -14,7 +14,7 @@ from torch import Tensor
 from distclip.arguments import as_number, shown
 from distclip.errors import NonFiniteGradientError
 from distclip.norms.late_reads import LateReads
-from distclip.norms.measure import measure
+from distclip.norms.measure import GroupMeasurement, measure
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import RankGroup, gather_objects, rank_group
 
@@ -142,17 +142,20 @@ def error(
     plan: Plan,
     skipped: float | None = None,
     setting: str = 'on_nonfinite="propagate"',
+    measured: Sequence[GroupMeasurement] | None = None,
 ) -> NonFiniteGradientError:
     """The error for all ranks, which come here together because `total_norm` is the same on each.
 
     Args:
         setting: the argument of the caller with which nothing is raised.
+        measured: where optimizers have stepped in backward, and no gradient is left to measure.
 
     Collective: an all-gather of objects over the reduce mesh.
     """
     reports: dict[int, _RankReport] = gather_objects(
-        _rank_report(gradients, plan), rank_group(plan)
+        _rank_report(measure(gradients, plan) if measured is None else measured), rank_group(plan)
     )
+    left = "all were left as they are" if measured is None else "optimizers stepped zeros for them"
     by_badness = [(each.worst.badness, -rank) for rank, each in reports.items() if each.worst]
     rank = -max(by_badness)[1]
     worst = cast(_Worst, reports[rank].worst)
@@ -167,17 +170,17 @@ def error(
         f"cannot clip to a total norm of {total_norm.item()}{after}: the worst gradient is that of "
         f"{worst.name!r}, whose norm on rank {rank} is {worst.size} (parameters with such "
         f"gradients, by rank: {_shortened(counts)}). No coefficient makes such gradients finite, "
-        f"and all were left as they are. Look for the cause in the loss and its inputs, or skip "
+        f"and {left}. Look for the cause in the loss and its inputs, or skip "
         f"this step. The total norm of order {float(plan.groups[0].norm_type)} for gradients from "
         f"`parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
         f"gradients by the non-finite norm anyway, set `{setting}`"
     )
 
 
-def _rank_report(gradients: Sequence[Tensor | None], plan: Plan) -> _RankReport:
+def _rank_report(measured: Sequence[GroupMeasurement]) -> _RankReport:
     found: list[_Worst] = []
     num_nonfinite = 0
-    for group in measure(gradients, plan):
+    for group in measured:
         for name, number in zip(group.names, map(float, group.per_tensor.cpu()), strict=True):
             found.append(_Worst(_badness(number), _size(number), name))
             num_nonfinite += not math.isfinite(number)
