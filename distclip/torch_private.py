@@ -237,6 +237,11 @@ def has_hooks_after_accumulation(param: Tensor) -> bool:
 
 
 def steps_in_bucket_hook(module: Any) -> bool:
-    """Whether DDP steps those optimizers after the all-reduce of each bucket, as torch has it."""
+    """Whether DDP steps those optimizers after the all-reduce of each bucket.
+
+    Its first forward looks for them, and never again.
+    """
+    if not module._lazy_init_ran:
+        return any(map(optimizers_in_backward, module.parameters()))
     names = [hook.__qualname__ for hook, _ in module._comm_hooks]
     return any(name.startswith("_apply_optim_in_backward_hook.") for name in names)

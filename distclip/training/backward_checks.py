@@ -121,8 +121,8 @@ def _check_ddp(
                     f"{_WHAT} that step {names[id(inside[0])]!r}, which is a parameter of "
                     f"DistributedDataParallel: DDP reduces its gradient after the hook, and each "
                     f"rank would step its own. Call `_apply_optimizer_in_backward` of "
-                    f"torch.distributed.optim before DDP is made, which then steps after the "
-                    f"all-reduce, and attach to those optimizers."
+                    f"torch.distributed.optim before the first forward of DDP, which then "
+                    f"steps after the all-reduce, and attach to those optimizers."
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -650,7 +651,11 @@ def _on_ranks(kind: str, policy: Any, mode: str = "propagate") -> Any:
     attached = clipper.attach_in_backward(optimizers)
     norms = []
     for index in range(4):
-        _mean_loss_backward(model, index)
+        # DDP asks an accelerator for its stream, also where all is on CPUs.
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "ddp" and not torch.accelerator.is_available():
+                patch.setattr(torch.accelerator, "current_stream", MagicMock())
+            _mean_loss_backward(model, index)
         norms.append(attached.end_step().total_norm.item())
     assert all(p.grad is None for p in model.parameters())
     return weights(model), norms
@@ -695,6 +700,7 @@ def _errors_on_ranks() -> list[str]:
     optimizers = with_hooks(model)
     error(lambda: distclip.Clipper(model).attach_in_backward(optimizers))
     model = DistributedDataParallel(inner := double_model())
+    _mean_loss_backward(model, 0)
     optimizers = apply_in_backward(SGD, inner, lr=LR)
     error(lambda: distclip.Clipper(model).attach_in_backward(optimizers))
     sharded = double_model()
