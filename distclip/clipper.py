@@ -399,8 +399,8 @@ class Clipper:
         sets no coefficient.
 
         Served are plain parameters, DDP over `_apply_optimizer_in_backward` that was called before
-        DDP's first forward, and DTensors, as FSDP2 shards them. With limits per tensor each hook of a
-        tensor that ranks share makes an all-reduce: the ranks must step such tensors in one order,
+        DDP's first forward, and DTensors, as FSDP2 shards them. With limits per tensor each hook of
+        a tensor that ranks share makes an all-reduce: the ranks must step these in one order,
         as FSDP2 and tensor parallelism do, which communicate for each of them in that order
         themselves. Another order is an error, as for `clip_`.
 

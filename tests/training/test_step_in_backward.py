@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
 from tests.support import reference
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, mesh
 from tests.support.wrapped import local, loss_of, make_model
 
 LR = 0.1
@@ -200,6 +200,19 @@ def test_adagc_limits_a_tensor_by_its_own_norm_at_least_in_the_first_step() -> N
     attached.end_step()
     steps = [(a - b).norm() for a, b in zip(weights(model), before, strict=True)]
     assert max(steps) == pytest.approx(0.05)
+
+
+def test_adagc_limits_by_the_norm_of_the_step_before_while_it_warms_up() -> None:
+    weights_of = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
+    model = nn.ParameterList(weights_of)
+    hooks = with_hooks(model, lambda params: SGD(params, lr=1.0))
+    policy = distclip.AdaGC(max_norm=1.0, warmup_steps=5)
+    attached = distclip.Clipper(model, policy).attach_in_backward(hooks)
+    for expected in (1.0, 30 / 50):  # by their own norms, then by that of both
+        before = weights(model)
+        (30 * model[0][0] + 40 * model[1][0]).backward()
+        assert attached.end_step().total_norm == pytest.approx(50)
+        assert (weights(model)[0] - before[0]).norm() == pytest.approx(expected)
 
 
 # Limits for the whole model
@@ -643,9 +656,10 @@ def _on_ranks(kind: str, policy: Any, mode: str = "propagate") -> Any:
         optimizers = apply_in_backward(SGD, model, lr=LR, momentum=0.9)
         model = DistributedDataParallel(model)
     else:
+        over = mesh((2, 2), ("replicas", "shards")) if kind == "hsdp" else mesh((4,), ("dp",))
         for block in model.blocks if kind == "fsdp2" else ():  # pyright: ignore
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=over)
+        fully_shard(model, mesh=over)
         optimizers = with_hooks(model, make)
     clipper = distclip.Clipper(model, policy, on_nonfinite=mode)  # pyright: ignore
     attached = clipper.attach_in_backward(optimizers)
@@ -676,7 +690,7 @@ RANK_POLICIES = {**PER_TENSOR, "norm": distclip.ClipNorm(0.1), "adagc": ADAGC}
 
 
 @pytest.mark.parametrize("policy", RANK_POLICIES.values(), ids=RANK_POLICIES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2 at once"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2 at once", "hsdp"])
 def test_ranks_do_as_one_process(four_ranks: Ranks, kind: str, policy: Any) -> None:
     """In batches of equal size, whose mean loss is that of the whole."""
     mine, my_norms = _late(policy)
