@@ -49,6 +49,7 @@ from distclip.sharding.partial_gradients import (
 )
 from distclip.sharding.read import read_layouts
 from distclip.torch_private import outside_of_graphs
+from distclip.training.backward_checks import never_clipped
 
 
 @outside_of_graphs
@@ -115,6 +116,7 @@ def clip_grad_norm_(
         [EmptyState()],
         call=policy_text(policy),
         reduce=partial(reduce_gradients_, tensors),
+        fault=_never_clipped(tensors, gradients),
     )
     if error_if_nonfinite:
         _check_finite(decision, given, policy, where)
@@ -301,6 +303,14 @@ def _check_finite(
             plan,
             setting="error_if_nonfinite=False",
         )
+
+
+def _never_clipped(
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> ValueError | None:
+    if all(grad is not None for grad in gradients):
+        return None
+    return never_clipped(tensors, [f"parameter {i}" for i in range(len(tensors))])
 
 
 def _make_plan(given: Parameters, policy: Policy[Any], where: _Where) -> Plan:

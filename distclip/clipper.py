@@ -25,6 +25,7 @@ from distclip.decision import Decision
 from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.agreement import policy_text
+from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import Plan, make_plan, with_tensor_groups
 from distclip.norms.reduce import check_same_call
 from distclip.param_groups import NamedParameters, ParamGroups
@@ -37,12 +38,14 @@ from distclip.sharding.one_shot import SymmetricMemory
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.torch_private import on_device, outside_of_graphs
-from distclip.training import grad_scaler, optimizers, wrappers
+from distclip.training import backward_checks, grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
 from distclip.training.model_changes import ModelChanges, check_present
+from distclip.training.optimizers import check_attached
 from distclip.training.rounds import Rounds
 from distclip.training.step_hook import AttachedClipper
+from distclip.training.step_in_backward import BackwardClipper, Held
 from distclip.training.wrappers import Optimizers
 
 # What is made in inference mode cannot be written outside of it: policies' states, counters,
@@ -170,6 +173,7 @@ class Clipper:
         self._checked = CheckedOptimizers()
         self._hold(self._read_sources(), is_first=True)
         self._rounds = Rounds(self.plan)
+        self._in_backward: BackwardClipper | None = None
 
     def _read_sources(self) -> NamedParameters:
         return param_groups.read_sources(self._sources, self._modules)
@@ -371,13 +375,128 @@ class Clipper:
         """
         grad_scaler.check_scaler(scaler)
         given = wrappers.list_optimizers(optimizer)
-        optimizers.check_attached(given, optimizer)
+        check_attached(given, optimizer)
+        self._check_not_in_backward()
         if self._gradient is None:
             for each in given:
                 wrappers.check_wrapped(each, self.plan)
         for each in wrappers.unwrapped(given):  # before it gets others
             self._checked.new_params([each], self.plan.params, scaled=False)
         return AttachedClipper(given, scaler, self._decide, self._rounds)
+
+    @outside_of_graphs
+    def attach_in_backward(self, optimizers: Optimizers) -> BackwardClipper:
+        """Clips in each `optimizer.step()` that a hook of backward calls.
+
+        For loops in which each parameter has an optimizer, or several share one, that steps as soon
+        as the gradient is accumulated and then frees it, so that the gradients of the model never
+        exist together: `_apply_optimizer_in_backward` of torch.distributed.optim, or hooks by
+        `param.register_post_accumulate_grad_hook`. Call `.end_step()` of what is returned after
+        each backward, on every rank, in the place of `clip_` or `step`; `.remove()` ends it.
+
+        Limits per tensor, unit or element are those of `step`: each tensor is clipped before its
+        optimizer steps. In `AdaGC`'s warm-up, which limits by the norm of the whole model, and for
+        `context.total_norm` of policies of your own, that norm is the larger one of the step before
+        and of the tensors that step together.
+
+        Limits for the whole model come one step late: nobody knows the norm of the model while its
+        first tensors step. All are multiplied by min(1, limit / norm) of the last step with a
+        finite norm above 0, so that a norm n after one of m is clipped to at most limit * n / m,
+        or n. The first step is not clipped. Save `attached.state_dict()` beside the Clipper's.
+
+        on_nonfinite: "propagate" as always. "zero" sets the tensors to zero whose gradient is not
+        finite (with those that one optimizer steps together), and the others step; where parts of
+        the model are sharded, it needs limits per tensor or unit. "raise" does the same, and raises
+        in `end_step`. "skip" is an error: other tensors have stepped. A norm that is not finite
+        sets no coefficient.
+
+        Served are plain parameters, DDP over `_apply_optimizer_in_backward` that was called before
+        DDP's first forward, and DTensors, as FSDP2 shards them. With limits per tensor each hook of
+        a tensor that ranks share makes an all-reduce: the ranks must step these in one order,
+        as FSDP2 and tensor parallelism do, which communicate for each of them in that order
+        themselves. Another order is an error, as for `clip_`.
+
+        Args:
+            optimizers: all that step the Clipper's parameters that train. For a part of the model,
+                make a Clipper of that part.
+
+        Raises:
+            ValueError: a parameter that trains has no optimizer, or two; the Clipper has
+                `overlap=True`, `gradient=`, on_nonfinite="skip", a policy that vetoes steps, such
+                as `SkipSpike`, or is attached already; DDP would
+                reduce after the hook. In a step: an optimizer steps twice before `end_step`, with a
+                closure, or by a GradScaler.
+            LayoutError: FSDP1's parameters; limits per tensor that ranks share under pipeline
+                stages or `layouts=`.
+            TypeError: something that is no optimizer.
+
+        Collective: in hooks as above; `end_step` as `clip_`.
+
+        Example:
+            >>> import torch, distclip
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+            >>> def step(param):
+            ...     optimizers[param].step()
+            ...     param.grad = None
+            >>> for param in model.parameters():
+            ...     _ = param.register_post_accumulate_grad_hook(step)
+            >>> clipper = distclip.Clipper(model, distclip.ClipTensorNorm(1.0))
+            >>> attached = clipper.attach_in_backward(optimizers.values())
+            >>> before = model.weight.detach().clone()
+            >>> (100 * model(torch.tensor([3.0, 4.0]))).sum().backward()  # a gradient of 300, 400
+            >>> round(attached.end_step().norms["all"].item())
+            510
+            >>> round((before - model.weight).norm().item(), 4)
+            0.1
+        """
+        given = wrappers.list_optimizers(optimizers)
+        stepped = wrappers.unwrapped(given)
+        check_attached(stepped, optimizers)
+        self._check_not_in_backward()
+        if self._rounds.members():
+            raise ValueError(
+                "cannot attach in backward: the Clipper is attached to `optimizer.step()` already. "
+                "End that with `attached.remove()`, or make a Clipper for each."
+            )
+        if self._overlap or self._gradient is not None:
+            raise ValueError(
+                "cannot attach in backward with overlap=True or gradient=: hooks see `.grad`, "
+                "which is measured and freed there. Leave both out."
+            )
+        if fault := self._follow([], scaled=False):
+            raise fault
+        plan = self.plan
+        if self._tensor_norms and any(group.scope is Scope.UNIT for group in plan.groups):
+            raise ValueError(
+                "cannot attach in backward with tensor_norms= and limits per unit: the norms of "
+                "tensors need a second look at gradients, which are freed by then. Leave one out."
+            )
+        backward_checks.check_mode(self._on_nonfinite, plan, self._policies)
+        backward_checks.check_layouts(plan, self._layouts is not None)
+        backward_checks.check_optimizers(stepped, plan, self._read.modules)
+        held = Held(
+            plan,
+            self._policies,
+            self._on_nonfinite,
+            self._call,
+            lambda: self._states,
+            self._changes.any,
+            self._end_step,
+        )
+        self._in_backward = BackwardClipper(stepped, held, self._detached)
+        return self._in_backward
+
+    def _detached(self) -> None:
+        self._in_backward = None
+
+    def _check_not_in_backward(self) -> None:
+        if self._in_backward is not None:
+            raise ValueError(
+                "cannot clip: the Clipper is attached in backward, where hooks have clipped and "
+                "stepped the gradients. Call `attached.end_step()` in each step, or end it with "
+                "`attached.remove()` first."
+            )
 
     @_kept_between_calls
     def state_dict(self) -> dict[str, Any]:
@@ -408,6 +527,7 @@ class Clipper:
         at_step: int | None = None,
     ) -> Decision:
         """`decide` where it is known which factor the gradients still need; float64."""
+        self._check_not_in_backward()
         fault = self._follow(stepped, scaled=scale is not None)
         try:
             gradients = self._gradients()
@@ -415,12 +535,44 @@ class Clipper:
             fault, gradients = fault or error, [None] * len(self._params)
         if fault is None and stepped and all(grad is None for grad in gradients):
             fault = unheld_gradient(stepped, self.plan.params)
-        wants_tensors = self._tensor_norms > 0 and self._num_calls % self._tensor_norms == 0
-        self._num_calls += 1
-        call = self._call if at_step is None else f"{self._call}; step={at_step}"
+        if fault is None and self._gradient is None and any(grad is None for grad in gradients):
+            fault = backward_checks.never_clipped(self._params, self.plan.names)
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
-            measured = self._backward.measurements(gradients, wants_tensors)
+            measured = self._backward.measurements(gradients, self._wants_tensors())
+        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step)
+        self._raise_if_nonfinite(decision)
+        return self._count(decision)
+
+    @_kept_between_calls
+    def _end_step(
+        self, measured: Sequence[GroupMeasurement], fault: Exception | None, at_step: int | None
+    ) -> Decision:
+        """`decide` where hooks have measured, clipped and stepped the gradients."""
+        nothing = [None] * len(self._params)
+        decision = self._decide_on(nothing, fault, measured, None, None, at_step)
+        self._raise_if_nonfinite(decision, measured)
+        return self._count(decision)
+
+    def _wants_tensors(self) -> bool:
+        return self._tensor_norms > 0 and self._num_calls % self._tensor_norms == 0
+
+    def _count(self, decision: Decision) -> Decision:
+        self._states = decision.next_policy_states(self._states)
+        return decision
+
+    def _decide_on(
+        self,
+        gradients: Sequence[Tensor | None],
+        fault: Exception | None,
+        measured: Sequence[GroupMeasurement] | None,
+        scale: Tensor | None,
+        on_apply: Callable[[Tensor], None] | None,
+        at_step: int | None,
+    ) -> Decision:
+        wants_tensors = self._wants_tensors()
+        self._num_calls += 1
+        call = self._call if at_step is None else f"{self._call}; step={at_step}"
         decision = step.decide(
             gradients,
             self.plan,
@@ -439,8 +591,6 @@ class Clipper:
         )
         valid = [clip.valid for clip in decision.clips]
         self._limit_checks.check(valid, lambda: decision.finite)
-        self._raise_if_nonfinite(decision)
-        self._states = decision.next_policy_states(self._states)
         return decision
 
     def _follow(self, stepped: Sequence[Optimizer], scaled: bool) -> Exception | None:
@@ -472,7 +622,9 @@ class Clipper:
         self._rounds.plan = self.plan
         self._states = state_dict.carried_over(states, self._group_states(self._states))
 
-    def _raise_if_nonfinite(self, decision: Decision) -> None:
+    def _raise_if_nonfinite(
+        self, decision: Decision, measured: Sequence[GroupMeasurement] | None = None
+    ) -> None:
         counted = None
         if self._on_nonfinite in ("skip", "zero"):
             counted = decision.accepted
@@ -490,6 +642,7 @@ class Clipper:
                 self.plan,
                 in_a_row if too_many else None,
                 vetoes,
+                measured=measured,
             )
 
     def _gradients(self) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from distclip.arguments import as_number, shown
 from distclip.errors import NonFiniteGradientError, SkippedStepsError
 from distclip.norms.late_reads import LateReads
-from distclip.norms.measure import measure
+from distclip.norms.measure import GroupMeasurement, measure
 from distclip.norms.plan import Plan
 from distclip.norms.reduce import RankGroup, gather_objects, rank_group
 
@@ -147,6 +147,7 @@ def error(
     skipped: float | None = None,
     vetoes: bool = False,
     setting: str = 'on_nonfinite="propagate"',
+    measured: Sequence[GroupMeasurement] | None = None,
 ) -> NonFiniteGradientError:
     """The error for all ranks, which come here together because `total_norm` is the same on each.
 
@@ -154,12 +155,14 @@ def error(
         skipped: how many steps in a row were left out before this one.
         vetoes: a policy may have been the reason.
         setting: the argument of the caller with which nothing is raised.
+        measured: where optimizers have stepped in backward, and no gradient is left to measure.
 
     Collective: an all-gather of objects over the reduce mesh.
     """
     reports: dict[int, _RankReport] = gather_objects(
-        _rank_report(gradients, plan), rank_group(plan)
+        _rank_report(measure(gradients, plan) if measured is None else measured), rank_group(plan)
     )
+    left = "all were left as they are" if measured is None else "optimizers stepped zeros for them"
     by_badness = [(each.worst.badness, -rank) for rank, each in reports.items() if each.worst]
     rank = -max(by_badness)[1]
     worst = cast(_Worst, reports[rank].worst)
@@ -175,7 +178,7 @@ def error(
         f"cannot clip to a total norm of {total_norm.item()}{after}: the worst gradient is that of "
         f"{worst.name!r}, whose norm on rank {rank} is {worst.size} (parameters with such "
         f"gradients, by rank: {_shortened(counts)}). No coefficient makes such gradients finite, "
-        f"and all were left as they are. Look for the cause in the loss and its inputs, or skip "
+        f"and {left}. Look for the cause in the loss and its inputs, or skip "
         f"this step. The total norm of order {float(plan.groups[0].norm_type)} for gradients from "
         f"`parameters` is non-finite, so it cannot be clipped. To disable this error and scale the "
         f"gradients by the non-finite norm anyway, set `{setting}`"
@@ -194,10 +197,10 @@ def too_many_vetoes(total_norm: Tensor, skipped: float) -> SkippedStepsError:
     )
 
 
-def _rank_report(gradients: Sequence[Tensor | None], plan: Plan) -> _RankReport:
+def _rank_report(measured: Sequence[GroupMeasurement]) -> _RankReport:
     found: list[_Worst] = []
     num_nonfinite = 0
-    for group in measure(gradients, plan):
+    for group in measured:
         for name, number in zip(group.names, map(float, group.per_tensor.cpu()), strict=True):
             found.append(_Worst(_badness(number), _size(number), name))
             num_nonfinite += not math.isfinite(number)

@@ -59,6 +59,7 @@ def decide(
     on_apply: Callable[[Tensor], None] | None = None,
     invalid: Tensor | None = None,
     tensor_norms: bool = False,
+    at_least: Tensor | None = None,
 ) -> Decision:
     """Measures, reduces, and asks the policies for limits. Writes nothing.
 
@@ -77,6 +78,8 @@ def decide(
         invalid: whether a limit of the last step was none, which the other ranks do not know yet.
         tensor_norms: whether the report has the norm of every tensor. `plan` has `tensor_groups`
             then, and `measured` the sums.
+        at_least: what `NormContext.total_norm` is at least, where these gradients are a part of
+            what the policy limits; a float64 scalar.
 
     Raises:
         LayoutError: the ranks do not mean the same call; see `total_norms`.
@@ -115,7 +118,7 @@ def decide(
         totals = torch.stack([each.total for each in norms])
         total = norm_of_norms(totals, plan.groups[0].norm_type)
     each = zip(norms, plan.groups, policies, states, strict=True)
-    clips = [_ask_policy(*one, plan, lambda: norm_is_finite(total, plan)) for one in each]
+    clips = [_ask_policy(*one, plan, lambda: norm_is_finite(total, plan), at_least) for one in each]
     # Where nothing asks for it, an accelerator need not compute it. A graph must contain it.
     captures = is_capturing(plan.device)
     judged = any(clip.valid is not None for clip in clips)
@@ -174,11 +177,13 @@ def _ask_policy(
     state: Any,
     plan: Plan,
     is_finite: Callable[[], Tensor],
+    at_least: Tensor | None,
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
     sizes = _one(each, plan) if units is None else units.sizes
-    context = NormContext(sizes, norms.weights, norms.total)
+    total = norms.total if at_least is None else torch.maximum(norms.total, at_least)
+    context = NormContext(sizes, norms.weights, total)
     returned, next_state = policy.limit(each, state, context)
     accepts = accept(policy, each, state, context)
     if returned is None:

@@ -214,3 +214,34 @@ def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
         return backend_of(device).options._timeout
     except RuntimeError:  # it has none for the device, and gloo may be all that there is
         return backend_of(torch.device("cpu")).options._timeout
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward on this thread, as in a hook of a parameter."""
+    return _torch._C._current_graph_task_id() != -1
+
+
+def optimizers_in_backward(param: Tensor) -> list[Optimizer]:
+    """Those of `torch.distributed.optim._apply_optimizer_in_backward`, which has no public form.
+
+    Parameters without such optimizers have no such attribute: a test pins that torch sets it.
+    """
+    return getattr(param, "_in_backward_optimizers", [])
+
+
+def has_hooks_after_accumulation(param: Tensor) -> bool:
+    """Whether others than distclip have called `register_post_accumulate_grad_hook`."""
+    hooks: dict[int, Any] = cast(Any, param)._post_accumulate_grad_hooks or {}
+    modules = [str(getattr(each, "__module__", "")) for each in hooks.values()]
+    return any(not module.startswith("distclip.") for module in modules)
+
+
+def steps_in_bucket_hook(module: Any) -> bool:
+    """Whether DDP steps those optimizers after the all-reduce of each bucket.
+
+    Its first forward looks for them, and never again.
+    """
+    if not module._lazy_init_ran:
+        return any(map(optimizers_in_backward, module.parameters()))
+    names = [hook.__qualname__ for hook, _ in module._comm_hooks]
+    return any(name.startswith("_apply_optim_in_backward_hook.") for name in names)

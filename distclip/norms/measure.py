@@ -260,6 +260,15 @@ class NormBuffer:
             for span in units.spans_of[member]:
                 _add_units_(self.per_tensor, span.views(grad), power, units)
 
+    def put_measured(self, rows: Tensor, measured: GroupMeasurement) -> None:
+        """Keeps what was measured of a part of the group; see `plan.PlanOfMembers`."""
+        per_row = measured.per_tensor if measured.units is None else measured.units
+        self.per_tensor.index_copy_(0, rows, per_row)
+
+    def clear_all(self) -> None:
+        """From now on everything counts as zero."""
+        self.per_tensor.zero_()
+
     def clear(self, members: Sequence[int]) -> None:
         """From now on these count as zero."""
         if (units := self._group.units) is None:

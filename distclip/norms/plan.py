@@ -306,6 +306,44 @@ def _of_tensors(
     )
 
 
+class PlanOfMembers(NamedTuple):
+    """The plan for some parameters of one group.
+
+    Attributes:
+        rows: of the group's units, those of these parameters; of the group's parameters, these.
+    """
+
+    plan: Plan
+    rows: Tensor
+
+
+def plan_of_members(plan: Plan, group: ParamGroup, members: Sequence[int]) -> PlanOfMembers:
+    """The plan for some parameters of a group, by their indices in it; for policies per tensor.
+
+    It reduces only where ranks hold parts of their units. Elsewhere its total norm is that of this
+    rank's elements.
+    """
+    params = [plan.params[group.members][i] for i in members]
+    if group.units is None:
+        units, rows = None, torch.tensor(members, dtype=torch.int64, device=plan.device)
+    else:
+        units, rows = group.units.of_members(members)
+    num_slots = 0 if units is None else units.num_slots
+    if not num_slots:
+        params = [replace(param, counted=True) for param in params]
+    part = replace(
+        group,
+        members=slice(0, len(params)),
+        counted=_counted(params, plan.device),
+        units=units,
+        num_slots=num_slots,
+        first_slot=0,
+    )
+    mesh = plan.reduce_mesh if num_slots else None
+    made = Plan(params, mesh, [part], plan.device, plan.norm_dtype, plan.mesh, plan.rule)
+    return PlanOfMembers(made, rows)
+
+
 def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.dtype:
     # The same on every rank, because the payload depends on it. Ranks along a distinct axis hold
     # other parameters, and only a collective could tell their dtypes.

@@ -7,10 +7,10 @@ a boundary between ranks cuts a unit, its partial sums are reduced too, in a *sl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,30 @@ class Units:
             spans.setdefault(span.member, []).append(span)
         return spans
 
+    def of_members(self, members: Sequence[int]) -> UnitsOfMembers:
+        """The units of some parameters, by their indices in the group."""
+        spans: list[UnitSpan] = []
+        rows: list[int] = []
+        for i, member in enumerate(members):
+            for span in self.spans_of.get(member, ()):
+                spans.append(replace(span, member=i, row=len(rows)))
+                rows += range(span.row, span.row + span.count)
+        sharded, slots, num_slots = _slots(spans)
+        device = self.sizes.device
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        units = Units(
+            spans,
+            len(rows),
+            num_slots,
+            # Where no other rank is asked, each rank adds what it has.
+            counted=self.counted[index] if num_slots else torch.ones_like(self.counted[index]),
+            limited=self.limited[index],
+            sizes=self.sizes[index],
+            sharded=torch.tensor(sharded, dtype=torch.int64, device=device),
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        )
+        return UnitsOfMembers(units, index)
+
     @cached_property
     def are_params(self) -> bool:
         """Whether each parameter of the group is one unit, and has no element of another."""
@@ -107,6 +131,16 @@ class Units:
     @cached_property
     def row_names(self) -> list[str]:
         return [span.shard.name for span in self.spans for _ in range(span.count)]
+
+
+class UnitsOfMembers(NamedTuple):
+    """The units of some parameters of a group, and the rows of the group's units that they are.
+
+    Shapes: rows: [units.num_units], int64.
+    """
+
+    units: Units
+    rows: Tensor
 
 
 def make_units(params: Sequence[LocalParam], policy: Policy[Any], device: torch.device) -> Units:

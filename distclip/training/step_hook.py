@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from distclip.decision import Decision
 from distclip.report import Report
-from distclip.torch_private import has_values, outside_of_graphs
+from distclip.torch_private import has_values, in_backward, outside_of_graphs
 from distclip.training import grad_scaler, optimizers, wrappers
 from distclip.training.optimizers import HiddenGradients
 from distclip.training.rounds import Change, Rounds
@@ -197,6 +197,8 @@ class StepHook:
     @torch.no_grad()
     def _clip(self) -> None:
         optimizer = self.optimizer
+        if in_backward():
+            self._check_covers()
         # GradScaler.step sets both, where it calls a fused optimizer or a wrapper of one.
         loss_scale, found_inf = (self._from_scaler(name) for name in ("grad_scale", "found_inf"))
         is_set = getattr(optimizer, "found_inf", None) is not None  # not on its wrapper
@@ -229,6 +231,18 @@ class StepHook:
             self._rounds.begin(self, decision)
         if not folds:
             self._leave_out(skip, None, at_once=True)
+
+    def _check_covers(self) -> None:
+        """Raises ValueError where backward has not ended, and others are yet to be stepped."""
+        stepped = {id(param) for param in wrappers.params_of([self.optimizer])}
+        held = self._rounds.plan.params
+        if any(each.param.requires_grad and id(each.param) not in stepped for each in held):
+            raise ValueError(
+                f"cannot clip in a step of {type(self.optimizer).__qualname__} that a hook calls "
+                f"in backward: other parameters of the Clipper have no gradient yet, and the norm "
+                f"would be that of the few that have one. Attach by "
+                f"`clipper.attach_in_backward(optimizers)`."
+            )
 
     def _from_scaler(self, name: str) -> Tensor | None:
         found = getattr(self.optimizer, name, None)
