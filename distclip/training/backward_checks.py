@@ -32,9 +32,9 @@ def check_mode(mode: OnNonFinite, plan: Plan, policies: Sequence[Policy[Any]]) -
     """Raises ValueError where a mode, or the veto of a policy, comes after tensors have stepped."""
     if vetoing := [policy for policy in policies if vetoes(policy)]:
         raise ValueError(
-            f"{_WHAT} with {vetoing[0]}: it leaves out whole steps, and tensors have stepped before "
-            f"the norm of the model is known. Use a policy that sets limits, such as ClipNorm, or "
-            f"step after backward."
+            f"{_WHAT} with {vetoing[0]}: it leaves out whole steps, and tensors have stepped "
+            f"before the norm of the model is known. Use a policy that sets limits, such as "
+            f"ClipNorm, or step after backward."
         )
     if mode == "skip":
         raise ValueError(
