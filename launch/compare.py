@@ -63,7 +63,7 @@ def main() -> None:
         if not options.draw_only:
             train(options, policy)
         runs.append(read(options, policy))
-    title = f"The same LSTM, seed and batches at learning rate {options.lr:g}"
+    title = f"The same model, seed and batches at learning rate {options.lr:g}"
     title = f"{options.out if options.draw_only else title}; only the clipping differs"
     picture = options.out / "compare.png"
     draw(runs, picture, title)
@@ -73,9 +73,10 @@ def main() -> None:
 
 def label(policy: str) -> str:
     """How the picture names a run: "clip-norm (max-norm 0.25)"."""
-    name, *settings = policy.split(" --policy.")
+    name, *settings = policy.split(" --")
     if policy == "none":
         return "not clipped"
+    settings = [setting.removeprefix("policy.") for setting in settings]
     return f"{name} ({', '.join(settings)})" if settings else name
 
 

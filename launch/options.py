@@ -46,6 +46,9 @@ class Options(Generic[PolicyT]):
     """Settings of the policy that --policy names."""
     policy_name: tyro.conf.Suppress[str] = "clip-norm"
     """The name given to --policy, for the report."""
+    clip: float = math.inf
+    """A limit for the norm of the model beside the policy's own, of which the smaller one holds;
+    steps that the policy does not leave out are clipped to it."""
     model: Literal["gpt", "lstm"] = "gpt"
     """Byte-level GPT of about 1.5M parameters, or an LSTM of about 1.2M."""
     layout: Layout = "ddp"
@@ -114,7 +117,17 @@ def read_options(args: Sequence[str]) -> Options[Any]:
     options = _parse(type(preset), Options(policy=preset, policy_name=name), rest)
     _check_numbers(options)
     _check_ranks(options, int(os.environ.get("WORLD_SIZE", "1")))
-    return options
+    return options if math.isinf(options.clip) else _clip_as_well(options)
+
+
+def _clip_as_well(options: Options[Any]) -> Options[Any]:
+    try:
+        policy = options.policy & distclip.ClipNorm(options.clip, options.policy.norm_type)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--clip {options.clip} with --policy {options.policy_name}: {error}"
+        ) from None
+    return dataclasses.replace(options, policy=policy)
 
 
 def _policy_name(args: Sequence[str]) -> tuple[str, list[str]]:

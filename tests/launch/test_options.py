@@ -25,6 +25,7 @@ from launch.ranks import UserError
         (["--layout", "tp"], 3, "and there are 3 ranks: use 4 or fewer"),
         (["--batch", "9"], 2, "--batch 9 cannot be shared out evenly over 2 data ranks"),
         (["--corrupt", "2"], 1, "--corrupt 2.0: a share, 0 to 1"),
+        (["--policy", "agc", "--clip", "1"], 1, "--clip 1.0 with --policy agc: cannot take"),
     ],
 )
 def test_wrong_options_say_what_to_do(
@@ -35,6 +36,11 @@ def test_wrong_options_say_what_to_do(
         read_options(words)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_limit_beside_the_policy_s_own() -> None:
+    found = read_options(["--policy", "skip-spike", "--clip", "0.5"]).policy
+    assert found == distclip.SkipSpike() & distclip.ClipNorm(0.5)
 
 
 def test_a_policy_brings_its_own_options() -> None:
