@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -14,6 +15,13 @@ from tests.support.ranks import Ranks
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
+
+with contextlib.suppress(ImportError):  # a machine with a GPU may have no hypothesis
+    import hypothesis
+
+    # Other processes may hold the CPU for long.
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
 
 SHARED_POOLS = ("four_ranks", "four_on_cpus", "eight_ranks")
 # Frameworks change the processes that load them.
