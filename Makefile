@@ -33,6 +33,10 @@ run: $(STAMP)
 
 compare: $(STAMP)
 	$(PY) -m launch.compare --out runs/compare $(ARGS)
+	$(PY) -m launch.compare --out runs/spikes --seed 1 --ranks 1 --lr 2e-2 --setting="$(SPIKES)" \
+		--policies none "clip-norm --policy.max-norm 0.5" zclip "skip-spike --clip 0.5"
+
+SPIKES := --model gpt --width 64 --depth 2 --context 64 --batch 8 --warmup 20 --corrupt 0.03
 
 # The pictures of docs/monitoring.md: three small trainings, half a minute.
 docs-pictures: $(STAMP)
