@@ -164,6 +164,8 @@ def test_a_mesh_made_from_others(
 ) -> None:
     if not hasattr(DeviceMesh, method):
         pytest.skip(f"torch {torch.__version__} has no DeviceMesh.{method}")
+    if make is unflattened_slice and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 does not find the axis of a slice that it is to unflatten")
     eight_ranks.run(clips_on, make, placements)
 
 
