@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -729,6 +729,14 @@ def _errors_on_ranks() -> list[str]:
     attached = distclip.Clipper(sharded).attach_in_backward(optimizers)
     _mean_loss_backward(sharded, 0)
     error(attached.end_step)
+    cpu = torch.device("cpu")
+    flat = FullyShardedDataParallel(double_model(), device_id=cpu, use_orig_params=True)
+    optimizers = [SGD([p], lr=LR) for p in flat.parameters()]
+    error(lambda: distclip.Clipper(flat).attach_in_backward(optimizers))
+    both, stage = mesh((2, 2), ("pp", "dp")), double_model()
+    fully_shard(stage, mesh=both["dp"])
+    clipper = distclip.Clipper(stage, PER_TENSOR["tensor"], mesh=both)
+    error(lambda: clipper.attach_in_backward(with_hooks(stage)))
     # A fault of one rank is raised on all.
     plain = double_model()
     fully_shard(plain)
@@ -742,7 +750,8 @@ def _errors_on_ranks() -> list[str]:
 
 def test_errors_on_all_ranks(four_ranks: Ranks) -> None:
     parts = ["DDP reduces its gradient after the hook"] * 2
-    parts += ["and others would not know", "never run", "only here"]
+    parts += ["and others would not know", "never run", "flat buffer"]
+    parts += ["it is not known that the hooks run in the same order", "only here"]
     for found in four_ranks.run(_errors_on_ranks):
         assert len(found) == len(parts)
         for part, text in zip(parts, found, strict=True):
