@@ -107,6 +107,8 @@ def decide(
         fault = fault or _fault(gradients, plan, policies)
         header = Header(call, fault=fault is not None)
         totals = total_norms(measured, plan, header, tensor_norms)
+    elif header.unreduced and has_values(totals.norms[0].total):
+        raise _unexpected(header.unreduced)
     if totals.fault:
         raise_fault(fault, plan)
     norms = totals.norms
@@ -163,6 +165,16 @@ def _fault(
     except ValueError as error:
         return error
     return None
+
+
+def _unexpected(unreduced: str) -> LayoutError:
+    """The other ranks raise some steps later, as their norms then are known to be NaN."""
+    return LayoutError(
+        f"cannot clip: gradients have to be reduced first ({unreduced[:200]}), and there were none "
+        f"in the first step, or a CUDA graph is captured. On an accelerator all ranks decide in "
+        f"the first step whether to look for such gradients, because looking waits for the "
+        f"device. Reduce them before this call (`redistribute`), or make another Clipper."
+    )
 
 
 def _only_measures(policy: Policy[Any]) -> bool:

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import distclip
 from distclip import functional
 from distclip.policies import Policy
 from tests.support import accelerator, reference
 from tests.support.accelerator import NAME, Accelerator
-from tests.support.ranks import mesh
+from tests.support.ranks import dtensors_by_the_host, mesh
 from tests.support.tolerances import NORM
 
 pytestmark = [
@@ -393,6 +393,67 @@ def norms_of_tensors() -> None:
 def test_norms_of_tensors(on_two_accelerators: Accelerator) -> None:
     """Copies beside a shard; no value is looked at before the report is read."""
     on_two_accelerators.run(norms_of_tensors)
+
+
+def reduces_before_it_measures(at: Any) -> None:
+    """`Partial` gradients, of parameters in shards too: rank 1 has none of the second."""
+    dtensors_by_the_host()
+    on, rank = mesh((2,), ("dp",), NAME), dist.get_rank()
+    like = DTensor.from_local(torch.zeros(2 if at.is_shard() else 4, device=DEVICE), on, [at])
+    params = [nn.Parameter(like.clone()) for _ in range(2)]
+    addend = torch.arange(1.0, 5.0, device=DEVICE)
+    wholes = [torch.arange(1.0, 5.0) * n for n in (3, 1)]
+    norm = reference.total_norm(wholes)
+    clipper = distclip.Clipper(params, distclip.ClipNorm(1.0))
+    for clip in (clipper.clip_, lambda: distclip.clip_grad_norm_(params, 1.0)) * 3:
+        params[1].grad = None
+        for param in params[: 2 - rank]:
+            param.grad = DTensor.from_local(addend * (1 + rank), on, [Partial()])
+        found = getattr(clip_result := clip(), "total_norm", clip_result)
+        torch.testing.assert_close(found.cpu().double(), norm, **NORM)
+        for param, whole in zip(params, wholes, strict=True):
+            clipped = param.grad.full_tensor().cpu().double()
+            torch.testing.assert_close(clipped, whole.double() / (norm + 1e-6), **CLOSE)
+    for _ in range(2):
+        unreduced = DTensor.from_local(addend, on, [Partial()])
+        found = distclip.get_total_norm([unreduced]).cpu().double()
+        torch.testing.assert_close(found, reference.total_norm([wholes[1] * 2]), **NORM)
+
+
+@pytest.mark.parametrize("at", [Shard(0), Replicate()], ids=["sharded", "copied"])
+def test_gradients_are_reduced_before_they_are_measured(
+    on_two_accelerators: Accelerator, at: Any
+) -> None:
+    on_two_accelerators.run(reduces_before_it_measures, at)
+
+
+def has_a_partial_gradient_later() -> None:
+    dtensors_by_the_host()
+    on, rank = mesh((2,), ("dp",), NAME), dist.get_rank()
+    param = nn.Parameter(DTensor.from_local(torch.zeros(4, device=DEVICE), on, [Replicate()]))
+    sharded = nn.Parameter(DTensor.from_local(torch.zeros(2, device=DEVICE), on, [Shard(0)]))
+    clipper = distclip.Clipper([param, sharded], distclip.ClipNorm(1.0))
+    found = []
+    for step in range(6):
+        at = Partial() if step == 1 and rank == 0 else Replicate()
+        param.grad = DTensor.from_local(torch.full((4,), 9.0, device=DEVICE), on, [at])
+        sharded.grad = torch.zeros_like(sharded)
+        try:
+            found.append(clipper.clip_().total_norm.item())
+        except distclip.LayoutError as error:
+            found.append(str(error))
+            assert torch.equal(param.grad.to_local().cpu(), torch.full((4,), 9.0))
+    if rank == 0:
+        assert "have to be reduced first (0: (Partial(sum),)" in found[1]
+    else:
+        assert math.isnan(found[1])
+    assert found[0] == found[2] == found[4] == 18.0
+    assert "another rank has found an error" in found[5]
+
+
+def test_a_partial_gradient_in_a_later_step(on_two_accelerators: Accelerator) -> None:
+    """The rank that has it raises, the others as soon as they may know; nothing is clipped."""
+    on_two_accelerators.run(has_a_partial_gradient_later)
 
 
 def refused_by_gloo() -> str:

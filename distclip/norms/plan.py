@@ -83,11 +83,13 @@ class Calls:
 
     Attributes:
         late: numbers that are read some steps later.
-        is_settled: no rank had a gradient that must be reduced first, and none lacked one.
+        reduces: some rank had a gradient that must be reduced first, in one step or more.
+        is_settled: no rank has had one, and in the last step none lacked one.
         one: 1 on the plan's device; a float64 scalar.
     """
 
     late: LateReads = field(default_factory=LateReads)
+    reduces: bool = False
     is_settled: bool = False
     one: Tensor | None = None
 

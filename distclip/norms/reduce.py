@@ -151,12 +151,15 @@ def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: in
     Shapes: first: [HEADER_SIZE], combined over the ranks.
     """
     calls = plan.calls
-    looks = bool(plan.copied_dtensors) and not calls.is_settled and has_values(first)
+    # What a rank lacks or has yet to reduce others cannot see, so all of them look or none.
+    looks = not calls.is_settled and has_values(first)
     if host_has_values(first) or (looks and not is_capturing(first.device)):
         answer = decode(cast("list[float]", first.tolist()), header, is_max, num_ranks)
         # Whether a gradient has to be reduced depends on how the model is written, and not on its
-        # input: where all were here and none had to, the host need not look again.
-        calls.is_settled = not (answer.unreduced or answer.missing)
+        # input: where all were here and none had to, the host need not look again. Once reduced,
+        # none has to in the second all-reduce of the step, but in the next step again.
+        calls.reduces |= answer.unreduced
+        calls.is_settled = not (calls.reduces or answer.missing)
         flags = _Flags(answer.unreduced, answer.alike and not answer.missing, answer.fault)
     else:
         late = calls.late.read_all(first, header)

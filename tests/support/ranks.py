@@ -143,10 +143,11 @@ def _share_one_gloo_device() -> None:
     dist.distributed_c10d.ProcessGroupGloo = Gloo  # where torch makes its groups
 
 
-def _dtensors_by_the_host() -> None:
-    """The collectives of DTensors through the host's memory, where gloo has CUDA tensors.
+@functools.cache
+def dtensors_by_the_host() -> None:
+    """From now on, the collectives of DTensors take the host's memory.
 
-    In torch 2.11 its all-gather then ends the process, and what its reduce-scatter left was NaN.
+    Where gloo has CUDA tensors, its all-gather ends the process in torch 2.11.
     """
     functional = torch.distributed._functional_collectives
 
@@ -157,8 +158,11 @@ def _dtensors_by_the_host() -> None:
 
         return run
 
-    for name in ("all_gather_tensor", "reduce_scatter_tensor", "all_reduce"):
-        setattr(functional, name, by_the_host(getattr(functional, name)))
+    names = ["all_gather_tensor", "all_reduce", "reduce_scatter_tensor"]
+    names += ["all_gather_single", "reduce_scatter_single"]  # what torch 2.13 calls
+    for name in names:
+        if hasattr(functional, name):
+            setattr(functional, name, by_the_host(getattr(functional, name)))
 
 
 def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
@@ -170,7 +174,7 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> N
     if device == "cuda":
         torch.cuda.set_device(rank if own_gpu else 0)
         if not own_gpu:
-            _dtensors_by_the_host()
+            dtensors_by_the_host()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
         store=dist.FileStore(store, size),

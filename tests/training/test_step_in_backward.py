@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
 from tests.support import reference
-from tests.support.ranks import Ranks, mesh
+from tests.support.ranks import Ranks, device_of, mesh
 from tests.support.wrapped import local, loss_of, make_model
 
 LR = 0.1
@@ -74,12 +74,13 @@ def batches(count: int = 4) -> list[Tensor]:
 
 
 def backward(model: nn.Module, batch: Tensor, factor: float = 1.0) -> None:
+    batch = batch.to(next(model.parameters()).device)
     (factor * loss_of(model, batch)).backward()
 
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [
-        p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
+        (p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()).to("cpu", copy=True)
         for p in model.parameters()
     ]
 
@@ -650,21 +651,21 @@ def _mean_loss_backward(model: nn.Module, index: int) -> None:
     backward(model, _ranks_batch(index, rank, size))
 
 
-def _on_ranks(kind: str, policy: Any, mode: str = "propagate") -> Any:
+def _on_ranks(device: str, kind: str, policy: Any) -> Any:
     """Weights after some steps, and the norms."""
-    model: nn.Module = double_model()
+    model: nn.Module = double_model().to(device_of(device))
     make = OPTIMIZERS["sgd"]
     if kind == "ddp":
         optimizers = apply_in_backward(SGD, model, lr=LR, momentum=0.9)
         model = DistributedDataParallel(model)
     else:
-        over = mesh((2, 2), ("replicas", "shards")) if kind == "hsdp" else mesh((4,), ("dp",))
+        shape = (2, 2) if kind == "hsdp" else (4,)
+        over = mesh(shape, ("replicas", "shards")[-len(shape) :], device)
         for block in model.blocks if kind == "fsdp2" else ():  # pyright: ignore
             fully_shard(block, mesh=over)
         fully_shard(model, mesh=over)
         optimizers = with_hooks(model, make)
-    clipper = distclip.Clipper(model, policy, on_nonfinite=mode)  # pyright: ignore
-    attached = clipper.attach_in_backward(optimizers)
+    attached = distclip.Clipper(model, policy).attach_in_backward(optimizers)
     norms = []
     for index in range(4):
         # DDP asks an accelerator for its stream, also where all is on CPUs.
@@ -696,7 +697,7 @@ RANK_POLICIES = {**PER_TENSOR, "norm": distclip.ClipNorm(0.1), "adagc": ADAGC}
 def test_ranks_do_as_one_process(four_ranks: Ranks, kind: str, policy: Any) -> None:
     """In batches of equal size, whose mean loss is that of the whole."""
     mine, my_norms = _late(policy)
-    for theirs, norms in four_ranks.run(_on_ranks, kind, policy):
+    for theirs, norms in four_ranks.run(_on_ranks, four_ranks.device, kind, policy):
         assert norms == pytest.approx(my_norms)
         same(theirs, mine)
 
@@ -720,11 +721,11 @@ def _errors_on_ranks() -> list[str]:
     optimizers = apply_in_backward(SGD, inner, lr=LR)
     error(lambda: distclip.Clipper(model).attach_in_backward(optimizers))
     sharded = double_model()
-    fully_shard(sharded)
+    fully_shard(sharded, mesh=mesh((4,), ("dp",)))
     clipper = distclip.Clipper(sharded, on_nonfinite="zero")
     error(lambda: clipper.attach_in_backward(with_hooks(sharded)))
     sharded = double_model()
-    fully_shard(sharded)
+    fully_shard(sharded, mesh=mesh((4,), ("dp",)))
     optimizers = apply_in_backward(SGD, sharded, lr=LR)
     attached = distclip.Clipper(sharded).attach_in_backward(optimizers)
     _mean_loss_backward(sharded, 0)
@@ -739,7 +740,7 @@ def _errors_on_ranks() -> list[str]:
     error(lambda: clipper.attach_in_backward(with_hooks(stage)))
     # A fault of one rank is raised on all.
     plain = double_model()
-    fully_shard(plain)
+    fully_shard(plain, mesh=mesh((4,), ("dp",)))
     attached = distclip.Clipper(plain).attach_in_backward(with_hooks(plain))
     if torch.distributed.get_rank() == 1:
         attached._fault = ValueError("only here")  # pyright: ignore
@@ -748,19 +749,19 @@ def _errors_on_ranks() -> list[str]:
     return found
 
 
-def test_errors_on_all_ranks(four_ranks: Ranks) -> None:
+def test_errors_on_all_ranks(four_on_cpus: Ranks) -> None:
     parts = ["DDP reduces its gradient after the hook"] * 2
     parts += ["and others would not know", "never run", "flat buffer"]
     parts += ["it is not known that the hooks run in the same order", "only here"]
-    for found in four_ranks.run(_errors_on_ranks):
+    for found in four_on_cpus.run(_errors_on_ranks):
         assert len(found) == len(parts)
         for part, text in zip(parts, found, strict=True):
             assert part in text
 
 
-def _nonfinite_on_ranks(policy: Any, mode: str, bad_rank: int) -> Any:
-    model = double_model()
-    fully_shard(model)
+def _nonfinite_on_ranks(device: str, policy: Any, mode: str, bad_rank: int) -> Any:
+    model = double_model().to(device_of(device))
+    fully_shard(model, mesh=mesh((4,), ("dp",), device))
     clipper = distclip.Clipper(model, policy, on_nonfinite=mode)  # pyright: ignore
     attached = clipper.attach_in_backward(with_hooks(model))
     _mean_loss_backward(model, 0)
@@ -789,7 +790,7 @@ def _nonfinite_on_ranks(policy: Any, mode: str, bad_rank: int) -> Any:
     ],
 )
 def test_a_nan_on_one_rank(four_ranks: Ranks, policy: Any, mode: str) -> None:
-    for raised, finite in four_ranks.run(_nonfinite_on_ranks, policy, mode, 0):
+    for raised, finite in four_ranks.run(_nonfinite_on_ranks, four_ranks.device, policy, mode, 0):
         assert finite
         assert bool(raised) == (mode == "raise")
         assert "'head.weight'" in raised or mode != "raise"
@@ -798,7 +799,7 @@ def test_a_nan_on_one_rank(four_ranks: Ranks, policy: Any, mode: str) -> None:
 def _another_order() -> str:
     """A hook of rank 1 steps two tensors of FSDP2 the other way round."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    fully_shard(model)
+    fully_shard(model, mesh=mesh((4,), ("dp",)))
     optimizers = [SGD([p], lr=LR) for p in model.parameters()]
     policy = distclip.ClipTensorNorm(0.1)
     attached = distclip.Clipper(model, policy).attach_in_backward(optimizers)
@@ -814,7 +815,7 @@ def _another_order() -> str:
     return ""
 
 
-def test_hooks_in_another_order_on_a_rank(four_ranks: Ranks) -> None:
-    for text in four_ranks.run(_another_order):
+def test_hooks_in_another_order_on_a_rank(four_on_cpus: Ranks) -> None:
+    for text in four_on_cpus.run(_another_order):
         assert "do not make the same call" in text
         assert "in backward" in text
