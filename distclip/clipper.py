@@ -38,7 +38,7 @@ from distclip.sharding.one_shot import SymmetricMemory
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.torch_private import on_device, outside_of_graphs
-from distclip.training import backward_checks, grad_scaler, optimizers, wrappers
+from distclip.training import backward_checks, folding, grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
 from distclip.training.model_changes import ModelChanges, check_present
@@ -192,6 +192,7 @@ class Clipper:
             if is_first:
                 check_same_call(plan, self._call)
             plan = with_tensor_groups(plan, self._shared)
+        plan.calls.steps = None if is_first else self.plan.calls.steps
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]
@@ -334,14 +335,14 @@ class Clipper:
         decision = self.decide(stepped, scaler, scale, step)
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
-            folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
-            multiplies = folds and optimizers.takes_factor(stepped, decision)
-            decision.take_effect() if multiplies else decision.apply_()
+            factors = folding.factors(stepped, decision)
+            decision.apply_without(folding.stepped_by(stepped, factors))
+        self._note_steps(stepped)
         found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
-            if folds:
-                with optimizers.folded(each, decision.factor if multiplies else None, skip):
-                    grad_scaler.step_optimizer(each, scaler)
+            if optimizers.multiplies(each):
+                with optimizers.folded(each, factors.get(id(each)), skip):
+                    grad_scaler.step_optimizer(each, scaler, found_inf)
             elif skip is None or grad_scaler.is_on(scaler) or not decision.is_left_out:
                 grad_scaler.step_optimizer(each, scaler, found_inf)
         return decision.report
@@ -382,6 +383,8 @@ class Clipper:
                 wrappers.check_wrapped(each, self.plan)
         for each in wrappers.unwrapped(given):  # before it gets others
             self._checked.new_params([each], self.plan.params, scaled=False)
+        attached = [each.optimizer for each in self._rounds.members()]
+        self._note_steps([*attached, *wrappers.unwrapped(given)])
         return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     @outside_of_graphs
@@ -686,6 +689,12 @@ class Clipper:
             policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
             for group, policy in zip(self.plan.groups, self._policies, strict=True)
         ]
+
+    def _note_steps(self, stepped: Sequence[Optimizer]) -> None:
+        """For `print(clipper.plan)`."""
+        calls = self.plan.calls
+        if not (isinstance(calls.steps, folding.Steps) and calls.steps.is_of(stepped)):
+            calls.steps = folding.Steps(stepped, self._gradient is None, self._on_nonfinite)
 
     def _check_steps(self, stepped: Sequence[Optimizer]) -> None:
         attached = [each.optimizer for each in self._rounds.members()]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,12 @@ class ParamGroup:
         return self.power.num_partials * num_norms
 
 
+class Steps(Protocol):
+    """What optimizers do with the factors of a plan; `training.folding.Steps`."""
+
+    def lines(self, plan: Plan) -> Iterable[str]: ...
+
+
 @dataclass
 class Calls:
     """What is known from earlier calls with a plan, on accelerators.
@@ -86,12 +92,14 @@ class Calls:
         reduces: some rank had a gradient that must be reduced first, in one step or more.
         is_settled: no rank has had one, and in the last step none lacked one.
         one: 1 on the plan's device; a float64 scalar.
+        steps: says what the optimizers do, which took the last step or are attached.
     """
 
     late: LateReads = field(default_factory=LateReads)
     reduces: bool = False
     is_settled: bool = False
     one: Tensor | None = None
+    steps: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,12 @@ class Plan:
     def names(self) -> list[str]:
         """Of all parameters."""
         return [param.name for param in self.params]
+
+    @cached_property
+    def group_of(self) -> dict[int, int]:
+        """The index of each parameter's group, by the parameter's id."""
+        each = enumerate(self.groups)
+        return {id(p.param): k for k, group in each for p in self.params[group.members]}
 
     @property
     def parameters_text(self) -> str:
@@ -216,7 +230,10 @@ class Plan:
                 rows.append([group.name, group.description, layout, *_sizes(params)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self._collective()])
+        lines.append(self._collective())
+        if self.calls.steps is not None:
+            lines.extend(self.calls.steps.lines(self))
+        return "\n".join(lines)
 
     def _collective(self) -> str:
         if self.reduce_mesh is None:
