@@ -215,6 +215,7 @@ class Clipper:
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Report:
         """Scales the gradients in place.
 
@@ -239,6 +240,10 @@ class Clipper:
                 costs no pass of its own, and the figures of the report are those after it.
             step: the number of the step, if you count them: a rank that has left out a call, or
                 made one more, is then found in its next call. The same on every rank.
+            loss: for a policy that may leave out steps, such as `SkipSpike`: this rank's loss, not
+                multiplied by a loss scale; a number, or a tensor with one element that is not
+                waited for. The mean over the ranks that give one is judged, so the last pipeline
+                stage may be the only one. Under DDP all ranks must give theirs, or none.
 
         Raises:
             LayoutError: on every rank, where a rank makes another call: of a Clipper with other
@@ -250,14 +255,16 @@ class Clipper:
                 this one too.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
                 scaler or `scale` was given; `scale` is no finite number; a policy returned a limit
-                that is negative or NaN although the norm is finite.
+                that is negative or NaN although the norm is finite; `loss` was given, and no policy
+                may leave out steps.
             TypeError: an argument, or a limit that a policy returned, is of another type.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
 
-        Collective: one all-reduce of a few numbers; none where nothing is sharded. Where some rank
-            has a `Partial` gradient, the ranks say which, reduce them, and all-reduce again.
+        Collective: one all-reduce of a few numbers; none where nothing is sharded, but for `loss`.
+            Where some rank has a `Partial` gradient, the ranks say which, reduce them, and
+            all-reduce again.
         """
-        decision = self.decide(optimizer, scaler, scale, step)
+        decision = self.decide(optimizer, scaler, scale, step, loss)
         decision.apply_()
         return decision.report
 
@@ -269,6 +276,7 @@ class Clipper:
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Decision:
         """Measures the gradients, makes the one all-reduce and asks the policy. Writes nothing.
 
@@ -288,7 +296,7 @@ class Clipper:
         on_apply = None
         if scaler is not None and scaler.is_enabled():
             on_apply = partial(grad_scaler.record, scaler, stepped)
-        return self._decide(stepped, factor, on_apply, step)
+        return self._decide(stepped, factor, on_apply, step, loss)
 
     @outside_of_graphs
     def step(
@@ -298,6 +306,7 @@ class Clipper:
         scale: float | Tensor | None = None,
         closure: Callable[[], Any] | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Report:
         """`clip_` and `optimizer.step()`, or `scaler.step(optimizer)`.
 
@@ -331,8 +340,13 @@ class Clipper:
         optimizers.check_steps(stepped, closure)
         self._check_steps(stepped)
         if closure is not None:
+            if loss is not None:
+                raise ValueError(
+                    "cannot judge a step by loss= and take a closure, which computes losses of its "
+                    "own. Leave one out."
+                )
             return self._step_closure(stepped, scaler, scale, closure, step)
-        decision = self.decide(stepped, scaler, scale, step)
+        decision = self.decide(stepped, scaler, scale, step, loss)
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
             factors = folding.factors(stepped, decision)
@@ -528,10 +542,17 @@ class Clipper:
         scale: Tensor | None,
         on_apply: Callable[[Tensor], None] | None = None,
         at_step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Decision:
         """`decide` where it is known which factor the gradients still need; float64."""
         self._check_not_in_backward()
+        given = None if loss is None else parameters.as_loss(loss, self.plan.device)
         fault = self._follow(stepped, scaled=scale is not None)
+        if given is not None and not self.plan.judges_loss:
+            raise ValueError(
+                "cannot judge a step by loss=: no policy of the Clipper may leave out steps. Leave "
+                "it out, or use `distclip.SkipSpike()`, alone or as `SkipSpike() & ClipNorm(1.0)`."
+            )
         try:
             gradients = self._gradients()
         except (TypeError, ValueError) as error:  # which other ranks may not have
@@ -543,7 +564,7 @@ class Clipper:
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients, self._wants_tensors())
-        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step)
+        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step, given)
         self._raise_if_nonfinite(decision)
         return self._count(decision)
 
@@ -572,6 +593,7 @@ class Clipper:
         scale: Tensor | None,
         on_apply: Callable[[Tensor], None] | None,
         at_step: int | None,
+        loss: Tensor | None = None,
     ) -> Decision:
         wants_tensors = self._wants_tensors()
         self._num_calls += 1
@@ -591,6 +613,7 @@ class Clipper:
             on_apply=on_apply,
             invalid=self._limit_checks.invalid,
             tensor_norms=wants_tensors,
+            loss=loss,
         )
         valid = [clip.valid for clip in decision.clips]
         self._limit_checks.check(valid, lambda: decision.finite)

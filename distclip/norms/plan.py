@@ -20,14 +20,17 @@ from distclip.norms.late_reads import LateReads
 from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units, prepare_units
 from distclip.norms.verify import verify
-from distclip.policies import ClipTensorNorm, GroupSpec, Scope
+from distclip.policies import ClipTensorNorm, GroupSpec, Scope, vetoes
 from distclip.sharding.arrivals import missing_ranks
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
 from distclip.sharding.one_shot import OneShot, SymmetricMemory
 from distclip.sharding.partial_gradients import may_lack_gradient
+from distclip.sharding.rank_group import RankGroup
 from distclip.sharding.read import ShardedParams
+
+LOSS_SIZE = 2  # numbers in the message: the sum of the losses, and how many ranks gave one
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Plan:
         tensor_groups: for each of `groups` one with Scope.TENSOR, which is only measured, in steps
             that want the norm of every tensor; empty where no step does. Each tensor of the model
             has a slot in it.
+        judges_loss: a policy may leave out steps, by the mean of the ranks' losses as well.
+        ranks: those that train together, where something says it; see `average_loss`.
         one_shot: how the sums travel through symmetric memory, where they do.
         not_one_shot: why they do not, although that was asked for.
     """
@@ -131,6 +136,8 @@ class Plan:
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
     tensor_groups: Sequence[ParamGroup] = ()
+    judges_loss: bool = False
+    ranks: RankGroup | None = field(default=None, compare=False, repr=False)
     one_shot: OneShot | None = field(default=None, compare=False, repr=False)
     not_one_shot: str = ""
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
@@ -143,7 +150,8 @@ class Plan:
         their tags then differ, and not the lengths of their messages, which nobody would notice.
         """
         sizes = [group.payload_size for group in self.groups]
-        return message_size([*sizes, *(group.slots_size for group in self.tensor_groups)])
+        sizes += [group.slots_size for group in self.tensor_groups]
+        return message_size([*sizes, LOSS_SIZE * self.judges_loss])
 
     @cached_property
     def names(self) -> list[str]:
@@ -283,7 +291,9 @@ def make_plan(
     if mesh is not None and gathers_slots(groups, mesh):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
+    judges = any(vetoes(spec.policy) for spec in specs)
+    ranks = sharded.ddp if sharded.mesh is None else sharded.mesh.rank_group
+    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied, (), judges, ranks)
     return _with_symmetric_memory(plan, symmetric_memory)
 
 
