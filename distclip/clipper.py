@@ -312,18 +312,20 @@ class Clipper:
 
         `scaler.update()` remains yours.
 
-        Optimizers with `fused=True` get the coefficient, the loss scale and `scale` as one number
-        (`grad_scale`), and their kernels write the gradients; others step after `clip_`. The
-        result is the same up to rounding, except that a coefficient below 1e-38 becomes zero. Not
-        folded: subclasses, groups that are not all fused, optimizers that do not step what the
-        clipper holds, gradients outside of `.grad`, on_nonfinite="zero". On an accelerator without
-        loss scale and `scale`, the coefficient is not folded either: given a number, these kernels
-        write all gradients, and nobody waits to know that it is 1. Where parameters lie on a CPU,
-        and the norm on an accelerator (CPU offload), the number is waited for.
+        Each optimizer with `fused=True` gets the coefficient of its parameter group, the loss scale
+        and `scale` as one number (`grad_scale`), and its kernel writes the gradients; those of
+        others are clipped before. The result is the same up to rounding, except that a coefficient
+        below 1e-38 becomes zero. Clipped before, as `print(clipper.plan)` tells: the gradients of
+        subclasses, of optimizers whose groups are not all fused, that step several parameter groups
+        of the clipper or what it does not hold, limits per tensor, unit or element, gradients
+        outside of `.grad`, on_nonfinite="zero". On an accelerator without loss scale and `scale`
+        all are: given a number, these kernels write all gradients, and nobody waits to know that it
+        is 1. Where parameters lie on a CPU, and the norm on an accelerator (CPU offload), the
+        number is waited for.
 
         Where the norm is not finite, a scaler skips the step, and so does on_nonfinite="skip", and
-        any step that a policy vetoes: on the device if the optimizer can take the coefficient, else
-        on the host, which waits for the norm.
+        any step that a policy vetoes: in the kernels of optimizers with `fused=True`, else on the
+        host, which waits for the norm.
 
         A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
         accelerate's does, steps and updates it there; while accelerate accumulates gradients, a

@@ -90,7 +90,7 @@ class SkipSpike(PolicyBase):
     ) -> tuple[Tensor | None, SkipSpikeState]:
         now = _norm_and_loss(norms, context)
         norm, loss = now.unbind()
-        is_new = torch.stack([norm > 0, ~loss.isnan()])
+        is_new = torch.stack([norm > 0, loss <= math.inf])  # NaN is none
         oldest = (state.counts % self.window).unsqueeze(1)
         before = state.values.gather(1, oldest)
         value = torch.where(is_new.unsqueeze(1), now.unsqueeze(1), before)
