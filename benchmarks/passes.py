@@ -25,11 +25,17 @@ from benchmarks.timing import Row, in_turn, milliseconds, ratio
 from tests.benchmarks.counting import Traffic
 
 WAYS = ("torch", "clip_", "step")
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+Make = Callable[[list[nn.Parameter]], Optimizer]
+MAKE: dict[str, Make] = {
     "AdamW, fused": lambda params: AdamW(params, fused=True),
     "SGD with momentum, fused": lambda params: SGD(params, lr=1e-3, momentum=0.9, fused=True),
     "AdamW, foreach": lambda params: AdamW(params, foreach=True),
     "Muon": lambda params: Muon(params, ns_steps=1),
+}
+# Of several optimizers, each steps a parameter group with a limit of its own.
+OPTIMIZERS: dict[str, list[Make]] = {name: [make] for name, make in MAKE.items()} | {
+    "two groups: AdamW, fused, both": [MAKE["AdamW, fused"]] * 2,
+    "two groups: Muon; AdamW, fused": [MAKE["Muon"], MAKE["AdamW, fused"]],
 }
 NUM_TOKENS = 4.0  # of all micro-batches, by which the sum of their gradients is divided
 WIDTH = 32
@@ -49,9 +55,11 @@ class Work:
     def __init__(self, optimizer: str, dtype: str, way: str, sizes: list[int]) -> None:
         shapes = [(n // WIDTH, WIDTH) for n in sizes]  # Muon takes matrices only
         self.params = [nn.Parameter(torch.ones(shape, dtype=DTYPES[dtype])) for shape in shapes]
-        self.optimizer = OPTIMIZERS[optimizer](self.params)
+        makes = OPTIMIZERS[optimizer]
+        self.groups = [self.params[i :: len(makes)] for i in range(len(makes))]
+        self.optimizers = [make(g) for make, g in zip(makes, self.groups, strict=True)]
         self.scaler = GradScaler("cpu", init_scale=256.0)
-        self.clipper = distclip.Clipper(self.params, distclip.ClipNorm(1.0))
+        self.clipper = distclip.Clipper([{"params": group} for group in self.groups])
         self.way = way
 
     def prepare(self) -> None:
@@ -62,15 +70,19 @@ class Work:
     def run(self) -> Tensor:
         """The norm before clipping."""
         if self.way == "step":
-            norm = self.clipper.step(self.optimizer, self.scaler, scale=1 / NUM_TOKENS).total_norm
-        elif self.way == "clip_":
-            norm = self.clipper.clip_(self.optimizer, self.scaler, scale=1 / NUM_TOKENS).total_norm
-            self.scaler.step(self.optimizer)
+            norm = self.clipper.step(self.optimizers, self.scaler, scale=1 / NUM_TOKENS).total_norm
+            self.scaler.update()
+            return norm
+        if self.way == "clip_":
+            norm = self.clipper.clip_(self.optimizers, self.scaler, scale=1 / NUM_TOKENS).total_norm
         else:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             torch._foreach_div_([p.grad for p in self.params if p.grad is not None], NUM_TOKENS)
-            norm = nn.utils.clip_grad_norm_(self.params, 1.0)
-            self.scaler.step(self.optimizer)
+            norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in self.groups]
+            norm = torch.stack(norms).norm()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         return norm
 
@@ -99,7 +111,7 @@ def table(num_elements: int, rounds: int) -> list[list[str]]:
     columns = [f"{way}: {what}" for what in ("bytes", "ms") for way in WAYS]
     lines = [["optimizer", "gradients", *columns, "ratios"]]
     for optimizer, dtype in product(OPTIMIZERS, DTYPES):
-        counts = [bytes_per_element(optimizer, dtype, way, [4096, 512, 64]) for way in WAYS]
+        counts = [bytes_per_element(optimizer, dtype, way, [4096, 4096]) for way in WAYS]
         rows = times(optimizer, dtype, [num_elements // 8] * 8, rounds)
         found = [(row.baseline, ratio(row, rows[0])) for row in rows[1:]]
         ratios = ", ".join(f"{way} {r.p50:.2f}" for way, r in found if r is not None)

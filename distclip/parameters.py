@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -201,7 +200,7 @@ def as_loss(loss: float | Tensor, device: torch.device) -> Tensor:
         TypeError, ValueError: anything else.
     """
     if isinstance(loss, Tensor):
-        if isinstance(loss, DTensor):
+        if is_dtensor(loss):
             raise TypeError(
                 "cannot judge a step by the loss: it is a DTensor, of which a rank may hold a "
                 "part. Pass `loss.full_tensor()`."

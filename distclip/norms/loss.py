@@ -1,7 +1,7 @@
 """The mean of the ranks' losses, for policies that judge a step by it too.
 
-It travels in the all-reduce of the norms, as a sum and the number of ranks that gave one: the last
-pipeline stage may be the only one that has a loss.
+It travels in the all-reduce of the norms, as a sum and the number of ranks that gave one: not all
+need have a loss.
 """
 
 from __future__ import annotations

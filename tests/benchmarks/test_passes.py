@@ -22,6 +22,12 @@ READS_AND_WRITES = {
     ("Muon", "torch"): (6, 3),  # it cannot take a factor
     ("Muon", "clip_"): (4, 1),
     ("Muon", "step"): (4, 1),
+    ("two groups: AdamW, fused, both", "torch"): (5, 3),
+    ("two groups: AdamW, fused, both", "clip_"): (3, 1),
+    ("two groups: AdamW, fused, both", "step"): (2, 1),
+    ("two groups: Muon; AdamW, fused", "torch"): (5.5, 3),
+    ("two groups: Muon; AdamW, fused", "clip_"): (3.5, 1),
+    ("two groups: Muon; AdamW, fused", "step"): (3, 1),
 }
 
 
@@ -30,7 +36,7 @@ def test_reads_and_writes(dtype: str) -> None:
     """Large tensors too: those that are measured in chunks."""
     size = DTYPES[dtype].itemsize
     for (optimizer, way), (reads, writes) in READS_AND_WRITES.items():
-        counted = bytes_per_element(optimizer, dtype, way, [100_000, 64])
+        counted = bytes_per_element(optimizer, dtype, way, [100_000, 100_000])
         assert counted == [reads * size, writes * size], (optimizer, way)
 
 
