@@ -23,7 +23,6 @@ from distclip.norms.reduce import gather_objects, rank_group
 from distclip.policies import Policy, never_negative
 from distclip.torch_private import has_values, host_has_values
 
-
 # float32 has room for it, and for what fused optimizers take: its reciprocal, divided by a scale.
 _LARGEST_COEFFICIENT = 2.0**100
 

@@ -80,9 +80,7 @@ class AdaGN(PolicyBase):
         is_norm = norms != 0  # NaN is one: the caller forgets the state
         num_steps = state.num_steps + is_norm
         mean = self.gamma1 * state.mean + (1 - self.gamma1) * norms
-        rms = torch.hypot(
-            math.sqrt(self.gamma2) * state.rms, math.sqrt(1 - self.gamma2) * norms
-        )
+        rms = torch.hypot(math.sqrt(self.gamma2) * state.rms, math.sqrt(1 - self.gamma2) * norms)
         unbiased_mean = mean / (1 - self.gamma1 ** num_steps.double())
         unbiased_rms = rms / (1 - self.gamma2 ** num_steps.double()).sqrt()
         new_norms = unbiased_mean / (unbiased_rms + self.eps)

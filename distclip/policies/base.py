@@ -286,11 +286,11 @@ class Minimum(PolicyBase):
         return self.first.needs_weights or self.second.needs_weights
 
     @property
-    def raises(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def raises(self) -> bool:
         return raises(self.first) or raises(self.second)
 
     @property
-    def sets_limits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def sets_limits(self) -> bool:
         return _sets_limits(self.first) or _sets_limits(self.second)
 
     def init(self, num_groups: int, device: torch.device) -> MinimumState:

@@ -73,7 +73,8 @@ def test_a_state_comes_back_as_it_was(name: str) -> None:
     assert (str(loaded) != str(fresh.state)) == bool(name in STATEFUL)
 
 
-STATEFUL = {"AutoClip", "ZClip", "AdaGC", "minimum", "minimum per tensor", "SkipSpike"}
+STATEFUL = {"AutoClip", "ZClip", "AdaGC", "AdaGN", "AGGC", "minimum", "minimum per tensor"}
+STATEFUL |= {"SkipSpike", "SkipSpike, raising"}
 
 
 def test_entries_follow_their_tensors_and_not_their_order() -> None:
