@@ -99,7 +99,7 @@ def test_adagn_gives_each_tensor_a_norm_from_its_past(
 
 AGGC_SETTINGS = [
     AGGC(),
-    AGGC(0.5, 1.5, 0.9, 0.0, math.inf),
+    AGGC(0.9, 1.5, 0.5, 0.0, math.inf),
     AGGC(0.0, 2.0, 0.8, 0.0, 1.0),
     AGGC(0.7, 0.0, 0.8, 0.5, 5.0),
     AGGC(0.95, 0.6, late_low=0.5, late_high=2.0, late_from=20, late_steps=30),

@@ -139,13 +139,11 @@ def adagc(
 def adagn(steps: Sequence[Sequence[float]], gamma1: float, gamma2: float, eps: float) -> Tensor:
     scaled = torch.zeros(len(steps), len(steps[0]), dtype=torch.float64)
     for tensor, norms in enumerate(zip(*steps, strict=True)):
-        m, v, t = 0.0, 0.0, 0
-        for step, norm in enumerate(norms):
-            if norm:
-                m, v = gamma1 * m + (1 - gamma1) * norm, gamma2 * v + (1 - gamma2) * norm**2
-                t += 1
-                mean, rms = m / (1 - gamma1**t), math.sqrt(v / (1 - gamma2**t))
-                scaled[step, tensor] = mean / (rms + eps)
+        m, v, counted = 0.0, 0.0, [step for step, norm in enumerate(norms) if norm]
+        for t, step in enumerate(counted, 1):
+            m = gamma1 * m + (1 - gamma1) * norms[step]
+            v = gamma2 * v + (1 - gamma2) * norms[step] ** 2
+            scaled[step, tensor] = m / (1 - gamma1**t) / (math.sqrt(v / (1 - gamma2**t)) + eps)
     return scaled
 
 
