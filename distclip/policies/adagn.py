@@ -67,12 +67,10 @@ class AdaGN(PolicyBase):
         return AdaGNState(mean, rms, torch.zeros(num_groups, dtype=torch.int64, device=device))
 
     def valid_state(self, state: AdaGNState) -> AdaGNState:
-        is_new = state.num_steps == 0  # zeros then, as at first, and never again
-        return AdaGNState(
-            torch.where(is_new, state.mean == 0, state.mean > 0),
-            torch.where(is_new, state.rms == 0, state.rms > 0),
-            state.num_steps >= 0,
-        )
+        mean, rms, num_steps = state
+        is_new = num_steps == 0
+        mean_may_be = torch.where(is_new, mean == 0, mean >= 0)
+        return AdaGNState(mean_may_be, torch.where(is_new, rms == 0, rms >= 0), num_steps >= 0)
 
     def limit(
         self, norms: Tensor, state: AdaGNState, context: NormContext
