@@ -54,9 +54,9 @@ class Report:
         total_norm: before clipping.
         limit: the largest norm that is not clipped, inf where the policy only measures; the norm
             afterwards where it raises norms, as `AdaGN` does.
-        coefficient: what the gradients were multiplied by, above 1 only where it raises. With `on_nonfinite="skip"` it is 1 where
-            the norm is not finite, because the gradients stay as they are; with "zero" it is 0.
-            It is 1 where a policy vetoes the step.
+        coefficient: what the gradients were multiplied by; above 1 only where the policy raises
+            norms. With `on_nonfinite="skip"` it is 1 where the norm is not finite, because the
+            gradients stay as they are; with "zero" it is 0. It is 1 where a policy vetoes the step.
         finite: whether `total_norm` is neither NaN nor infinite; bool.
         clipped: whether gradients were scaled down, whatever others were; bool.
         skipped: whether the step is left out: a policy vetoes it, or the norm is not finite with

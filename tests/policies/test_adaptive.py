@@ -19,6 +19,7 @@ from tests.policies.steps import (
     F64,
     assert_clips_to,
     clipped_norms,
+    context,
     norms_shape,
     spiky_norms,
 )
@@ -179,6 +180,17 @@ def test_a_tensor_without_a_gradient_for_a_while_still_learns_under_adagc() -> N
     steps = [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     assert (clipped_norms(AdaGC(warmup_steps=1), steps)[[1, 2, 4], 1] > 0.5).all()
     assert (clipped_norms(AdaGC(warmup_steps=3), steps)[[1, 2, 4], 1] > 0.5).all()
+
+
+@pytest.mark.parametrize("policy", [AdaGN(), AGGC(), AGGC(max_up=math.inf)], ids=repr)
+def test_a_norm_of_zero_has_a_limit_that_is_a_number(policy: Policy[Any]) -> None:
+    """As the report shows it; before the first norm above 0, and after one."""
+    state = policy.init(1, torch.device("cpu"))
+    for step in (0.0, 2.0, 0.0):
+        norm = torch.full(norms_shape(policy, 1), step, dtype=F64)
+        limit, state = policy.limit(norm, state, context(norm))
+        assert limit is not None
+        assert limit >= 0
 
 
 def test_zclip_pulls_a_higher_spike_back_further() -> None:
