@@ -38,7 +38,7 @@ from distclip.sharding.one_shot import SymmetricMemory
 from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
 from distclip.torch_private import on_device, outside_of_graphs
-from distclip.training import backward_checks, grad_scaler, optimizers, wrappers
+from distclip.training import backward_checks, folding, grad_scaler, optimizers, wrappers
 from distclip.training.backward import BackwardNorms
 from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
 from distclip.training.model_changes import ModelChanges, check_present
@@ -192,6 +192,7 @@ class Clipper:
             if is_first:
                 check_same_call(plan, self._call)
             plan = with_tensor_groups(plan, self._shared)
+        plan.calls.steps = None if is_first else self.plan.calls.steps
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]
@@ -214,6 +215,7 @@ class Clipper:
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Report:
         """Scales the gradients in place.
 
@@ -238,6 +240,10 @@ class Clipper:
                 costs no pass of its own, and the figures of the report are those after it.
             step: the number of the step, if you count them: a rank that has left out a call, or
                 made one more, is then found in its next call. The same on every rank.
+            loss: for a policy that may leave out steps, such as `SkipSpike`: this rank's loss, not
+                multiplied by a loss scale; a number, or a tensor with one element that is not
+                waited for. The mean over the ranks that give one is judged, so the last pipeline
+                stage may be the only one. Under DDP all ranks must give theirs, or none.
 
         Raises:
             LayoutError: on every rank, where a rank makes another call: of a Clipper with other
@@ -249,14 +255,16 @@ class Clipper:
                 this one too.
             ValueError: the optimizers do not step the parameters that the clipper holds, and a
                 scaler or `scale` was given; `scale` is no finite number; a policy returned a limit
-                that is negative or NaN although the norm is finite.
+                that is negative or NaN although the norm is finite; `loss` was given, and no policy
+                may leave out steps.
             TypeError: an argument, or a limit that a policy returned, is of another type.
             RuntimeError, AssertionError: torch's own, where `scaler.unscale_` raises them.
 
-        Collective: one all-reduce of a few numbers; none where nothing is sharded. Where some rank
-            has a `Partial` gradient, the ranks say which, reduce them, and all-reduce again.
+        Collective: one all-reduce of a few numbers; none where nothing is sharded, but for `loss`.
+            Where some rank has a `Partial` gradient, the ranks say which, reduce them, and
+            all-reduce again.
         """
-        decision = self.decide(optimizer, scaler, scale, step)
+        decision = self.decide(optimizer, scaler, scale, step, loss)
         decision.apply_()
         return decision.report
 
@@ -268,6 +276,7 @@ class Clipper:
         scaler: GradScaler | None = None,
         scale: float | Tensor | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Decision:
         """Measures the gradients, makes the one all-reduce and asks the policy. Writes nothing.
 
@@ -287,7 +296,7 @@ class Clipper:
         on_apply = None
         if scaler is not None and scaler.is_enabled():
             on_apply = partial(grad_scaler.record, scaler, stepped)
-        return self._decide(stepped, factor, on_apply, step)
+        return self._decide(stepped, factor, on_apply, step, loss)
 
     @outside_of_graphs
     def step(
@@ -297,23 +306,26 @@ class Clipper:
         scale: float | Tensor | None = None,
         closure: Callable[[], Any] | None = None,
         step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Report:
         """`clip_` and `optimizer.step()`, or `scaler.step(optimizer)`.
 
         `scaler.update()` remains yours.
 
-        Optimizers with `fused=True` get the coefficient, the loss scale and `scale` as one number
-        (`grad_scale`), and their kernels write the gradients; others step after `clip_`. The
-        result is the same up to rounding, except that a coefficient below 1e-38 becomes zero. Not
-        folded: subclasses, groups that are not all fused, optimizers that do not step what the
-        clipper holds, gradients outside of `.grad`, on_nonfinite="zero". On an accelerator without
-        loss scale and `scale`, the coefficient is not folded either: given a number, these kernels
-        write all gradients, and nobody waits to know that it is 1. Where parameters lie on a CPU,
-        and the norm on an accelerator (CPU offload), the number is waited for.
+        Each optimizer with `fused=True` gets the coefficient of its parameter group, the loss scale
+        and `scale` as one number (`grad_scale`), and its kernel writes the gradients; those of
+        others are clipped before. The result is the same up to rounding, except that a coefficient
+        below 1e-38 becomes zero. Clipped before, as `print(clipper.plan)` tells: the gradients of
+        subclasses, of optimizers whose groups are not all fused, that step several parameter groups
+        of the clipper or what it does not hold, limits per tensor, unit or element, gradients
+        outside of `.grad`, on_nonfinite="zero". On an accelerator without loss scale and `scale`
+        all are: given a number, these kernels write all gradients, and nobody waits to know that it
+        is 1. Where parameters lie on a CPU, and the norm on an accelerator (CPU offload), the
+        number is waited for.
 
         Where the norm is not finite, a scaler skips the step, and so does on_nonfinite="skip", and
-        any step that a policy vetoes: on the device if the optimizer can take the coefficient, else
-        on the host, which waits for the norm.
+        any step that a policy vetoes: in the kernels of optimizers with `fused=True`, else on the
+        host, which waits for the norm.
 
         A wrapper is stepped by its own `step()`, after `clip_`. One that holds the scaler, as
         accelerate's does, steps and updates it there; while accelerate accumulates gradients, a
@@ -330,18 +342,23 @@ class Clipper:
         optimizers.check_steps(stepped, closure)
         self._check_steps(stepped)
         if closure is not None:
+            if loss is not None:
+                raise ValueError(
+                    "cannot judge a step by loss= and take a closure, which computes losses of its "
+                    "own. Leave one out."
+                )
             return self._step_closure(stepped, scaler, scale, closure, step)
-        decision = self.decide(stepped, scaler, scale, step)
+        decision = self.decide(stepped, scaler, scale, step, loss)
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
-            folds = decision.has_one_factor and optimizers.fold(stepped, self.plan)
-            multiplies = folds and optimizers.takes_factor(stepped, decision)
-            decision.take_effect() if multiplies else decision.apply_()
+            factors = folding.factors(stepped, decision)
+            decision.apply_without(folding.stepped_by(stepped, factors))
+        self._note_steps(stepped)
         found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
-            if folds:
-                with optimizers.folded(each, decision.factor if multiplies else None, skip):
-                    grad_scaler.step_optimizer(each, scaler)
+            if optimizers.multiplies(each):
+                with optimizers.folded(each, factors.get(id(each)), skip):
+                    grad_scaler.step_optimizer(each, scaler, found_inf)
             elif skip is None or grad_scaler.is_on(scaler) or not decision.is_left_out:
                 grad_scaler.step_optimizer(each, scaler, found_inf)
         return decision.report
@@ -382,6 +399,8 @@ class Clipper:
                 wrappers.check_wrapped(each, self.plan)
         for each in wrappers.unwrapped(given):  # before it gets others
             self._checked.new_params([each], self.plan.params, scaled=False)
+        attached = [each.optimizer for each in self._rounds.members()]
+        self._note_steps([*attached, *wrappers.unwrapped(given)])
         return AttachedClipper(given, scaler, self._decide, self._rounds)
 
     @outside_of_graphs
@@ -525,10 +544,17 @@ class Clipper:
         scale: Tensor | None,
         on_apply: Callable[[Tensor], None] | None = None,
         at_step: int | None = None,
+        loss: float | Tensor | None = None,
     ) -> Decision:
         """`decide` where it is known which factor the gradients still need; float64."""
         self._check_not_in_backward()
+        given = None if loss is None else parameters.as_loss(loss, self.plan.device)
         fault = self._follow(stepped, scaled=scale is not None)
+        if given is not None and not self.plan.judges_loss:
+            raise ValueError(
+                "cannot judge a step by loss=: no policy of the Clipper may leave out steps. Leave "
+                "it out, or use `distclip.SkipSpike()`, alone or as `SkipSpike() & ClipNorm(1.0)`."
+            )
         try:
             gradients = self._gradients()
         except (TypeError, ValueError) as error:  # which other ranks may not have
@@ -540,7 +566,7 @@ class Clipper:
         measured = None
         if self._backward is not None and not any_unreduced(gradients):
             measured = self._backward.measurements(gradients, self._wants_tensors())
-        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step)
+        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step, given)
         self._raise_if_nonfinite(decision)
         return self._count(decision)
 
@@ -569,6 +595,7 @@ class Clipper:
         scale: Tensor | None,
         on_apply: Callable[[Tensor], None] | None,
         at_step: int | None,
+        loss: Tensor | None = None,
     ) -> Decision:
         wants_tensors = self._wants_tensors()
         self._num_calls += 1
@@ -588,6 +615,7 @@ class Clipper:
             on_apply=on_apply,
             invalid=self._limit_checks.invalid,
             tensor_norms=wants_tensors,
+            loss=loss,
         )
         valid = [clip.valid for clip in decision.clips]
         self._limit_checks.check(valid, lambda: decision.finite)
@@ -686,6 +714,12 @@ class Clipper:
             policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
             for group, policy in zip(self.plan.groups, self._policies, strict=True)
         ]
+
+    def _note_steps(self, stepped: Sequence[Optimizer]) -> None:
+        """For `print(clipper.plan)`."""
+        calls = self.plan.calls
+        if not (isinstance(calls.steps, folding.Steps) and calls.steps.is_of(stepped)):
+            calls.steps = folding.Steps(stepped, self._gradient is None, self._on_nonfinite)
 
     def _check_steps(self, stepped: Sequence[Optimizer]) -> None:
         attached = [each.optimizer for each in self._rounds.members()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -151,17 +151,24 @@ class Decision:
             return self.found_inf
         return None if self.vetoed is None else self.vetoed.float()
 
-    @property
-    def has_one_factor(self) -> bool:
-        """Whether every `.grad` is multiplied by `factor`: an optimizer can do that itself."""
-        is_whole = len(self.clips) == 1 and self.plan.groups[0].scope is Scope.MODEL
-        fits = self.plan.norm_dtype is torch.float32  # as the factor that fused optimizers take
-        return is_whole and fits and self.in_grad and self.mode != "zero"
+    def factor_of(self, group: int) -> Tensor | None:
+        """What the gradients of a group with Scope.MODEL are multiplied by, None for nothing."""
+        return self._factor(self.clips[group], self.scale)
 
-    @property
-    def factor(self) -> Tensor | None:
-        """What all gradients are multiplied by; None where they stay as they are."""
-        return self._factor(self.clips[0], self.scale)
+    def apply_without(self, params: Container[int]) -> None:
+        """`apply_`, but for gradients of these parameters, given by id, which optimizers multiply.
+
+        The gradients are those in `.grad`.
+        """
+        gradients, lists = list(self.gradients), list(self.tensor_lists)
+        for k, group in enumerate(self.plan.groups):
+            members = range(*group.members.indices(len(gradients)))
+            if mine := [i for i in members if id(self.plan.params[i].param) in params]:
+                lists[k] = None
+                for i in mine:
+                    gradients[i] = None
+        self._write_(gradients, lists, self.scale)
+        self.take_effect()
 
     def next_policy_states(self, states: Sequence[Any]) -> list[Any]:
         """The policies' states after the step: the old ones where it is not `accepted`."""
@@ -217,6 +224,8 @@ class Decision:
         if factor is None and not clamps:
             return
         lists = _tensor_lists(grads) if known is None else known
+        if not lists:
+            return
         if factor is not None:
             scale_(lists, factor)
         if clamps:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -190,6 +191,29 @@ def as_scalar(scale: float | Tensor, device: torch.device) -> Tensor:
         raise ValueError(
             f"cannot scale by {number}: no gradient would be finite. Pass a finite number."
         )
+    return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def as_loss(loss: float | Tensor, device: torch.device) -> Tensor:
+    """A number, or a tensor with one element, as a float64 scalar on `device`; no wait.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if isinstance(loss, Tensor):
+        if isinstance(loss, DTensor):
+            raise TypeError(
+                "cannot judge a step by the loss: it is a DTensor, of which a rank may hold a "
+                "part. Pass `loss.full_tensor()`."
+            )
+        if loss.numel() != 1 or loss.dtype is torch.bool or loss.is_complex():
+            raise ValueError(
+                f"cannot judge a step by a loss of shape {list(loss.shape)} and {loss.dtype}: it "
+                f"is one number for each rank. Pass a real tensor with one element, such as its "
+                f"mean."
+            )
+        return on_device(loss.detach().double().reshape(()), device)
+    number = as_number("loss", loss, "the loss of this rank, a number or a tensor of one")
     return torch.full((), number, dtype=torch.float64, device=device)
 
 

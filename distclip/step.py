@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,7 @@ def decide(
     invalid: Tensor | None = None,
     tensor_norms: bool = False,
     at_least: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> Decision:
     """Measures, reduces, and asks the policies for limits. Writes nothing.
 
@@ -80,6 +82,8 @@ def decide(
             then, and `measured` the sums.
         at_least: what `NormContext.total_norm` is at least, where these gradients are a part of
             what the policy limits; a float64 scalar.
+        loss: this rank's, for policies that may leave out the step; a float64 scalar on the plan's
+            device.
 
     Raises:
         LayoutError: the ranks do not mean the same call; see `total_norms`.
@@ -95,7 +99,7 @@ def decide(
         measured = measure(known, plan, tensors=tensor_norms)
     if invalid is not None:
         make_nan_(measured[0].payload, plan.groups[0].power, invalid)
-    totals = total_norms(measured, plan, header, tensor_norms)
+    totals = total_norms(measured, plan, header, tensor_norms, loss)
     if totals.reduce_gradients and reduce is not None:
         try:
             gradients = reduce(plan.reduce_mesh is not None, totals.alike)
@@ -106,12 +110,12 @@ def decide(
             make_nan_(measured[0].payload, plan.groups[0].power, invalid)
         fault = fault or _fault(gradients, plan, policies)
         header = Header(call, fault=fault is not None)
-        totals = total_norms(measured, plan, header, tensor_norms)
+        totals = total_norms(measured, plan, header, tensor_norms, loss)
     elif header.unreduced and has_values(totals.norms[0].total):
         raise _unexpected(header.unreduced)
     if totals.fault:
         raise_fault(fault, plan)
-    norms = totals.norms
+    norms, mean = totals.norms, totals.loss
     if scale is not None:
         magnitude = scale.abs()
         norms = [each.scaled(magnitude) for each in norms]
@@ -120,7 +124,8 @@ def decide(
         totals = torch.stack([each.total for each in norms])
         total = norm_of_norms(totals, plan.groups[0].norm_type)
     each = zip(norms, plan.groups, policies, states, strict=True)
-    clips = [_ask_policy(*one, plan, lambda: norm_is_finite(total, plan), at_least) for one in each]
+    is_finite = partial(norm_is_finite, total, plan)
+    clips = [_ask_policy(*one, plan, is_finite, at_least, mean) for one in each]
     # Where nothing asks for it, an accelerator need not compute it. A graph must contain it.
     captures = is_capturing(plan.device)
     judged = any(clip.valid is not None for clip in clips)
@@ -190,12 +195,13 @@ def _ask_policy(
     plan: Plan,
     is_finite: Callable[[], Tensor],
     at_least: Tensor | None,
+    loss: Tensor | None,
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
     sizes = _one(each, plan) if units is None else units.sizes
     total = norms.total if at_least is None else torch.maximum(norms.total, at_least)
-    context = NormContext(sizes, norms.weights, total)
+    context = NormContext(sizes, norms.weights, total, loss)
     returned, next_state = policy.limit(each, state, context)
     accepts = accept(policy, each, state, context)
     if returned is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import distclip
-from distclip import decision as clipping_decision
 from tests.support import reference
 from tests.support.training import (
     MAX_NORM,
@@ -26,6 +23,7 @@ from tests.support.training import (
     train_as_torch,
     weights,
 )
+from tests.support.writes import counted_writes
 
 # Sums of squares, and of squares of squares in Adam's second moments: two float32 roundings of the
 # coefficient.
@@ -87,20 +85,6 @@ OTHERS: dict[str, Make] = {
     "third party": lambda m: OwnSGD(m.parameters(), lr=0.05),
     "subclass": lambda m: OwnAdamW(m.parameters(), lr=0.05, fused=True),
 }
-
-
-@contextmanager
-def counted_writes() -> Iterator[list[int]]:
-    """How many gradients distclip multiplies itself."""
-    written: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        scale_ = clipping_decision.scale_
-        patch.setattr(
-            clipping_decision,
-            "scale_",
-            lambda values, factor: (written.append(len(values)), scale_(values, factor)),
-        )
-        yield written
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])

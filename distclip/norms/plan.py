@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,17 @@ from distclip.norms.late_reads import LateReads
 from distclip.norms.power_sums import Power, norm_dtype
 from distclip.norms.units import Units, make_units, prepare_units
 from distclip.norms.verify import verify
-from distclip.policies import ClipTensorNorm, GroupSpec, Scope
+from distclip.policies import ClipTensorNorm, GroupSpec, Scope, vetoes
 from distclip.sharding.arrivals import missing_ranks
 from distclip.sharding.copies import has_new_copies
 from distclip.sharding.layout import LocalParam
 from distclip.sharding.mesh import ReduceMesh
 from distclip.sharding.one_shot import OneShot, SymmetricMemory
 from distclip.sharding.partial_gradients import may_lack_gradient
+from distclip.sharding.rank_group import RankGroup
 from distclip.sharding.read import ShardedParams
+
+LOSS_SIZE = 2  # numbers in the message: the sum of the losses, and how many ranks gave one
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ class ParamGroup:
         return self.power.num_partials * num_norms
 
 
+class Steps(Protocol):
+    """What optimizers do with the factors of a plan; `training.folding.Steps`."""
+
+    def lines(self, plan: Plan) -> Iterable[str]: ...
+
+
 @dataclass
 class Calls:
     """What is known from earlier calls with a plan, on accelerators.
@@ -86,12 +95,14 @@ class Calls:
         reduces: some rank had a gradient that must be reduced first, in one step or more.
         is_settled: no rank has had one, and in the last step none lacked one.
         one: 1 on the plan's device; a float64 scalar.
+        steps: says what the optimizers do, which took the last step or are attached.
     """
 
     late: LateReads = field(default_factory=LateReads)
     reduces: bool = False
     is_settled: bool = False
     one: Tensor | None = None
+    steps: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,8 @@ class Plan:
         tensor_groups: for each of `groups` one with Scope.TENSOR, which is only measured, in steps
             that want the norm of every tensor; empty where no step does. Each tensor of the model
             has a slot in it.
+        judges_loss: a policy may leave out steps, by the mean of the ranks' losses as well.
+        ranks: those that train together, where something says it; see `average_loss`.
         one_shot: how the sums travel through symmetric memory, where they do.
         not_one_shot: why they do not, although that was asked for.
     """
@@ -123,6 +136,8 @@ class Plan:
     rule: str = ""
     copied_dtensors: Sequence[int] = ()
     tensor_groups: Sequence[ParamGroup] = ()
+    judges_loss: bool = False
+    ranks: RankGroup | None = field(default=None, compare=False, repr=False)
     one_shot: OneShot | None = field(default=None, compare=False, repr=False)
     not_one_shot: str = ""
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
@@ -135,12 +150,19 @@ class Plan:
         their tags then differ, and not the lengths of their messages, which nobody would notice.
         """
         sizes = [group.payload_size for group in self.groups]
-        return message_size([*sizes, *(group.slots_size for group in self.tensor_groups)])
+        sizes += [group.slots_size for group in self.tensor_groups]
+        return message_size([*sizes, LOSS_SIZE * self.judges_loss])
 
     @cached_property
     def names(self) -> list[str]:
         """Of all parameters."""
         return [param.name for param in self.params]
+
+    @cached_property
+    def group_of(self) -> dict[int, int]:
+        """The index of each parameter's group, by the parameter's id."""
+        each = enumerate(self.groups)
+        return {id(p.param): k for k, group in each for p in self.params[group.members]}
 
     @property
     def parameters_text(self) -> str:
@@ -216,7 +238,10 @@ class Plan:
                 rows.append([group.name, group.description, layout, *_sizes(params)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self._collective()])
+        lines.append(self._collective())
+        if self.calls.steps is not None:
+            lines.extend(self.calls.steps.lines(self))
+        return "\n".join(lines)
 
     def _collective(self) -> str:
         if self.reduce_mesh is None:
@@ -266,7 +291,9 @@ def make_plan(
     if mesh is not None and gathers_slots(groups, mesh):
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
-    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
+    judges = any(vetoes(spec.policy) for spec in specs)
+    ranks = sharded.ddp if sharded.mesh is None else sharded.mesh.rank_group
+    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied, (), judges, ranks)
     return _with_symmetric_memory(plan, symmetric_memory)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from distclip.errors import LayoutError
 from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
+from distclip.norms.loss import average_loss, loss_slots, mean_loss
 from distclip.norms.measure import GroupMeasurement, tensor_slots
-from distclip.norms.plan import ParamGroup, Plan
+from distclip.norms.plan import LOSS_SIZE, ParamGroup, Plan
 from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values, is_capturing
 
@@ -53,21 +54,29 @@ class Totals(NamedTuple):
         reduce_gradients: some rank has gradients that must be reduced before they are measured.
         alike: all ranks have the same ones.
         fault: some rank has found an error that others cannot see.
+        loss: the mean of the ranks' losses, NaN where none gave one; a float64 scalar. None where
+            no policy judges it, or there is none and nothing is reduced.
     """
 
     norms: list[GroupNorms]
     reduce_gradients: bool
     alike: bool
     fault: bool
+    loss: Tensor | None = None
 
 
 def total_norms(
-    measured: Sequence[GroupMeasurement], plan: Plan, header: Header, tensors: bool = False
+    measured: Sequence[GroupMeasurement],
+    plan: Plan,
+    header: Header,
+    tensors: bool = False,
+    loss: Tensor | None = None,
 ) -> Totals:
     """The norms of each group over all ranks; the same bits on every rank.
 
     Args:
         tensors: and of each tensor, which `measured` has the sums of.
+        loss: this rank's, a float64 scalar on the plan's device.
 
     Raises:
         LayoutError: on every rank, where the ranks do not mean the same call. On an accelerator the
@@ -80,20 +89,28 @@ def total_norms(
     payload, of_tensors = [group.payload for group in measured], plan.tensor_groups
     if tensors:
         payload += [tensor_slots(*each) for each in zip(measured, of_tensors, strict=True)]
+    mean = None
     if plan.reduce_mesh is None:
         parts, flags = (
             payload,
             _Flags(bool(header.unreduced) or header.missing, False, header.fault),
         )
+        if plan.judges_loss and loss is not None:
+            mean = average_loss(loss, plan)
     else:
+        if plan.judges_loss:
+            payload.append(loss_slots(loss, plan.device))
         reduced, flags = _reduce(payload, plan, header, tensors)
         parts = torch.split(reduced, [len(part) for part in payload])
+        if plan.judges_loss:
+            *parts, slots = parts
+            mean = mean_loss(slots)
     each = zip(plan.groups, parts[: len(measured)], measured, strict=True)
     norms = [_norms(*one) for one in each]
     if tensors:
         each = zip(norms, of_tensors, parts[len(measured) :], strict=True)
         norms = [_with_tensor_norms(*one) for one in each]
-    return Totals(norms, *flags)
+    return Totals(norms, *flags, mean)
 
 
 class _Flags(NamedTuple):
@@ -113,6 +130,8 @@ def _reduce(
     ranks = plan.reduce_mesh.rank_group
     groups = [*plan.groups, *plan.tensor_groups] if tensors else plan.groups
     is_max = [math.isinf(group.norm_type) for group in groups]
+    if plan.judges_loss:
+        is_max.append(False)
     num_filled = HEADER_SIZE + sum(map(len, payload))
     call = header, all(is_max), ranks.num_combined
     encoded = encode(*call, plan.message_size - num_filled, payload[0])
@@ -180,10 +199,10 @@ def check_same_call(plan: Plan, call: str) -> None:
     """
     if plan.reduce_mesh is None:
         return
-    sizes = [group.payload_size for group in plan.groups]
+    sizes = [group.payload_size for group in plan.groups] + [LOSS_SIZE] * plan.judges_loss
     nothing = torch.zeros(sum(sizes), dtype=torch.float64, device=plan.device)
     ranks = plan.reduce_mesh.rank_group
-    is_max = [math.isinf(group.norm_type) for group in plan.groups]
+    is_max = [math.isinf(group.norm_type) for group in plan.groups] + [False] * plan.judges_loss
     header, num_filling = Header(call), plan.message_size - HEADER_SIZE - len(nothing)
     encoded = encode(header, all(is_max), ranks.num_combined, num_filling, nothing)
     parts = [encoded.header, *torch.split(nothing, sizes), encoded.filling]

@@ -34,11 +34,14 @@ class NormContext(NamedTuple):
         weights: the norm of each group's parameters; float64, shaped like the norms. None unless
             the policy sets `needs_weights`.
         total_norm: the norm of everything that the policy limits; a float64 scalar.
+        loss: the mean of the ranks' losses, for policies with `accept`: NaN where no rank gave one,
+            infinity where one is not finite; a float64 scalar. None counts as NaN.
     """
 
     sizes: Tensor
     weights: Tensor | None
     total_norm: Tensor
+    loss: Tensor | None = None
 
 
 class Policy(Protocol[State]):

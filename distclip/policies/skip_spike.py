@@ -20,31 +20,34 @@ _ROUNDING = 1e-6
 class SkipSpikeState(NamedTuple):
     """
     Attributes:
-        norms: the latest accepted norms; a new one overwrites the oldest. Unused entries are inf;
-            float64 [window].
-        num_steps: the number of accepted norms above 0 so far; int64 scalar.
+        values: the latest accepted norms, and below them the losses; a new one overwrites the
+            oldest. Unused entries are inf; float64 [2, window].
+        counts: the number of accepted norms above 0 so far, and of losses; int64 [2].
     """
 
-    norms: Tensor
-    num_steps: Tensor
+    values: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
 class SkipSpike(PolicyBase):
-    """Leaves out a step whose total norm is a spike, and clips nothing.
+    """Leaves out a step whose total norm or loss is a spike, and clips nothing.
 
     With the mean μ and the sample deviation σ of the last `window` accepted norms, the step is left
     out on all ranks where
 
-        norm > μ + z_thresh · max(σ, 1e-6 μ)      or      norm > max_norm
+        norm > μ + z_thresh * max(σ, 1e-6 μ)      or      norm > max_norm
+
+    and, where the loss is given (`clipper.step(optimizer, loss=loss)`), where the mean of the
+    ranks' losses lies as far above those of the last `window` accepted steps, or is not finite.
 
     Weights, momentum, step counts and what all policies remember stay as they were, as if the
     batch had not been drawn. `SkipSpike() & ClipNorm(1.0)` leaves out what lies beyond the one and
     clips what lies beyond the other. With several parameter groups, one whose policy vetoes leaves
     out the step of all.
 
-    The window takes norms of accepted steps only. Until it has max(2, window // 2) of them, only
-    `max_norm` leaves out steps. Norms that stay at a higher level are all left out, until
+    The windows take accepted steps only. Until one has max(2, window // 2) of them, only `max_norm`
+    leaves out steps. Norms that stay at a higher level are all left out, until
     `Clipper(max_consecutive_skips=...)` raises. A norm of 0 is accepted, and is no statistic. A
     norm that is NaN or infinite is no spike: `on_nonfinite` says what happens.
 
@@ -57,8 +60,8 @@ class SkipSpike(PolicyBase):
 
     Reference: the skip-step optimizer of OLMo-core (`optim/skip_step_optimizer.py`), with 128
         norms, 6 deviations, and nothing before half of the window. It counts the current norm among
-        these, has no least deviation, keeps the norms of skipped steps in its window, and looks at
-        the loss as well; MaxText's `skip_step_on_spikes` does the same. `max_norm` is Megatron-LM's
+        these, has no least deviation, and keeps those of skipped steps in its window; MaxText's
+        `skip_step_on_spikes` does the same. `max_norm` is Megatron-LM's
         `grad_norm_skip_threshold`.
     """
 
@@ -73,32 +76,43 @@ class SkipSpike(PolicyBase):
         store_checked(self, z_thresh=_check_z, window=_check_window, max_norm=check_not_negative)
 
     def init(self, num_groups: int, device: torch.device) -> SkipSpikeState:
-        norms = torch.full((self.window,), math.inf, dtype=torch.float64, device=device)
-        return SkipSpikeState(norms, torch.zeros((), dtype=torch.int64, device=device))
+        values = torch.full((2, self.window), math.inf, dtype=torch.float64, device=device)
+        return SkipSpikeState(values, torch.zeros(2, dtype=torch.int64, device=device))
 
     def valid_state(self, state: SkipSpikeState) -> SkipSpikeState:
-        index = torch.arange(self.window, device=state.norms.device)
-        is_norm = (state.norms > 0) & state.norms.isfinite()
-        norms = torch.where(index < state.num_steps, is_norm, state.norms == math.inf)
-        return SkipSpikeState(norms, state.num_steps >= 0)
+        is_used = torch.arange(self.window, device=state.values.device) < state.counts[:, None]
+        is_value = state.values.isfinite()
+        is_value[0] &= state.values[0] > 0
+        valid = torch.where(is_used, is_value, state.values == math.inf)
+        return SkipSpikeState(valid, state.counts >= 0)
 
     def limit(
         self, norms: Tensor, state: SkipSpikeState, context: NormContext
     ) -> tuple[Tensor | None, SkipSpikeState]:
-        is_norm = norms > 0
-        oldest = (state.num_steps % self.window).reshape(1)
-        norm = torch.where(is_norm, norms, state.norms.take(oldest).reshape(()))
-        after = state.norms.scatter(0, oldest, norm.reshape(1))
-        return None, SkipSpikeState(after, state.num_steps + is_norm)
+        now = _norm_and_loss(norms, context)
+        norm, loss = now.unbind()
+        is_new = torch.stack([norm > 0, loss <= math.inf])  # NaN is none
+        oldest = (state.counts % self.window).unsqueeze(1)
+        before = state.values.gather(1, oldest)
+        value = torch.where(is_new.unsqueeze(1), now.unsqueeze(1), before)
+        after = state.values.scatter(1, oldest, value)
+        return None, SkipSpikeState(after, state.counts + is_new)
 
     def accept(self, norms: Tensor, state: SkipSpikeState, context: NormContext) -> Tensor:
-        num = state.num_steps.clamp(max=self.window)
-        is_used = state.norms < math.inf
-        mean = torch.where(is_used, state.norms, 0.0).sum() / num
-        var = torch.where(is_used, state.norms - mean, 0.0).square().sum() / (num - 1)
-        highest = mean + self.z_thresh * torch.maximum(var.sqrt(), _ROUNDING * mean)
-        is_ready = num >= max(2, self.window // 2)
-        return norms <= torch.where(is_ready, highest, math.inf).clamp(max=self.max_norm)
+        now, values = _norm_and_loss(norms, context), state.values
+        num, is_used = state.counts.clamp(max=self.window), values < math.inf
+        mean = torch.where(is_used, values, 0.0).sum(1) / num
+        var = torch.where(is_used, values - mean.unsqueeze(1), 0.0).square().sum(1) / (num - 1)
+        highest = mean + self.z_thresh * torch.maximum(var.sqrt(), _ROUNDING * mean.abs())
+        highest = torch.where(num >= max(2, self.window // 2), highest, math.inf)
+        norm_fits, loss_fits = (((now <= highest) & (now < math.inf)) | now.isnan()).unbind()
+        return norm_fits & loss_fits & (norms <= self.max_norm)
+
+
+def _norm_and_loss(norms: Tensor, context: NormContext) -> Tensor:
+    """Shapes: norms: []; the result: [2], NaN where no loss is given."""
+    loss = torch.full_like(norms, math.nan) if context.loss is None else context.loss
+    return torch.stack([norms, loss])
 
 
 def _check_z(name: str, value: Any) -> float:

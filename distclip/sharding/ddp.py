@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.sharding.dtensor import layout_on, ranks_by_axis
+from distclip.sharding.rank_group import RankGroup
 from distclip.sharding.tensor_layout import ParamReader, TensorLayout
 from distclip.torch_private import spec_of_localized
 
@@ -32,6 +34,16 @@ def make_reader(modules: Sequence[nn.Module]) -> ParamReader:
         return layout_on(name, spec.shape, spec.mesh, spec.placements, found[id(spec.mesh)])
 
     return read
+
+
+def ranks_of_ddp(modules: Iterable[nn.Module]) -> RankGroup | None:
+    """The ranks that all DistributedDataParallel modules in `modules` average over; else None."""
+    inner = (each for module in modules for each in module.modules())
+    found = [each for each in inner if isinstance(each, DistributedDataParallel)]
+    groups = [cast(dist.ProcessGroup, each.process_group) for each in found]
+    if not groups or any(group is not groups[0] for group in groups):
+        return None
+    return RankGroup.of_group(groups[0], next(found[0].parameters()).device)
 
 
 def any_localized(params: Iterable[Tensor]) -> bool:

@@ -77,7 +77,13 @@ class RankGroup:
     @classmethod
     def world(cls, device: torch.device, tensors: Iterable[Tensor] = ()) -> RankGroup:
         """All ranks of the default process group."""
-        group = cast(dist.ProcessGroup, dist.group.WORLD)
+        return cls.of_group(cast(dist.ProcessGroup, dist.group.WORLD), device, tensors)
+
+    @classmethod
+    def of_group(
+        cls, group: dist.ProcessGroup, device: torch.device, tensors: Iterable[Tensor] = ()
+    ) -> RankGroup:
+        """All ranks of a process group."""
         line = Line(group, tuple(dist.get_process_group_ranks(group)))
         return cls((line,), with_index(device, tensors, [line]))
 

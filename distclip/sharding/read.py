@@ -20,6 +20,7 @@ from distclip.sharding.copies import check_copies
 from distclip.sharding.layout import Layout, LayoutFunction, LocalParam
 from distclip.sharding.mesh import ReduceMesh, check_mesh, widest_mesh
 from distclip.sharding.names import bare_names
+from distclip.sharding.rank_group import RankGroup
 from distclip.sharding.shard import BlockShard, ParamShard
 from distclip.sharding.tensor_layout import MakeReader, ParamReader, TensorLayout
 from distclip.torch_private import with_real_values
@@ -34,11 +35,13 @@ class ShardedParams(NamedTuple):
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
+        ddp: those of a DistributedDataParallel module, where no mesh says it.
     """
 
     params: list[LocalParam]
     reduce_mesh: ReduceMesh | None
     mesh: ReduceMesh | None = None
+    ddp: RankGroup | None = None
 
 
 @with_real_values()
@@ -72,9 +75,10 @@ def read_layouts(
         _local_param(name, param, layout, reduce_mesh, _declared(name, param, layouts))
         for (name, param), layout in zip(named, found, strict=True)
     ]
-    if reduce_mesh is not None:
-        check_copies(params, reduce_mesh, during_a_call)
-    if reduce_mesh is None or _any_rank_shards(params, reduce_mesh):
+    if reduce_mesh is None:
+        return ShardedParams(params, None, ddp=ddp.ranks_of_ddp(modules))
+    check_copies(params, reduce_mesh, during_a_call)
+    if _any_rank_shards(params, reduce_mesh):
         return ShardedParams(params, reduce_mesh, reduce_mesh)
     return ShardedParams([replace(param, counted=True) for param in params], None, reduce_mesh)
 

@@ -16,7 +16,6 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from distclip.arguments import kind_of, shown
 from distclip.decision import Decision
-from distclip.norms.plan import Plan
 from distclip.torch_private import host_has_values
 from distclip.training.wrappers import params_of
 
@@ -47,19 +46,6 @@ def check_attached(optimizers: Sequence[Optimizer], given: Any) -> None:
             f"cannot attach to optimizer={shown(given)}: it is {kind_of(given)}, which has no "
             f"steps to clip in. Pass an optimizer, or a list of several."
         )
-
-
-def fold(optimizers: Sequence[Optimizer], plan: Plan) -> bool:
-    """Whether these multiply all gradients of the plan, and no other, by one factor."""
-    planned = {id(p.param) for p in plan.params if p.param.grad is not None}
-    stepped = {id(p) for p in params_of(optimizers) if p.grad is not None}
-    return planned == stepped and all(map(multiplies, optimizers))
-
-
-def folds_its_own(optimizer: Optimizer, plan: Plan) -> bool:
-    """Whether an optimizer multiplies gradients of the plan alone by one factor."""
-    planned = {id(p.param) for p in plan.params}
-    return planned.issuperset(map(id, params_of([optimizer]))) and multiplies(optimizer)
 
 
 def multiplies(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from distclip.decision import Decision
 from distclip.report import Report
 from distclip.torch_private import has_values, in_backward, outside_of_graphs
-from distclip.training import grad_scaler, optimizers, wrappers
+from distclip.training import folding, grad_scaler, optimizers, wrappers
 from distclip.training.optimizers import HiddenGradients
 from distclip.training.rounds import Change, Rounds
 
@@ -215,21 +215,25 @@ class StepHook:
             grad_scaler.record(scaler, [optimizer], decision.found_inf)
         self._set_report(decision.report)
         skip = decision.skip(scaled)
-        folds = self._folds(decision, is_shared)
-        multiplies = folds and optimizers.takes_factor([optimizer], decision)
-        if folds:
-            optimizers.fold_(optimizer, decision.factor if multiplies else None, skip)
+        others = [each.optimizer for each in together if each is not self]
+        factors = folding.factors([optimizer], decision, others)
+        multiplies = optimizers.multiplies(optimizer)
+        if multiplies:
+            optimizers.fold_(optimizer, factors.get(id(optimizer)), skip)
             self._folded = not is_set  # a scaler takes away what it has set
         elif is_set:
             optimizers.fold_(optimizer, None, None)
-        is_partial = is_shared and decision.in_grad
-        if not multiplies and is_partial:
-            mine = {id(param) for param in wrappers.params_of([optimizer])}
+        mine = {id(param) for param in wrappers.params_of([optimizer])}
+        is_partial = is_shared and decision.in_grad  # the others clip their own
+        if is_partial and not factors:
             decision.apply_(lambda p: p.grad if id(p) in mine else None, decision.scale)
         if is_first:
-            decision.take_effect() if multiplies or is_partial else decision.apply_()
+            if is_partial:
+                decision.take_effect()
+            else:
+                decision.apply_without(mine if factors else ())
             self._rounds.begin(self, decision)
-        if not folds:
+        if not multiplies:
             self._leave_out(skip, None, at_once=True)
 
     def _check_covers(self) -> None:
@@ -276,13 +280,6 @@ class StepHook:
             if each is self.optimizer or grad_scaler.stage_of(scaler, each) is OptState.UNSCALED
         ]
         return self._decide(stepped, scale, functools.partial(grad_scaler.record, scaler, known))
-
-    def _folds(self, decision: Decision, is_shared: bool) -> bool:
-        if not decision.has_one_factor:
-            return False
-        if is_shared:  # the others do the same with their own gradients
-            return optimizers.folds_its_own(self.optimizer, decision.plan)
-        return optimizers.fold([self.optimizer], decision.plan)
 
     def _leave_out(self, skip: Tensor | None, result: Any, at_once: bool) -> None:
         """Leaves the step out where `skip` is 1, and lets it return `result`."""

@@ -210,7 +210,7 @@ def test_a_norm_that_is_not_finite_is_no_spike(value: float, mode: str) -> None:
     report = clipper.clip_()
     torch.testing.assert_close(param.grad, control.grad, rtol=0, atol=0, equal_nan=True)
     assert bool(report.skipped) == bool(expected.skipped) == (mode == "skip")
-    assert clipper.state_dict()["groups"]["all"]["Minimum"]["first"]["num_steps"] == 0
+    assert clipper.state_dict()["groups"]["all"]["Minimum"]["first"]["counts"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -253,7 +253,8 @@ def test_one_group_is_enough(vetoing: tuple[int, ...]) -> None:
     clipper = Clipper(groups)
     assert bool(clipper.clip_().skipped) is bool(vetoing)
     found = clipper.state_dict()["groups"].values()
-    assert [int(group["SkipSpike"]["num_steps"]) for group in found] == [int(not vetoing)] * 2
+    counts = [group["SkipSpike"]["counts"].tolist() for group in found]
+    assert counts == [[int(not vetoing), 0]] * 2
 
 
 def test_a_report_without_a_veto() -> None:
@@ -305,8 +306,14 @@ def test_the_state_goes_on_in_another_clipper_and_is_checked() -> None:
     second.load_state_dict(first.state_dict())
     other.grad = torch.tensor([9.0])
     assert second.clip_().skipped
-    for field, wrong in (("num_steps", -1), ("norms", torch.tensor([1.0, math.inf, 1.0, 1.0]))):
+    used = torch.tensor([1.0, math.inf, 1.0, 1.0])
+    for field, wrong in (
+        ("counts", torch.tensor([-1, 0])),
+        ("values", torch.stack([used, torch.full_like(used, math.inf)])),
+        ("values", torch.stack([torch.full_like(used, -1.0), torch.full_like(used, math.inf)])),
+        ("values", torch.stack([torch.ones(4), used])),
+    ):
         saved = first.state_dict()
         saved["groups"]["all"]["SkipSpike"][field] = wrong
-        with pytest.raises(ValueError, match=r"all\.SkipSpike\.(norms\[\d\]|num_steps) is "):
+        with pytest.raises(ValueError, match=r"all\.SkipSpike\.(values|counts)\[.*\] is "):
             second.load_state_dict(saved)

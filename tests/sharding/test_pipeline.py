@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from tests.support.parallel_models import (
     whole_gradients,
 )
 from tests.support.ranks import Ranks, mesh
-from tests.support.torch_versions import PIPELINE_OVER_GLOO
+from tests.support.torch_versions import PIPELINE_OVER_GLOO, TORCH
 from tests.support.wrapped import local
 
 pytestmark = PIPELINE_OVER_GLOO.skips
@@ -103,6 +104,9 @@ def frozen_last_stage() -> None:
     check_clip(params, whole_gradients(model))
 
 
+@pytest.mark.skipif(
+    TORCH == (2, 10), reason="torch 2.10 leaves gradients on a stage whose parameters are frozen"
+)
 def test_a_stage_without_gradients_takes_part(eight_ranks: Ranks) -> None:
     eight_ranks.run(frozen_last_stage)
 

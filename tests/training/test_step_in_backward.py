@@ -669,10 +669,11 @@ def _on_ranks(device: str, kind: str, policy: Any) -> Any:
     attached = distclip.Clipper(model, policy).attach_in_backward(optimizers)
     norms = []
     for index in range(4):
-        # DDP asks an accelerator for its stream, also where all is on CPUs.
+        # DDP asks an accelerator for its streams, also where all is on CPUs.
         with pytest.MonkeyPatch.context() as patch:
             if kind == "ddp" and not torch.accelerator.is_available():
                 patch.setattr(torch.accelerator, "current_stream", MagicMock())
+                patch.setattr(torch, "Stream", MagicMock())
             _mean_loss_backward(model, index)
         norms.append(attached.end_step().total_norm.item())
     assert all(p.grad is None for p in model.parameters())

@@ -17,7 +17,7 @@ from distclip.clipper import Clipper
 from distclip.decision import Decision
 from distclip.errors import NonFiniteGradientError
 from distclip.report import Report
-from distclip.training import grad_scaler, optimizers, wrappers
+from distclip.training import folding, grad_scaler, wrappers
 
 _OWNER = "distclip.adapters.accelerate"
 _INSTEAD = "(the norm is `clipper.report.total_norm`), or end the other by `clipper.detach()`"
@@ -130,13 +130,12 @@ class AcceleratedClipper:
             return self._report
         decision = self._decide(scale, step)
         inner = wrappers.unwrapped(self._optimizers)
-        folds = decision.has_one_factor and optimizers.fold(inner, decision.plan)
-        multiplies = folds and optimizers.takes_factor(inner, decision)
         with torch.no_grad():
-            decision.take_effect() if multiplies else decision.apply_()
+            factors = folding.factors(inner, decision)
+            decision.apply_without(folding.stepped_by(inner, factors))
         self._report = decision.report
         for each in self._steps:
-            each.follow(decision, multiplies)
+            each.follow(decision, factors)
         for each in self._optimizers:
             each.step()
         return self._report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -29,21 +29,22 @@ class DecidedStep:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self._decision: Decision | None = None
-        self._multiplies = False
+        self._factors: Mapping[int, Tensor | None] = {}
         self.is_due = False  # a call of the clipper that no step has followed
         self._before = vars(optimizer).get("step")
         self._wrapper = _bound(optimizer, self._run)
         vars(optimizer)["step"] = self._wrapper
 
-    def follow(self, decision: Decision | None, multiplies: bool = False) -> None:
+    def follow(
+        self, decision: Decision | None, factors: Mapping[int, Tensor | None] | None = None
+    ) -> None:
         """Lets the next step do what was decided.
 
         Args:
             decision: None where it raised, but has unscaled the gradients for the scaler.
-            multiplies: that step multiplies the gradients by the decision's factor; otherwise they
-                are clipped already.
+            factors: see `training.folding.factors`; the gradients of others are clipped already.
         """
-        self._decision, self._multiplies, self.is_due = decision, multiplies, True
+        self._decision, self._factors, self.is_due = decision, factors or {}, True
 
     def remove(self) -> None:
         self._decision = None
@@ -71,9 +72,10 @@ class DecidedStep:
                     around.enter_context(grad_scaler.keeping_scale(scaler))
                 skip = grad_scaler.found_inf(scaler, inner)
             if not self._is_left_out(inner, scaler, skip):
-                factor = decision.factor if self._multiplies else None
-                if self._multiplies or (skip is not None and all(map(_can_skip, inner))):
-                    for each in inner:
+                factors, skips = self._factors, skip is not None and all(map(_can_skip, inner))
+                for each in inner:
+                    if skips or id(each) in factors:
+                        factor = factors.get(id(each))
                         around.enter_context(optimizers.folded(each, factor, skip))
                 result = step(*args, **kwargs)
         if skip is not None:
