@@ -265,6 +265,22 @@ def test_one_group_raises_and_another_clips() -> None:
     assert params[2].grad == 0.5
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_groups_with_an_optimizer_each(fused: bool) -> None:
+    """Of which one is raised while the other is scaled down."""
+    params = parameters([0.3, 0.4], [30.0, 40.0])
+    groups = [
+        {"name": name, "params": [param], "policy": Normalize(5.0)}
+        for name, param in zip("ab", params, strict=True)
+    ]
+    optimizers = [torch.optim.SGD([param], lr=1.0, fused=fused) for param in params]
+    report = Clipper(groups).step(optimizers)
+    assert report.coefficients["a"] == pytest.approx(10.0)
+    assert report.coefficients["b"] == pytest.approx(0.1)
+    for param in params:
+        torch.testing.assert_close(param.detach(), torch.tensor([-3.0, -4.0]))
+
+
 def test_in_backward_what_raises_the_whole_model_is_refused() -> None:
     trained = model()
     optimizers = [torch.optim.SGD([param], lr=0.1) for param in trained.parameters()]
