@@ -19,7 +19,9 @@ from distclip.monitoring import History as History
 from distclip.norms.plan import Plan as Plan
 from distclip.parity import parity as parity
 from distclip.policies import AGC as AGC
+from distclip.policies import AGGC as AGGC
 from distclip.policies import AdaGC as AdaGC
+from distclip.policies import AdaGN as AdaGN
 from distclip.policies import AutoClip as AutoClip
 from distclip.policies import ClipBlockRMS as ClipBlockRMS
 from distclip.policies import ClipNorm as ClipNorm

@@ -442,9 +442,9 @@ class Clipper:
         Raises:
             ValueError: a parameter that trains has no optimizer, or two; the Clipper has
                 `overlap=True`, `gradient=`, on_nonfinite="skip", a policy that vetoes steps, such
-                as `SkipSpike`, or is attached already; DDP would
-                reduce after the hook. In a step: an optimizer steps twice before `end_step`, with a
-                closure, or by a GradScaler.
+                as `SkipSpike`, or raises the norm of the model, such as `AGGC`, or is attached
+                already; DDP would reduce after the hook. In a step: an optimizer steps twice before
+                `end_step`, with a closure, or by a GradScaler.
             LayoutError: FSDP1's parameters; limits per tensor that ranks share under pipeline
                 stages or `layouts=`.
             TypeError: something that is no optimizer.

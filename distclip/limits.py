@@ -23,6 +23,9 @@ from distclip.norms.reduce import gather_objects, rank_group
 from distclip.policies import Policy, never_negative
 from distclip.torch_private import has_values, host_has_values
 
+# float32 has room for it, and for what fused optimizers take: its reciprocal, divided by a scale.
+_LARGEST_COEFFICIENT = 2.0**100
+
 
 class Limits(NamedTuple):
     """The limits that a policy returned.
@@ -68,6 +71,17 @@ def read_limits(
     if not is_shared(group, plan):
         return Limits(torch.where(is_limit | ~finite, limits, 0.0), valid)
     return Limits(torch.where(is_limit, limits, math.nan), valid)
+
+
+def raising_coefficients(norms: Tensor, limits: Tensor) -> Tensor:
+    """limit / norm, elementwise, at most 2**100, for a policy that raises; NaN where either is NaN.
+
+    1 where a norm is 0, or a limit infinite, also where the other is NaN. No wait for the device.
+
+    Shapes: as `Backend.coefficients`.
+    """
+    stays = (norms == 0) | (limits == math.inf)
+    return (limits / norms).clamp(max=_LARGEST_COEFFICIENT).masked_fill(stays, 1.0)
 
 
 def is_shared(group: ParamGroup, plan: Plan) -> bool:

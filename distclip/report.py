@@ -52,12 +52,13 @@ class Report:
 
     Attributes:
         total_norm: before clipping.
-        limit: the largest norm that is not clipped, inf where the policy only measures.
-        coefficient: what the gradients were multiplied by. With `on_nonfinite="skip"` it is 1 where
-            the norm is not finite, because the gradients stay as they are; with "zero" it is 0.
-            It is 1 where a policy vetoes the step.
+        limit: the largest norm that is not clipped, inf where the policy only measures; the norm
+            afterwards where it raises norms, as `AdaGN` does.
+        coefficient: what the gradients were multiplied by; above 1 only where the policy raises
+            norms. With `on_nonfinite="skip"` it is 1 where the norm is not finite, because the
+            gradients stay as they are; with "zero" it is 0. It is 1 where a policy vetoes the step.
         finite: whether `total_norm` is neither NaN nor infinite; bool.
-        clipped: whether the gradients were scaled down; bool.
+        clipped: whether gradients were scaled down, whatever others were; bool.
         skipped: whether the step is left out: a policy vetoes it, or the norm is not finite with
             on_nonfinite="skip"; bool. The gradients stay as they are. `step` and `attach` leave it
             out; after `clip_` without a scaler your loop must. What a GradScaler leaves out of its

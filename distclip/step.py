@@ -17,7 +17,7 @@ from torch import Tensor
 from distclip import kernels
 from distclip.decision import Decision, GroupClip, norm_is_finite
 from distclip.errors import LayoutError
-from distclip.limits import is_shared, make_nan_, read_limits
+from distclip.limits import is_shared, make_nan_, raising_coefficients, read_limits
 from distclip.nonfinite import (
     NonFiniteSearch,
     OnNonFinite,
@@ -28,7 +28,7 @@ from distclip.norms.measure import GroupMeasurement, measure
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
-from distclip.policies import NormContext, Policy, Scope, StatelessPolicy, accept
+from distclip.policies import NormContext, Policy, Scope, StatelessPolicy, accept, raises
 from distclip.report import GroupFigures, Report, TensorFigures
 from distclip.scaling import (
     check_real,
@@ -209,7 +209,8 @@ def _ask_policy(
     limits, valid = read_limits(returned, each, group, plan, policy, is_finite)
     if units is not None:
         limits = torch.where(units.limited, limits, math.inf)
-    coefficients = kernels.coefficients(each, limits)
+    coefficients_of = raising_coefficients if raises(policy) else kernels.coefficients
+    coefficients = coefficients_of(each, limits)
     return GroupClip(norms.total, limits, coefficients, next_state, valid, accepts)
 
 

@@ -29,6 +29,8 @@ POLICIES: dict[str, Any] = {
     "zclip": distclip.ZClip(),
     "skip-spike": distclip.SkipSpike(),
     "adagc": distclip.AdaGC(),
+    "adagn": distclip.AdaGN(),
+    "aggc": distclip.AGGC(),
     "none": distclip.ClipNorm(math.inf),  # measures, never writes a gradient
 }
 

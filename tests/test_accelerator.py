@@ -79,6 +79,16 @@ def expected_adagc(steps: Steps) -> Steps:
     return [*map(each_scaled, steps, reference.adagc(norms, 1.04, 5.0, 0.9, 2))]
 
 
+def expected_adagn(steps: Steps) -> Steps:
+    norms = [[grad.norm().item() for grad in grads] for grads in steps]
+    return [*map(each_scaled, steps, reference.adagn(norms, 0.7, 0.9, 1e-8))]
+
+
+def expected_aggc(steps: Steps) -> Steps:
+    norms = [reference.total_norm(grads).item() for grads in steps]
+    return [*map(scaled, steps, reference.aggc(norms, 0.8, 1.2, 0.7, 0.5, 1.1))]
+
+
 def each_step(function: Callable[..., list[Tensor]], *args: Any) -> Callable[[Steps], Steps]:
     return lambda steps: [function(grads, *args) for grads in steps]
 
@@ -106,6 +116,8 @@ CASES: dict[str, tuple[Policy[Any], Callable[[Steps], Steps]]] = {
     "ZClip": (distclip.ZClip(2.5, 0.97, 3, 5.0), expected_zclip),
     "AutoClip": (distclip.AutoClip(50.0, 4), expected_autoclip),
     "AdaGC": (distclip.AdaGC(1.04, 5.0, 0.9, 2), expected_adagc),
+    "AdaGN": (distclip.AdaGN(), expected_adagn),
+    "AGGC": (distclip.AGGC(0.8, 1.2, 0.7, 0.5), expected_aggc),
 }
 
 

@@ -18,7 +18,9 @@ from torch import nn
 import distclip
 from distclip import (
     AGC,
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipBlockRMS,
     ClipNorm,
@@ -76,6 +78,18 @@ NUMBERS: dict[str, tuple[Callable[[Box, Any], object], str]] = {
     "AdaGC.max_norm": (lambda b, x: AdaGC(max_norm=x), "max_norm"),
     "AdaGC.beta": (lambda b, x: AdaGC(beta=x), "beta"),
     "AdaGC.warmup_steps": (lambda b, x: AdaGC(warmup_steps=x), "warmup_steps"),
+    "AdaGN.gamma1": (lambda b, x: AdaGN(gamma1=x), "gamma1"),
+    "AdaGN.gamma2": (lambda b, x: AdaGN(gamma2=x), "gamma2"),
+    "AdaGN.eps": (lambda b, x: AdaGN(eps=x), "eps"),
+    "AGGC.low": (lambda b, x: AGGC(low=x), "low"),
+    "AGGC.high": (lambda b, x: AGGC(high=x), "high"),
+    "AGGC.beta": (lambda b, x: AGGC(beta=x), "beta"),
+    "AGGC.max_down": (lambda b, x: AGGC(max_down=x), "max_down"),
+    "AGGC.max_up": (lambda b, x: AGGC(max_up=x), "max_up"),
+    "AGGC.late_low": (lambda b, x: AGGC(late_low=x), "late_low"),
+    "AGGC.late_high": (lambda b, x: AGGC(late_high=x), "late_high"),
+    "AGGC.late_from": (lambda b, x: AGGC(late_from=x), "late_from"),
+    "AGGC.late_steps": (lambda b, x: AGGC(late_steps=x), "late_steps"),
     "ClipNorm.norm_type": (lambda b, x: ClipNorm(1.0, x), "norm_type"),
     "ClipTensorNorm.norm_type": (lambda b, x: ClipTensorNorm(1.0, x), "norm_type"),
     "AGC.norm_type": (lambda b, x: AGC(norm_type=x), "norm_type"),
@@ -186,7 +200,7 @@ def test_what_is_no_number_is_refused_by_name(argument: str, kind: str) -> None:
 def test_the_table_has_every_argument_that_is_a_number() -> None:
     """A field that is added to a policy gets a row here."""
     limits = (ClipNorm, ClipTensorNorm, ClipBlockRMS, ClipValue, AGC, AutoClip, ZClip, AdaGC)
-    for policy in (*limits, SkipSpike):
+    for policy in (*limits, SkipSpike, AdaGN, AGGC):
         for field in policy.__dataclass_fields__:
             assert f"{policy.__name__}.{field}" in NUMBERS or field == "exclude"
 

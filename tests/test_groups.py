@@ -16,7 +16,18 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipTensorNorm, ClipValue, ZClip
+from distclip import (
+    AGC,
+    AGGC,
+    AdaGC,
+    AdaGN,
+    AutoClip,
+    ClipNorm,
+    Clipper,
+    ClipTensorNorm,
+    ClipValue,
+    ZClip,
+)
 from distclip.sharding import FlatShard
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes, whole
@@ -88,6 +99,7 @@ def test_exclude_leaves_out_by_name_and_by_module() -> None:
 
 ZCLIP = ZClip(2.0, 0.9, 3, 50.0)
 ADAPTIVE = [AutoClip(30.0, history=6), ZCLIP, AdaGC(1.05, 30.0, 0.9, 3), ClipNorm(20.0) & ZCLIP]
+ADAPTIVE += [AdaGN(), AGGC(0.8, 1.2, 0.7, max_down=0.5)]
 
 
 def gradients_of(step: int) -> list[Tensor]:

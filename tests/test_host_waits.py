@@ -43,6 +43,8 @@ POLICIES: dict[str, Policy[Any]] = {
     "ClipTensorNorm": distclip.ClipTensorNorm(0.05),
     "ClipBlockRMS": distclip.ClipBlockRMS(0.05),
     "AdaGC": distclip.AdaGC(),
+    "AdaGN": distclip.AdaGN(),
+    "AGGC": distclip.AGGC(),
     "AGC": distclip.AGC(),
     "ZClip": distclip.ZClip(),
     "AutoClip": distclip.AutoClip(),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import AGC, AdaGC, AutoClip, ClipNorm, Clipper, ClipValue, Policy, ZClip
+from distclip import AGC, AGGC, AdaGC, AdaGN, AutoClip, ClipNorm, Clipper, ClipValue, Policy, ZClip
 from distclip.nonfinite import SkipCounter
 
 POLICIES: dict[str, Policy[Any]] = {
@@ -21,6 +21,8 @@ POLICIES: dict[str, Policy[Any]] = {
     "AutoClip": AutoClip(history=3),
     "ZClip": ZClip(warmup_steps=2),
     "AdaGC": AdaGC(warmup_steps=2),
+    "AdaGN": AdaGN(),
+    "AGGC": AGGC(),
     "minimum": ClipNorm(1.0) & ZClip(warmup_steps=2),
 }
 

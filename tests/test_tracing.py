@@ -189,6 +189,8 @@ POLICIES = [
     distclip.AutoClip(),
     distclip.ZClip(),
     distclip.AdaGC(),
+    distclip.AdaGN(),
+    distclip.AGGC(),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

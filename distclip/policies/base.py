@@ -54,6 +54,11 @@ class Policy(Protocol[State]):
     a bool scalar on the device of the norms, false where the step is to be left out on all ranks
     although the norm is finite. It gets what `limit` gets and never waits for the device. The
     caller keeps the old state of every policy where a step is left out.
+
+    A policy may say `raises = True`: its limit is then the norm that each group gets, also where
+    that is more than the group has. The coefficient is limit / norm, and 1 where the norm is 0 or
+    the limit infinite. It is at most 2**100, for which float32 has room. An element that becomes
+    too large for its dtype, because the limit is, becomes infinite.
     """
 
     @property
@@ -127,6 +132,8 @@ class PolicyBase:
     unit_dim = 0
     exclude = ()
     needs_weights = False
+    raises = False  # norms that are below their limits
+    sets_limits = True  # else `limit` returns None in every step
 
     def valid_state(self, state: Any) -> Any:
         """Which numbers of a loaded state can be some: bools in the form of `state`, or None.
@@ -150,6 +157,15 @@ def vetoes(policy: Any) -> bool:
     if isinstance(policy, Minimum):
         return vetoes(policy.first) or vetoes(policy.second)
     return hasattr(policy, "accept")
+
+
+def raises(policy: Any) -> bool:
+    """Whether norms below its limits become larger: the policy says `raises = True`."""
+    return bool(getattr(policy, "raises", False))
+
+
+def _sets_limits(policy: Any) -> bool:
+    return bool(getattr(policy, "sets_limits", True))
 
 
 def accept(policy: Any, norms: Tensor, state: Any, context: NormContext) -> Tensor | None:
@@ -213,7 +229,8 @@ class Minimum(PolicyBase):
     Raises:
         TypeError: one of them is no policy.
         ValueError: their norms are not the same ones, because the `scope`, `norm_type`, `unit_dim`
-            or `exclude` differ; or they clamp elements, which takes no limit for a norm.
+            or `exclude` differ; or they clamp elements, which takes no limit for a norm; or one
+            raises norms, unless the other is one that sets no limits, such as `SkipSpike`.
 
     Example:
         >>> import distclip
@@ -242,6 +259,14 @@ class Minimum(PolicyBase):
                 f"element, which needs no norm and no limit for one. Write one policy with the "
                 f"smaller clip_value."
             )
+        if self.raises and _sets_limits(self.first) and _sets_limits(self.second):
+            raising = self.first if raises(self.first) else self.second
+            raise ValueError(
+                f"cannot take the smaller limit of {self.first} and {self.second}: {raising} says "
+                f"which norm gradients get, and raises them to it, while a limit leaves smaller "
+                f"norms as they are. The smaller of the two is neither. Use one of them, or give "
+                f"each its own parameter group."
+            )
 
     @property
     def scope(self) -> Scope:
@@ -262,6 +287,14 @@ class Minimum(PolicyBase):
     @property
     def needs_weights(self) -> bool:
         return self.first.needs_weights or self.second.needs_weights
+
+    @property
+    def raises(self) -> bool:
+        return raises(self.first) or raises(self.second)
+
+    @property
+    def sets_limits(self) -> bool:
+        return _sets_limits(self.first) or _sets_limits(self.second)
 
     def init(self, num_groups: int, device: torch.device) -> MinimumState:
         first = self.first.init(num_groups, device)
@@ -307,6 +340,8 @@ def check_policy(policy: Any, group: str | None = None) -> None:
             f"it has `accept` and {policy.scope}, but a step is left out on all ranks or on none, "
             f"and only the norm of Scope.MODEL is the same on each"
         )
+    elif raises(policy) and policy.scope is Scope.ELEMENT:
+        found = "it raises norms and has Scope.ELEMENT, whose elements are clamped and not scaled"
     else:
         check_norm_type("norm_type", policy.norm_type)
         return

@@ -50,6 +50,18 @@ def check_fraction(name: str, value: Any) -> float:
     return _check_between(name, value, 0, 1)
 
 
+def check_decay(name: str, value: Any) -> float:
+    """Raises ValueError unless `value` is 0 or above and below 1; NaN is refused."""
+    number = as_number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(
+            f"cannot clip with {name}={number}: it is how much of an average of past norms stays "
+            f"in each step, and with 1 no norm would ever enter it, while below 0 or above 1 it is "
+            f"no average. Pass a number from 0 to below 1."
+        )
+    return number
+
+
 def check_percentage(name: str, value: Any) -> float:
     """Raises ValueError unless `value` is from 0 to 100; NaN is refused."""
     return _check_between(name, value, 0, 100)

@@ -70,6 +70,7 @@ class SkipSpike(PolicyBase):
     max_norm: float = math.inf
     scope = Scope.MODEL
     norm_type = 2.0
+    sets_limits = False
 
     def __post_init__(self) -> None:
         store_checked(self, z_thresh=_check_z, window=_check_window, max_norm=check_not_negative)

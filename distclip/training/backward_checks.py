@@ -15,7 +15,7 @@ from distclip.arguments import kind_of, shown
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.plan import Plan
-from distclip.policies import Policy, vetoes
+from distclip.policies import Policy, Scope, raises, vetoes
 from distclip.sharding.fsdp1 import any_flattened
 from distclip.sharding.shard import BlockShard
 from distclip.torch_private import (
@@ -35,6 +35,13 @@ def check_mode(mode: OnNonFinite, plan: Plan, policies: Sequence[Policy[Any]]) -
             f"{_WHAT} with {vetoing[0]}: it leaves out whole steps, and tensors have stepped "
             f"before the norm of the model is known. Use a policy that sets limits, such as "
             f"ClipNorm, or step after backward."
+        )
+    late = [each for each in policies if raises(each) and each.scope is Scope.MODEL]
+    if late:
+        raise ValueError(
+            f"{_WHAT} with {late[0]}: it raises the norm of all tensors together, which is known "
+            f"one step late. What raises a small norm would raise the spike that follows it as "
+            f"much. Use a policy with limits per tensor, such as AdaGN, or step after backward."
         )
     if mode == "skip":
         raise ValueError(

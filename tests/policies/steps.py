@@ -10,7 +10,9 @@ from torch import Tensor
 
 from distclip.policies import (
     AGC,
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipBlockRMS,
     ClipNorm,
@@ -21,6 +23,7 @@ from distclip.policies import (
     Scope,
     SkipSpike,
     ZClip,
+    raises,
 )
 
 F64 = torch.float64
@@ -36,8 +39,11 @@ POLICIES: dict[str, Policy[Any]] = {
     "AutoClip": AutoClip(history=7),
     "ZClip": ZClip(warmup_steps=4),
     "AdaGC": AdaGC(warmup_steps=4),
+    "AdaGN": AdaGN(),
+    "AGGC": AGGC(0.8, 1.2, 0.7),
     "minimum": ClipNorm(3.0) & AutoClip(50.0, history=5) & ZClip(warmup_steps=3),
     "SkipSpike": SkipSpike(4.0, window=6) & ClipNorm(3.0),
+    "SkipSpike, raising": SkipSpike(4.0, window=6) & AGGC(),
     "minimum per tensor": ClipTensorNorm(2.0) & AdaGC(warmup_steps=3),
 }
 
@@ -58,8 +64,14 @@ def clipped_norms(policy: Policy[Any], steps: Sequence[Any]) -> Tensor:
     for step in steps:
         norms = torch.tensor(step, dtype=F64)
         limit, state = policy.limit(norms, state, context(norms))
-        clipped.append(norms if limit is None else torch.minimum(norms, limit))
+        clipped.append(norms if limit is None else _norms_at(policy, norms, limit))
     return torch.stack(clipped)
+
+
+def _norms_at(policy: Policy[Any], norms: Tensor, limit: Tensor) -> Tensor:
+    if raises(policy):
+        return torch.where((norms == 0) | limit.isinf(), norms, limit)
+    return torch.minimum(norms, limit)
 
 
 def spiky_norms(num_steps: int, seed: int, shape: tuple[int, ...] = ()) -> list[Any]:

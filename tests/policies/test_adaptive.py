@@ -1,7 +1,8 @@
-"""AutoClip, ZClip and AdaGC: their limits are those of the reference and of the formulas."""
+"""AutoClip, ZClip, AdaGC, AdaGN, AGGC: their limits are those of reference and formulas."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,13 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distclip import Clipper
-from distclip.policies import AdaGC, AutoClip, Policy, ZClip
+from distclip.policies import AGGC, AdaGC, AdaGN, AutoClip, Policy, ZClip, raises
 from tests.policies.steps import (
     CLOSE,
     F64,
     assert_clips_to,
     clipped_norms,
+    context,
     norms_shape,
     spiky_norms,
 )
@@ -80,6 +82,45 @@ def test_adagc_clips_each_tensor_to_its_past(
         assert_clips_to(AdaGC(ratio, max_norm, beta, warmup_steps), steps, expected)
 
 
+@pytest.mark.parametrize(
+    ("gamma1", "gamma2", "eps"), [(0.7, 0.9, 1e-8), (0.85, 0.99999, 1e-8), (0.5, 0.5, 0.05)]
+)
+def test_adagn_gives_each_tensor_a_norm_from_its_past(
+    gamma1: float, gamma2: float, eps: float
+) -> None:
+    for seed in range(4):
+        steps = [
+            [norm if (t + i * i) % 5 else 0.0 for i, norm in enumerate(norms)]
+            for t, norms in enumerate(spiky_norms(60, seed, (4,)))
+        ]
+        expected = reference.adagn(steps, gamma1, gamma2, eps)
+        assert (expected > torch.tensor(steps, dtype=F64)).any()
+        assert_clips_to(AdaGN(gamma1, gamma2, eps), steps, expected)
+
+
+AGGC_SETTINGS = [
+    AGGC(),
+    AGGC(0.9, 1.5, 0.5, 0.0, math.inf),
+    AGGC(0.0, 2.0, 0.8, 0.0, 1.0),
+    AGGC(0.7, 0.0, 0.8, 0.5, 5.0),
+    AGGC(0.95, 0.6, late_low=0.5, late_high=2.0, late_from=20, late_steps=30),
+    AGGC(0.5, 2.0, 0.0, 0.2, 3.0, 0.9, 1.1, 0.0, 80.5),
+]
+
+
+@pytest.mark.parametrize("policy", AGGC_SETTINGS, ids=repr)
+def test_aggc_keeps_a_norm_near_its_past(policy: AGGC) -> None:
+    *settings, late_low, late_high, late_from, late_steps = dataclasses.astuple(policy)
+    for seed in range(4):
+        steps = [norm if t % 7 else 0.0 for t, norm in enumerate(spiky_norms(90, seed))]
+        expected = reference.aggc(steps, *settings, (late_low, late_high, late_from, late_steps))
+        differ = torch.tensor(expected, dtype=F64) - torch.tensor(steps, dtype=F64)
+        assert (differ > 0).any() == (policy.low > 0)
+        assert (differ < 0).any() == (policy.high > 0)
+        found = clipped_norms(policy, steps)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=F64), **CLOSE)
+
+
 # By hand, from the formulas in the docstrings: policy, norms, norms after clipping.
 BY_HAND: dict[str, tuple[Policy[Any], list[Any], list[Any]]] = {
     # the medians of [4], [4, 2], [4, 2, 9] and, with the oldest gone, [2, 9, 1]
@@ -98,6 +139,16 @@ BY_HAND: dict[str, tuple[Policy[Any], list[Any], list[Any]]] = {
         [[3.0, 4.0], [3.0, 0.2], [3.0, 3.0]],
         [[0.6, 0.8], [1.2, 0.2], [1.8, 1.0]],
     ),
+    # m is 4 and .5 * 4 + .5 * 8 = 6, corrected 8 / 1 and 6 / .75 = 8; v is 32 and 48, 64 / 1 and
+    # 48 / .75 = 64; the last norm begins at once, because the second tensor had none before.
+    "AdaGN": (
+        AdaGN(0.5, 0.5, 8.0),
+        [[8.0, 0.0], [8.0, 0.0], [8.0, 1.0]],
+        [[0.5, 0.0], [0.5, 0.0], [0.5, 1 / 9]],
+    ),
+    # S is 0, 4, .5 * 4 + .5 * 6 = 5 and .5 * 5 + .5 * 3 = 4. Bounds are half of it and 1.5 times.
+    # 8 lies above 6; 1 lies below 2.5, but three times 1 is more; .5 lies below 2, up to 3 * .5.
+    "AGGC": (AGGC(0.5, 1.5, 0.5, 0.0, 3.0), [8.0, 8.0, 1.0, 0.5], [8.0, 6.0, 2.5, 1.5]),
 }
 
 
@@ -107,7 +158,12 @@ def test_numbers_by_hand(name: str) -> None:
     assert_clips_to(policy, steps, expected)
 
 
-SCALE_FREE = [AutoClip(30.0, 9), ZClip(1.0, 0.8, 5, math.inf), AdaGC(1.05, math.inf, 0.9, 5)]
+SCALE_FREE = [
+    AutoClip(30.0, 9),
+    ZClip(1.0, 0.8, 5, math.inf),
+    AdaGC(1.05, math.inf, 0.9, 5),
+    AGGC(),
+]
 
 
 @pytest.mark.parametrize("policy", SCALE_FREE, ids=repr)
@@ -126,6 +182,17 @@ def test_a_tensor_without_a_gradient_for_a_while_still_learns_under_adagc() -> N
     assert (clipped_norms(AdaGC(warmup_steps=3), steps)[[1, 2, 4], 1] > 0.5).all()
 
 
+@pytest.mark.parametrize("policy", [AdaGN(), AGGC(), AGGC(max_up=math.inf)], ids=repr)
+def test_a_norm_of_zero_has_a_limit_that_is_a_number(policy: Policy[Any]) -> None:
+    """As the report shows it; before the first norm above 0, and after one."""
+    state = policy.init(1, torch.device("cpu"))
+    for step in (0.0, 2.0, 0.0):
+        norm = torch.full(norms_shape(policy, 1), step, dtype=F64)
+        limit, state = policy.limit(norm, state, context(norm))
+        assert limit is not None
+        assert limit >= 0
+
+
 def test_zclip_pulls_a_higher_spike_back_further() -> None:
     calm = [1.0, 1.1, 0.9, 1.0, 1.1, 0.9]
     policy = ZClip(2.5, 0.9, 6, math.inf)
@@ -138,6 +205,8 @@ PEERS: dict[str, Callable[..., Policy[Any]]] = {
     "zclip": ZClip,
     "autoclip": AutoClip,
     "adagc": AdaGC,
+    "adagn": AdaGN,
+    "aggc": AGGC,
 }
 
 
@@ -149,13 +218,18 @@ def test_limits_are_those_of_the_authors_code(case: dict) -> None:
     steps = torch.tensor(norms["data"], dtype=F64).reshape(norms["shape"])
     clipped = torch.tensor(expected["data"], dtype=F64).reshape(norms["shape"])
     assert (clipped < steps).any()
-    found = clipped_norms(PEERS[case["kind"]](**case["args"]), steps.tolist())
+    args = {k: math.inf if v == "inf" else v for k, v in case["args"].items()}  # JSON has no inf
+    policy = PEERS[case["kind"]](**args)
+    assert (clipped > steps * (1 + 1e-9)).any() == raises(policy)
     # ZClip's and AutoClip's coefficients are divided by the norm + 1e-6.
-    torch.testing.assert_close(found, clipped, rtol=4e-6, atol=0)
+    rtol = 1e-11 if raises(policy) else 4e-6
+    torch.testing.assert_close(clipped_norms(policy, steps.tolist()), clipped, rtol=rtol, atol=0)
 
 
 def test_the_defaults_are_those_of_the_authors_code() -> None:
     assert AdaGC() == AdaGC(ratio=1.04, max_norm=1.0, beta=0.99, warmup_steps=100)
+    assert AdaGN() == AdaGN(gamma1=0.7, gamma2=0.9, eps=1e-8)
+    assert AGGC() == AGGC(low=0.95, high=0.6, beta=0.95, max_down=0.9, max_up=1.1)
     assert ZClip() == ZClip(z_thresh=2.5, alpha=0.97, warmup_steps=25, max_norm=1.0)
 
 
@@ -165,6 +239,7 @@ WITH_ZEROS = [
     ZClip(1.0, 0.8, 5, math.inf),
     ZClip(2.5, 0.97, 25, 1.0),
     ZClip(1.0, 0.8, 5, math.inf) & AutoClip(90.0),
+    AGGC(0.8, 1.2, 0.7),
 ]
 
 
@@ -196,7 +271,7 @@ def test_adagc_after_a_warm_up_without_any_gradient_follows_the_first_norms() ->
 
 
 def test_a_group_that_is_frozen_during_the_warm_up_trains_afterwards() -> None:
-    for policy in (ZClip(), AutoClip(), AdaGC(), AdaGC(warmup_steps=3)):
+    for policy in (ZClip(), AutoClip(), AdaGC(), AdaGC(warmup_steps=3), AdaGN(), AGGC()):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
         groups = [{"name": n, "params": model[i]} for n, i in (("body", 0), ("head", 2))]

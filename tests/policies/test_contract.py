@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distclip.policies import (
     AGC,
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipBlockRMS,
     ClipNorm,
@@ -132,6 +134,24 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "AdaGC beta NaN": (lambda: AdaGC(beta=math.nan), "beta=nan"),
     "AdaGC warm-up 0": (lambda: AdaGC(warmup_steps=0), "warmup_steps=0.*1 or above"),
     "AdaGC warm-up NaN": (lambda: AdaGC(warmup_steps=math.nan), "warmup_steps=nan"),
+    "AdaGN gamma1 1": (lambda: AdaGN(gamma1=1.0), r"gamma1=1\.0.*below 1"),
+    "AdaGN gamma1 < 0": (lambda: AdaGN(gamma1=-0.1), r"gamma1=-0\.1"),
+    "AdaGN gamma2 1": (lambda: AdaGN(gamma2=1.0), r"gamma2=1\.0.*below 1"),
+    "AdaGN gamma2 NaN": (lambda: AdaGN(gamma2=math.nan), "gamma2=nan"),
+    "AdaGN eps < 0": (lambda: AdaGN(eps=-1e-8), "eps=-1e-08"),
+    "AdaGN eps inf": (lambda: AdaGN(eps=math.inf), "eps=inf"),
+    "AGGC low < 0": (lambda: AGGC(-0.1), r"low=-0\.1"),
+    "AGGC high NaN": (lambda: AGGC(high=math.nan), "high=nan"),
+    "AGGC high inf": (lambda: AGGC(high=math.inf), "high=inf"),
+    "AGGC late low < 0": (lambda: AGGC(late_low=-1.0), r"late_low=-1\.0"),
+    "AGGC late high inf": (lambda: AGGC(late_high=math.inf), "late_high=inf"),
+    "AGGC beta 1": (lambda: AGGC(beta=1.0), r"beta=1\.0.*below 1"),
+    "AGGC max_down > 1": (lambda: AGGC(max_down=1.1), r"max_down=1\.1"),
+    "AGGC max_up < 1": (lambda: AGGC(max_up=0.9), r"max_up=0\.9.*1 or above"),
+    "AGGC max_up NaN": (lambda: AGGC(max_up=math.nan), "max_up=nan"),
+    "AGGC late_from < 0": (lambda: AGGC(late_from=-1.0), r"late_from=-1\.0"),
+    "AGGC late_steps 0": (lambda: AGGC(late_steps=0.0), r"late_steps=0\.0.*above 0"),
+    "AGGC late_steps inf": (lambda: AGGC(late_steps=math.inf), "late_steps=inf"),
 }
 
 
@@ -165,5 +185,7 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
         (AutoClip, (100.0, 1)),
         (ZClip, (0.0, 0.0, 1, math.inf)),
         (AdaGC, (0.0, math.inf, 1.0, 1)),
+        (AdaGN, (0.0, 0.0, 0.0)),
+        (AGGC, (0.0, 0.0, 0.0, 0.0, math.inf, 0.0, 0.0, 0.0, 1e-9)),
     ):
         assert dataclasses.astuple(make(*settings_)) == settings_

@@ -11,14 +11,18 @@ from torch import Tensor
 
 from distclip.policies import (
     AGC,
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipNorm,
     ClipTensorNorm,
     ClipValue,
     Minimum,
     Policy,
+    SkipSpike,
     ZClip,
+    raises,
 )
 from tests.policies.steps import F64, clipped_norms, context, spiky_norms
 
@@ -65,6 +69,11 @@ MISMATCHES: dict[str, tuple[Callable[[], object], str]] = {
     "units": (lambda: AGC() & AGC(unit_dim=-1), "unit_dim is 0 and -1"),
     "excludes": (lambda: AGC(exclude=("head",)) & AGC(), r"exclude is \('head',\) and \(\)"),
     "clamps": (lambda: ClipValue(1.0) & ClipValue(2.0), "the smaller clip_value"),
+    "raises": (lambda: ClipTensorNorm(1.0) & AdaGN(), r"AdaGN\(.*raises them.*is neither"),
+    "raises first": (lambda: AGGC() & ClipNorm(1.0), r"AGGC\(.*raises them"),
+    "both raise": (lambda: AdaGN() & AdaGN(), r"AdaGN\(.*raises them"),
+    "raises in a chain": (lambda: SkipSpike() & ClipNorm(1.0) & AGGC(), r"AGGC\(.*raises them"),
+    "raises in a pair": (lambda: SkipSpike() & AGGC() & ClipNorm(1.0), r"AGGC\(.*raises them"),
 }
 
 
@@ -86,3 +95,13 @@ def test_policies_of_one_scope_combine() -> None:
     zclip = ZClip(0.0, 0.0, 1, math.inf)
     assert isinstance(ClipNorm(0.0) & AutoClip(0.0, 1) & AutoClip(100.0) & zclip, Minimum)
     assert isinstance(AdaGC(0.0, math.inf, 1.0, 1) & ClipTensorNorm(0.0), Minimum)
+
+
+def test_what_only_leaves_out_steps_combines_with_a_policy_that_raises() -> None:
+    for policy in (SkipSpike() & AGGC(), AGGC() & SkipSpike(), SkipSpike() & SkipSpike() & AGGC()):
+        assert raises(policy)
+        steps = spiky_norms(40, seed=3)
+        raised = clipped_norms(policy, steps)
+        assert (raised > torch.tensor(steps, dtype=F64)).any()
+        assert torch.equal(raised, clipped_norms(AGGC(), steps))
+    assert not raises(SkipSpike() & ClipNorm(1.0))

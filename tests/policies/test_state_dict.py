@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from distclip import Clipper
 from distclip.policies import (
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipNorm,
     Minimum,
@@ -73,7 +75,8 @@ def test_a_state_comes_back_as_it_was(name: str) -> None:
     assert (str(loaded) != str(fresh.state)) == bool(name in STATEFUL)
 
 
-STATEFUL = {"AutoClip", "ZClip", "AdaGC", "minimum", "minimum per tensor", "SkipSpike"}
+STATEFUL = {"AutoClip", "ZClip", "AdaGC", "AdaGN", "AGGC", "minimum", "minimum per tensor"}
+STATEFUL |= {"SkipSpike", "SkipSpike, raising"}
 
 
 def test_entries_follow_their_tensors_and_not_their_order() -> None:
@@ -204,6 +207,13 @@ NO_STATES: dict[str, tuple[Policy[Any], str, Any, str]] = {
     "gamma complex": (ADAGC_POLICY, "AdaGC.gamma.b", torch.tensor(1j), r"AdaGC\.gamma\['b'\]"),
     "gamma shape": (ADAGC_POLICY, "AdaGC.gamma.b", torch.ones(2), r"AdaGC\.gamma\['b'\]"),
     "steps negative": (ADAGC_POLICY, "AdaGC.num_steps", -1, r"body\.AdaGC\.num_steps is -1"),
+    "m negative": (AdaGN(), "AdaGN.mean.w", -1.0, r"body\.AdaGN\.mean\['w'\] is -1\.0"),
+    "m without a step": (AdaGN(), "AdaGN.num_steps.b", 0, r"body\.AdaGN\.mean\['b'\] is "),
+    "v NaN": (AdaGN(), "AdaGN.rms.b", math.nan, r"body\.AdaGN\.rms\['b'\] is nan"),
+    "steps of a tensor": (AdaGN(), "AdaGN.num_steps.w", -1, r"AdaGN\.num_steps\['w'\] is -1"),
+    "half a step": (AdaGN(), "AdaGN.num_steps.w", 1.5, r"AdaGN\.num_steps\['w'\] is 1\.5"),
+    "average negative": (AGGC(), "AGGC.average", -1.0, r"body\.AGGC\.average is -1"),
+    "AGGC's steps": (AGGC(), "AGGC.num_steps", -1, r"body\.AGGC\.num_steps is -1"),
     "history negative": (
         AUTOCLIP,
         "AutoClip.history",
@@ -270,7 +280,9 @@ NUMBERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("form", NUMBERS)
-@pytest.mark.parametrize("policy", [ZCLIP, AUTOCLIP, ADAGC_POLICY, BOTH], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [ZCLIP, AUTOCLIP, ADAGC_POLICY, BOTH, AGGC(), AdaGN(0.5, 0.5)], ids=repr
+)
 def test_numbers_of_other_types_are_taken_where_they_fit(policy: Policy[Any], form: str) -> None:
     def whole(tensor: Tensor) -> Tensor:
         return tensor.round() if tensor.is_floating_point() else tensor

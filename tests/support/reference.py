@@ -134,3 +134,35 @@ def adagc(
         )
         gamma = torch.where(norms > 0, after, gamma)
     return torch.stack(clipped)
+
+
+def adagn(steps: Sequence[Sequence[float]], gamma1: float, gamma2: float, eps: float) -> Tensor:
+    scaled = torch.zeros(len(steps), len(steps[0]), dtype=torch.float64)
+    for tensor, norms in enumerate(zip(*steps, strict=True)):
+        m, v, counted = 0.0, 0.0, [step for step, norm in enumerate(norms) if norm]
+        for t, step in enumerate(counted, 1):
+            m = gamma1 * m + (1 - gamma1) * norms[step]
+            v = gamma2 * v + (1 - gamma2) * norms[step] ** 2
+            scaled[step, tensor] = m / (1 - gamma1**t) / (math.sqrt(v / (1 - gamma2**t)) + eps)
+    return scaled
+
+
+def aggc(
+    norms: Sequence[float],
+    low: float,
+    high: float,
+    beta: float,
+    max_down: float,
+    max_up: float,
+    late: tuple[float, float, float, float] = (1.0, 1.0, math.inf, 1.0),
+) -> list[float]:
+    """`late` is late_low, late_high, late_from and late_steps."""
+    average, scaled = 0.0, []
+    for step, norm in enumerate(norms):
+        share = min(1.0, max(0.0, (step - late[2]) / late[3]))
+        bottom = average * (low + share * (late[0] - low))
+        top = average * (high + share * (late[1] - high))
+        down, up = max(top, max_down * norm), min(bottom, max_up * norm) if norm else 0.0
+        scaled.append(down if 0 < top < norm else up if norm < bottom else norm)
+        average = beta * average + (1 - beta) * scaled[-1] if norm else average
+    return scaled
