@@ -305,9 +305,9 @@ def _candidates(verdict: Verdict, scale: float, folds: bool) -> Iterator[Candida
         return
     whole, inverse = factors / scale, scale / factors
     yield lambda base, groups: (base.astype(np.float64) * whole[groups]).astype(np.float32)
-    if folds:  # what fused optimizers are given is the inverse, in float32
-        whole = np.where(np.isfinite(inverse.astype(np.float32)), whole, 0.0)
-        yield lambda base, groups: base * whole[groups].astype(np.float32)
+    if folds:  # what fused optimizers are given is the inverse, which float32 may not hold
+        known = np.where(np.isinf(inverse.astype(np.float32)), 0.0, whole)
+        yield lambda base, groups: (base.astype(np.float64) * known[groups]).astype(np.float32)
     for ulps in range(-2, 3):
         by, of = (
             np.where(factors == 1, each.astype(np.float32), _moved(each.astype(np.float32), ulps))

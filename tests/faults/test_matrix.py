@@ -82,7 +82,7 @@ def test_the_oracle_is_the_reference(name: str) -> None:
             torch.testing.assert_close(flat, torch.cat([r.flatten() for r in right]))
         oracle.remember(verdict, grads, past)
     assert len(past.totals) == 3
-    if "SkipSpike" != name:
+    if name != "SkipSpike":
         assert verdict.bound is not None or verdict.factors.min() < 1  # it does clip
 
 
@@ -113,5 +113,5 @@ def test_the_oracle_at_what_is_not_finite() -> None:
             assert not verdict.finite, name
             assert not verdict.vetoed
             of_the_element = verdict.factors[oracle.groups_of(policy, SHAPES)[12 + 2]].item()
-            if math.isnan(value) and "SkipSpike" != name and verdict.bound is None:
+            if math.isnan(value) and name != "SkipSpike" and verdict.bound is None:
                 assert math.isnan(of_the_element), name
