@@ -17,12 +17,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER")
     args = parser.parse_args()
-    some = list(cases.sample(args.cases, args.seed))
-    if args.only is not None:
+    if args.only is None:
+        some = list(cases.sample(args.cases, args.seed))
+    else:
         some = [cases.case_of(args.only)]
-        if why := cases.why_impossible(some[0]):
-            print(f"{some[0]} cannot be: {why}")
-            return 2
+    if why := cases.why_impossible(some[0]):
+        print(f"{some[0]} cannot be: {why}")
+        return 2
     ranks, start = Ranks(cases.NUM_RANKS), time.monotonic()
 
     def said(num: int) -> None:

@@ -110,6 +110,14 @@ def case_of(number: int) -> Case:
     return Case(number, *reversed(chosen))
 
 
+def numbered(case: Case) -> Case:
+    """The case with its number."""
+    number = 0
+    for name, row in ROWS.items():
+        number = number * len(row) + row.index(getattr(case, name))
+    return case._replace(number=number)
+
+
 def why_impossible(case: Case) -> str | None:
     """Why no loop can be in this case; None where one can."""
     if case.optimizer == "SGD fused" and case.layout in HAS_DTENSORS:
@@ -126,20 +134,28 @@ def why_impossible(case: Case) -> str | None:
     return None
 
 
-def sample(num: int, seed: int) -> Iterator[Case]:
-    """`num` different possible cases, drawn by `seed`; a quarter of those with overlap.
+PAIRS = tuple(itertools.product(LAYOUTS, POLICIES))
 
-    These run forward and backward on all ranks, and take several times as long.
+
+def sample(num: int, seed: int) -> Iterator[Case]:
+    """`num` different possible cases, drawn by `seed`: each policy on each layout equally often.
+
+    A fifth of them has overlap. These run forward and backward on all ranks, and take several
+    times as long.
     """
     drawn = random.Random(seed)
+    pairs = drawn.sample(PAIRS, len(PAIRS))
     seen: set[int] = set()
-    while len(seen) < num:
-        case = case_of(drawn.randrange(NUM_NUMBERS))
-        if case.overlap and drawn.random() > 0.25:
-            continue
-        if case.number not in seen and why_impossible(case) is None:
-            seen.add(case.number)
-            yield case
+    for layout, policy in itertools.islice(itertools.cycle(pairs), num):
+        while True:
+            rest = {name: drawn.choice(row) for name, row in list(ROWS.items())[2:]}
+            case = numbered(Case(0, layout, policy, **rest))
+            if case.overlap and drawn.random() > 0.25:
+                continue
+            if case.number not in seen and why_impossible(case) is None:
+                break
+        seen.add(case.number)
+        yield case
 
 
 @cache
