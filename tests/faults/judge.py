@@ -126,6 +126,8 @@ class _Judge:
         if not _same(whole, clean).all() and self.policy.scope is not Scope.MODEL:
             # One copy is not finite: a rank that holds another one knows only the total norm.
             verdicts.append(oracle.judge(self.policy, others, weights, self.past))
+        if not self.past.totals and not self._clips_at_once(verdict, whole / scale):
+            yield "nothing is clipped"
         want = expected(case, verdict, bool(np.isfinite(whole).all()))
         self.num_skipped += want.counts
         yield from self._figures(steps, verdict, want)
@@ -133,6 +135,12 @@ class _Judge:
         yield from self._weights(steps, want)
         if want.reports:
             oracle.remember(verdict, grads, self.past)
+
+    def _clips_at_once(self, verdict: Verdict, whole: Any) -> bool:
+        """Whether the first step is clipped; policies that compare with past norms need others."""
+        waits = self.case.policy in ("ZClip", "AutoClip", "SkipSpike")
+        is_above = verdict.bound is not None and np.abs(whole).max() > verdict.bound
+        return waits or is_above or bool((verdict.factors < 1).any())
 
     def _tensors(self, whole: Any) -> list[torch.Tensor]:
         flat = torch.from_numpy(whole)
