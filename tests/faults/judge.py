@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from distclip import Scope
 from tests.faults import oracle
+from tests.faults.candidates import candidates_of
 from tests.faults.cases import PIPELINE, POLICIES, UNSHARDED, Case
+from tests.faults.expected import Expected, expected
 from tests.faults.optimizers import Optimizer
 from tests.faults.oracle import Past, Verdict
-from tests.faults.play import Figures, Holding, Record, Step
+from tests.faults.records import Figures, Holding, Record, Step
 
 LEAST = 2e-45  # what a product that float32 holds as a denormal number may be off
 NEAR = 3e-7  # three roundings to float32
-
-
-class Expected(NamedTuple):
-    """
-    Attributes:
-        reports: whether a report, or an error, comes at all.
-        untouched: the gradients stay as they are; as they came, except for a loss scale.
-        zeros: they become zero.
-        may_stay: they may also stay as they are, because the scaler leaves out the step.
-    """
-
-    error: str
-    reports: bool
-    skipped: bool
-    stepped: bool
-    untouched: bool
-    zeros: bool
-    may_stay: bool
-    halves: bool
-    counts: bool
 
 
 def judge(case: Case, records: Sequence[Record], holdings: Sequence[Holding]) -> list[str]:
@@ -48,28 +30,6 @@ def judge(case: Case, records: Sequence[Record], holdings: Sequence[Holding]) ->
     if case.layout != PIPELINE and len({record.states for record in records}) > 1:
         found.append("the policies' states differ between ranks")
     return [f"{case}\n  {text}" for text in found]
-
-
-def expected(case: Case, verdict: Verdict, elements_finite: bool) -> Expected:
-    finite, vetoed = verdict.finite, verdict.vetoed
-    knows_scaler = case.scaled and not case.hidden_from_scaler
-    if case.hidden_from_scaler and not elements_finite:
-        return Expected("", False, False, False, True, False, False, True, False)
-    raises = case.mode == "raise" and not finite
-    skipped = vetoed or (case.mode == "skip" and not finite)
-    left_by_scaler = knows_scaler and not (finite and not vetoed)
-    counts = vetoed or (case.mode in ("skip", "zero") and not finite)
-    return Expected(
-        "NonFiniteGradientError" if raises else "",
-        not raises,
-        skipped,
-        not (raises or skipped or left_by_scaler),
-        raises or skipped,
-        case.mode == "zero" and not finite,
-        knows_scaler and case.fused and not finite and case.mode == "propagate",
-        left_by_scaler,
-        counts,
-    )
 
 
 class _Judge:
@@ -260,7 +220,7 @@ class _Judge:
     ) -> Iterator[str]:
         num = len(verdicts[0].factors)
         folds = self.case.fused and self.case.way != "clip_"
-        by_verdict = [list(_candidates(verdict, scale, folds)) for verdict in verdicts]
+        by_verdict = [list(candidates_of(verdict, scale, folds)) for verdict in verdicts]
         each = [candidate for some in by_verdict for candidate in some]
         rights = [candidate for some in by_verdict for candidate in some[: 1 + folds]]
         explained = np.ones((len(each), len(afters), num), bool)
@@ -302,39 +262,6 @@ class _Judge:
                     f"rank {rank}, element {held.elements[i]}: the weight {before[i]!r} became "
                     f"{after[i]!r}, not {right[i]!r} (gradient {grads[i]!r})"
                 )
-
-
-Candidate = Callable[[Any, Any], Any]
-
-
-def _candidates(verdict: Verdict, scale: float, folds: bool) -> Iterator[Candidate]:
-    """What may be written for gradients, given the groups of their elements; the exact one first.
-
-    Products with float32 numbers near the factor; quotients, as fused optimizers write them.
-    """
-    factors = verdict.factors.numpy()
-    if verdict.bound is not None:
-        bound = np.float32(verdict.bound)
-        yield lambda base, groups: np.clip(base * np.float32(1 / scale), -bound, bound)
-        return
-    whole, inverse = factors / scale, scale / factors
-    yield lambda base, groups: (base.astype(np.float64) * whole[groups]).astype(np.float32)
-    if folds:  # what fused optimizers are given is the inverse, which float32 may not hold
-        known = np.where(np.isinf(inverse.astype(np.float32)), 0.0, whole)
-        yield lambda base, groups: (base.astype(np.float64) * known[groups]).astype(np.float32)
-    for ulps in range(-2, 3):
-        by, of = (
-            np.where(factors == 1, each.astype(np.float32), _moved(each.astype(np.float32), ulps))
-            for each in (whole, inverse)
-        )
-        yield lambda base, groups, by=by: base * by[groups]
-        yield lambda base, groups, of=of: base / of[groups]
-
-
-def _moved(numbers: Any, ulps: int) -> Any:
-    for _ in range(abs(ulps)):
-        numbers = np.nextafter(numbers, np.float32(np.inf if ulps > 0 else -np.inf))
-    return numbers
 
 
 def _same(a: Any, b: Any) -> Any:

@@ -6,9 +6,8 @@ import contextlib
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,9 @@ from torch.optim import Optimizer
 import distclip
 from tests.faults import placed
 from tests.faults.cases import IN_LOSS, NOT_FINITE, POLICIES, UNSHARDED, Case
-from tests.faults.placed import Placed, WholeTensor
+from tests.faults.judge import judge
+from tests.faults.placed import Placed
+from tests.faults.records import Figures, Holding, Record, Step
 from tests.support import overlap
 from tests.support.wrapped import is_partial, local
 
@@ -30,70 +31,14 @@ SCALE = 1024.0
 PARTS = (0.5, 0.5, 0.0, 0.0)  # of a `Partial` gradient on each rank; their sum is exact
 
 
-class Figures(NamedTuple):
-    """What one rank was told in one step.
-
-    Attributes:
-        error: the name of what was raised; "" for nothing. Where nothing was reported either (a
-            scaler has left out the step by itself), `total_norm` is None.
-        named: what `report.nonfinite_parameters()` returned.
-    """
-
-    error: str = ""
-    total_norm: float | None = None
-    finite: bool = True
-    clipped: bool = False
-    skipped: bool = False
-    coefficient: float = 1.0
-    named: dict[str, list[int]] | None = None
-    scale: float = 1.0
-    num_skipped: int = 0
-    left_behind: tuple[str, ...] = ()
-
-
-class Step(NamedTuple):
-    """One step on one rank.
-
-    Attributes:
-        values: float32 [4, elements on this rank]: gradients before, gradients after, weights
-            before, weights after.
-        reduced: of each parameter, whether a `Partial` gradient was reduced.
-        scale: of the loss, before the step.
-    """
-
-    values: Any
-    reduced: tuple[bool, ...]
-    scale: float
-    figures: Figures
-
-
-class Holding(NamedTuple):
-    """Which elements a rank has, in the order of `Step.values`, and what whole tensors there are.
-
-    Attributes:
-        parameter: of each element, the index of its parameter.
-        names, partial: of each parameter.
-    """
-
-    elements: Any
-    parameter: Any
-    names: tuple[str, ...]
-    partial: tuple[bool, ...]
-    tensors: tuple[WholeTensor, ...]
-
-
-@dataclass
-class Record:
-    """What happened in one case on one rank."""
-
-    steps: list[Step] = field(default_factory=list)
-    states: str = ""
-    crash: str = ""
-
-
 @cache
 def placed_as(layout: str) -> Placed:
     return placed.make(layout)
+
+
+def forget() -> None:
+    """Lets go of the models, where other tests go on with the same ranks."""
+    placed_as.cache_clear()
 
 
 def holding_of(layout: str) -> Holding:
@@ -322,8 +267,6 @@ def _scaler(case: Case) -> GradScaler:
 
 def play_all(cases: Sequence[Case]) -> list[tuple[int, str]]:
     """The findings of all cases, by number; each rank judges its share of the cases."""
-    from tests.faults.judge import judge
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about its wrappers
         records = [play(case) for case in cases]

@@ -22,6 +22,7 @@ from tests.faults.cases import (
     sample,
     why_impossible,
 )
+from tests.faults.play import forget
 from tests.faults.run import findings, summary
 from tests.support import reference
 from tests.support.ranks import Ranks
@@ -35,6 +36,7 @@ SHAPES = [torch.Size(shape) for shape in ((3, 4), (5,), (), (2, 3, 2))]
 def test_a_sample_of_the_matrix(four_on_cpus: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     """`make test-trust` plays 20,000."""
     found = list(findings(sample(NUM_CASES, SEED), four_on_cpus))
+    four_on_cpus.run(forget)
     with capsys.disabled():
         print(f"\n{summary(NUM_CASES, found)}")
     assert not found, "\n".join(each.text for each in found)
