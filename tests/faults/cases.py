@@ -47,6 +47,7 @@ UNSHARDED = {*wrapped.UNSHARDED, "DTensors, all copies", PLAIN}
 MIXED = {"tp", "DTensors, beside plain"}  # and with plain tensors beside DTensors
 HAS_DTENSORS = {*DTENSORS, "fsdp2", "hsdp", "tp", "fsdp2 x tp"}
 NUM_RANKS = 4
+NUM_STEPS, FAULTY = 3, 1  # which step is the faulty one
 
 # One element of one rank's part. Where other ranks have copies of it, theirs stay as they were.
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -11,7 +11,7 @@ import torch
 from distclip import Scope
 from tests.faults import oracle
 from tests.faults.candidates import candidates_of
-from tests.faults.cases import PIPELINE, POLICIES, UNSHARDED, Case
+from tests.faults.cases import FAULTY, NOT_FINITE, PIPELINE, POLICIES, UNSHARDED, Case
 from tests.faults.expected import Expected, expected
 from tests.faults.optimizers import Optimizer
 from tests.faults.oracle import Past, Verdict
@@ -49,6 +49,10 @@ class _Judge:
             steps = [record.steps[number] for record in records]
             for text in self._step(steps):
                 yield f"step {number}: {text}"
+            has_any = bool((self.holdings[self.case.rank].elements > 0).any())
+            broken = any(not np.isfinite(step.values[0]).all() for step in steps)
+            if number == FAULTY and has_any and self.case.fault in NOT_FINITE and not broken:
+                yield "there is no fault"
 
     def _whole(self, steps: Sequence[Step], row: int, finite_prevails: bool = False) -> Any:
         """The values of all ranks put together. Where copies differ, NaN prevails, then infinity;

@@ -19,14 +19,13 @@ from torch.optim import Optimizer
 
 import distclip
 from tests.faults import placed
-from tests.faults.cases import IN_LOSS, NOT_FINITE, POLICIES, UNSHARDED, Case
+from tests.faults.cases import FAULTY, IN_LOSS, NOT_FINITE, NUM_STEPS, POLICIES, UNSHARDED, Case
 from tests.faults.judge import judge
 from tests.faults.placed import Placed
 from tests.faults.records import Figures, Holding, Record, Step
 from tests.support import overlap
 from tests.support.wrapped import is_partial, local
 
-NUM_STEPS, FAULTY = 3, 1
 SCALE = 1024.0
 PARTS = (0.5, 0.5, 0.0, 0.0)  # of a `Partial` gradient on each rank; their sum is exact
 
