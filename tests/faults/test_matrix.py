@@ -1,0 +1,121 @@
+"""Faults in the gradients of one rank: all ranks do the same, and what the oracle says."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from distclip import AGC, AdaGC, AutoClip, ClipTensorNorm, ZClip
+from tests.faults import oracle
+from tests.faults.cases import (
+    NUM_NUMBERS,
+    PAIRS,
+    POLICIES,
+    ROWS,
+    case_of,
+    num_possible,
+    numbered,
+    sample,
+    why_impossible,
+)
+from tests.faults.play import forget
+from tests.faults.run import findings, summary
+from tests.support import reference
+from tests.support.ranks import Ranks
+
+NUM_CASES, SEED = 300, 0
+SHAPES = [torch.Size(shape) for shape in ((3, 4), (5,), (), (2, 3, 2))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sample_of_the_matrix(four_on_cpus: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make test-trust` plays 20,000."""
+    found = list(findings(sample(NUM_CASES, SEED), four_on_cpus))
+    four_on_cpus.run(forget)
+    with capsys.disabled():
+        print(f"\n{summary(NUM_CASES, found)}")
+    assert not found, "\n".join(each.text for each in found)
+
+
+def test_cases_have_numbers() -> None:
+    drawn = random.Random(1)
+    for number in (0, NUM_NUMBERS - 1, *(drawn.randrange(NUM_NUMBERS) for _ in range(100))):
+        case = case_of(number)
+        assert case.number == number
+        assert numbered(case._replace(number=0)) == case
+
+
+def test_the_sample_has_every_row() -> None:
+    some = list(sample(NUM_CASES, SEED))
+    assert some == list(sample(NUM_CASES, SEED))
+    assert some != list(sample(NUM_CASES, SEED + 1))
+    assert len({case.number for case in some}) == NUM_CASES < num_possible() < NUM_NUMBERS
+    assert not any(map(why_impossible, some))
+    for name, row in ROWS.items():
+        assert {getattr(case, name) for case in some} == set(row), name
+    assert len({(case.layout, case.policy) for case in some}) == NUM_CASES
+    some = list(sample(len(PAIRS), SEED))
+    assert {(case.layout, case.policy) for case in some} == set(PAIRS)
+
+
+def draw(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).double() for shape in SHAPES]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_oracle_is_the_reference(name: str) -> None:
+    """In three steps; the factors of the oracle give what the reference writes."""
+    policy, past = POLICIES[name], oracle.Past([], [])
+    groups = oracle.groups_of(policy, SHAPES)
+    for step in range(3):
+        weights, grads = draw(10 + step), [10 * step * g + g for g in draw(step)]
+        verdict = oracle.judge(policy, grads, weights, past)
+        assert verdict.finite
+        assert not verdict.vetoed
+        flat = torch.cat([g.flatten() for g in grads]) * verdict.factors[groups]
+        if verdict.bound is not None:
+            flat = flat.clamp(-verdict.bound, verdict.bound)
+        right = by_reference(policy, grads, weights, past)
+        if right is not None:
+            torch.testing.assert_close(flat, torch.cat([r.flatten() for r in right]))
+        oracle.remember(verdict, grads, past)
+    assert len(past.totals) == 3
+    if name != "SkipSpike":
+        assert verdict.bound is not None or verdict.factors.min() < 1  # it does clip
+
+
+def by_reference(policy, grads, weights, past) -> list[torch.Tensor] | None:
+    """None where the reference has norms alone."""
+    kind = type(policy).__name__
+    if isinstance(policy, AGC):
+        norm_type = policy.norm_type
+        return reference.agc(weights, grads, policy.clip_factor, policy.eps, 0, norm_type)
+    if isinstance(policy, AdaGC | AutoClip | ZClip) or kind in ("SkipSpike", "Minimum"):
+        return None
+    if isinstance(policy, ClipTensorNorm):
+        return reference.clip_tensor_norm(grads, policy.max_norm, policy.norm_type)
+    if kind == "ClipBlockRMS":
+        return reference.clip_block_rms(grads, policy.threshold)
+    if kind == "ClipValue":
+        return reference.clip_value(grads, policy.clip_value)
+    return reference.clip_norm(grads, policy.max_norm, policy.norm_type)
+
+
+def test_the_oracle_at_what_is_not_finite() -> None:
+    grads, weights = draw(0), draw(1)
+    for value in (math.nan, math.inf):
+        grads[1][2] = value
+        for name, policy in POLICIES.items():
+            with np.errstate(invalid="ignore"):
+                verdict = oracle.judge(policy, grads, weights, oracle.Past([], []))
+            assert not verdict.finite, name
+            assert not verdict.vetoed
+            of_the_element = verdict.factors[oracle.groups_of(policy, SHAPES)[12 + 2]].item()
+            if math.isnan(value) and name != "SkipSpike" and verdict.bound is None:
+                assert math.isnan(of_the_element), name
