@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.arguments import as_number, shown
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_not_negative, store_checked
+from distclip.policies.checks import check_not_negative, is_count, store_checked
 
 # Of the mean: the least deviation. Norms that are all the same differ by their rounding.
 _ROUNDING = 1e-6
@@ -79,7 +79,7 @@ class SkipSpike(PolicyBase):
         index = torch.arange(self.window, device=state.norms.device)
         is_norm = (state.norms > 0) & state.norms.isfinite()
         norms = torch.where(index < state.num_steps, is_norm, state.norms == math.inf)
-        return SkipSpikeState(norms, state.num_steps >= 0)
+        return SkipSpikeState(norms, is_count(state.num_steps))
 
     def limit(
         self, norms: Tensor, state: SkipSpikeState, context: NormContext
