@@ -21,7 +21,7 @@ from hypothesis.stateful import rule
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distclip import Clipper, NonFiniteGradientError
 from distclip.errors import SkippedStepsError
@@ -63,8 +63,9 @@ POLICIES: dict[str, Policy[Any]] = {
     "per tensor": ClipTensorNorm(0.6) & AdaGC(warmup_steps=2),
 }
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.125),
-    "sgd fused": lambda params: torch.optim.SGD(params, lr=0.125, momentum=0.5, fused=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.125, momentum=0.5),
+    # torch's fused SGD with momentum raises where parameters get their first gradients in turn.
+    "sgd fused": lambda params: torch.optim.SGD(params, lr=0.125, fused=True),
     "adamw foreach": lambda params: torch.optim.AdamW(params, lr=0.125, foreach=True),
     "adamw fused": lambda params: torch.optim.AdamW(params, lr=0.125, fused=True),
 }
@@ -119,6 +120,8 @@ class ClipperMachine(RuleBasedStateMachine):
             "overlap": data.draw(st.sampled_from([False, False, True]), "overlap"),
             "tensor_norms": data.draw(st.sampled_from([False, True, 2]), "tensor_norms"),
         }
+        if sharded and optimizer == "sgd fused":
+            optimizer = "adamw fused"  # torch has no fused SGD of DTensors
         self.optimizer = OPTIMIZERS[optimizer]([self.params[name] for name in self.stepped])
         self.twins = {name: self._twin(param) for name, param in self.params.items()}
         self.twin = OPTIMIZERS[optimizer]([self.twins[name] for name in self.stepped])
@@ -131,8 +134,9 @@ class ClipperMachine(RuleBasedStateMachine):
     def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> nn.Parameter:
         values = 0.4 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         values = values.to(dtype)
-        if self.sharded and values.ndim:
-            values = distribute_tensor(values, init_device_mesh("cpu", (1,)), [Shard(0)])
+        if self.sharded:  # all: torch's scaler takes no DTensors beside plain tensors
+            place = Shard(0) if shape else Replicate()
+            values = distribute_tensor(values, init_device_mesh("cpu", (1,)), [place])
         return nn.Parameter(values)
 
     def _twin(self, param: Tensor) -> Tensor:
@@ -199,7 +203,6 @@ class ClipperMachine(RuleBasedStateMachine):
             self._step_attached()
             return
         self._detach()
-        self.seen = True
         clipper, optimizer, scaler = self.clipper, self.optimizer, self.scaler
         if how == "step":
             call = lambda: clipper.step(optimizer, scaler, scale)  # noqa: E731
@@ -248,6 +251,7 @@ class ClipperMachine(RuleBasedStateMachine):
         mine = [self.params[name] for name in self.stepped]
         if has_scaler and all(param.grad is None for param in mine):
             return  # torch's scaler asserts that there are some
+        self.seen = self.seen or steps
         factor = 1.0 if scale is None else float(scale)
         factor /= self.scaler.get_scale() if has_scaler else 1.0
         raw = {n: local(p.grad).double() for n, p in self.params.items() if p.grad is not None}
