@@ -145,7 +145,8 @@ def _policy_name(args: Sequence[str]) -> tuple[str, list[str]]:
         elif flag != "--local_rank":  # DeepSpeed's launcher adds it; the environment has it too
             rest.append(word)
     if name not in POLICIES:
-        raise UserError(f"--policy {one_line(name) or '(nothing)'}: there are {', '.join(POLICIES)}")
+        given = one_line(name) or "(nothing)"
+        raise UserError(f"--policy {given}: there are {', '.join(POLICIES)}")
     return name, rest
 
 

@@ -124,7 +124,8 @@ def _load(state: Any, tensor_names: list[str] | None, saved: Any, path: str) -> 
     saved = _mapping(saved, path)
     for key, leaf in zip(state._fields, state, strict=True):
         if set(saved) != set(state._fields):
-            raise _mismatch(f"what it holds of {path}", sorted(saved, key=str), sorted(state._fields))
+            found = sorted(saved, key=str)
+            raise _mismatch(f"what it holds of {path}", found, sorted(state._fields))
         if not isinstance(leaf, Tensor):
             new.append(_load(leaf, tensor_names, saved[key], f"{path}.{key}"))
         elif tensor_names is not None and leaf.ndim:
@@ -213,8 +214,8 @@ def _no_number(path: str, found: object) -> ValueError:
 def _mismatch(what: str, found: object, wanted: object) -> ValueError:
     return ValueError(
         f"cannot load the state of a Clipper: {what} is {_short(found)} in the saved state, but "
-        f"{_short(wanted)} here, and its numbers would be taken for others. Nothing was loaded. Make the "
-        f"Clipper as it was when the state was saved, or start without the state."
+        f"{_short(wanted)} here, and its numbers would be taken for others. Nothing was loaded. "
+        f"Make the Clipper as it was when the state was saved, or start without the state."
     )
 
 

@@ -6,14 +6,15 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+T = TypeVar("T")
 TRUST = os.environ.get("DISTCLIP_TRUST") == "1"
 
 
@@ -140,3 +141,11 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
         elif draw(st.integers(0, 9)) == 0:
             data = draw(st.binary(max_size=200))
     return data
+
+
+def tried(call: Callable[[], T], *kinds: type[Exception]) -> tuple[T | None, Exception | None]:
+    """What `call` returns, or the error of these kinds that it raises; others are raised on."""
+    try:
+        return call(), None
+    except kinds as error:
+        return None, error

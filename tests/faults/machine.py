@@ -16,8 +16,14 @@ import pytest
 import torch
 from hypothesis import note
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition
-from hypothesis.stateful import rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,11 +40,10 @@ from distclip.policies import (
     ClipTensorNorm,
     ClipValue,
     Policy,
-    Scope,
     SkipSpike,
     ZClip,
 )
-from tests.faults.expected import Group, Step, expected
+from tests.faults.expected import Group, GroupStep, Step, expected
 
 F64 = torch.float64
 SHAPES = {"w": (3, 2), "b": (3,), "s": (), "u": (2, 2, 2), "e": (0, 3)}
@@ -107,9 +112,7 @@ class ClipperMachine(RuleBasedStateMachine):
         self.num_groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
         if sharded or self.num_groups == 1:
             self.num_groups = 1
-        names = [
-            data.draw(st.sampled_from([*POLICIES]), "policy") for _ in range(self.num_groups)
-        ]
+        names = [data.draw(st.sampled_from([*POLICIES]), "policy") for _ in range(self.num_groups)]
         members = [[*SHAPES][index :: self.num_groups] for index in range(self.num_groups)]
         self.groups = [
             Group.made(f"g{i}", POLICIES[name], members[i]) for i, name in enumerate(names)
@@ -241,9 +244,7 @@ class ClipperMachine(RuleBasedStateMachine):
         held = {name for group in self.groups for name in group.names}
         self.groups[0].names += [name for name in self.stepped if name not in held]
 
-    def _call(
-        self, how: str, call: Callable[[], Any], scale: Any, steps: bool = False
-    ) -> None:
+    def _call(self, how: str, call: Callable[[], Any], scale: Any, steps: bool = False) -> None:
         """Calls it, and compares all that it did with the reference."""
         has_scaler = steps and self.scaler is not None and self.scaler._scale is not None
         if steps and self.scaler is not None and not has_scaler:
@@ -257,7 +258,9 @@ class ClipperMachine(RuleBasedStateMachine):
         raw = {n: local(p.grad).double() for n, p in self.params.items() if p.grad is not None}
         untouched = {n: local(p.grad).clone() for n, p in self.params.items() if n in raw}
         weights = {n: local(p).detach().double().clone() for n, p in self.params.items()}
-        read = {n: w if n in raw or self.params[n].requires_grad else w * 0 for n, w in weights.items()}
+        read = {
+            n: w if n in raw or self.params[n].requires_grad else w * 0 for n, w in weights.items()
+        }
         held = {name for group in self.groups for name in group.names}
         grads = {n: g * factor for n, g in raw.items() if n in held}
         want = expected(self.groups, read, grads, self.single)
@@ -285,7 +288,8 @@ class ClipperMachine(RuleBasedStateMachine):
                 group.plain.count(step.seen)
         self._check_report(report, want, vetoed)
         left = self._gradients_after(untouched, grads, want, vetoed)
-        if not in_step:
+        is_known = self.mode != "propagate" or not any(map(is_unclear, want.groups))
+        if not in_step and is_known:
             self._assert_gradients(untouched, left, held)
         if steps:
             skips = not accepted if has_scaler else bool(report.skipped)
@@ -294,7 +298,7 @@ class ClipperMachine(RuleBasedStateMachine):
                 self.scaler.step(self.optimizer)
             elif not in_step and not skips:
                 self.optimizer.step()
-            self._check_parameters(left, skips, want, weights)
+            self._check_parameters(left, skips, want, weights, is_known)
             self._end_step()
 
     def _raises(self, finite: bool, vetoed: bool) -> bool:
@@ -381,11 +385,14 @@ class ClipperMachine(RuleBasedStateMachine):
         coefficients = []
         for group, step in zip(self.groups, want.groups, strict=True):
             same(report.norms[group.name], step.norm, self.single)
-            same(report.limits[group.name], smallest(step.limits or [math.inf]), self.single)
+            if not is_unclear(step) and not math.isnan(step.norm):
+                same(report.limits[group.name], smallest(step.limits or [math.inf]), self.single)
             found = smallest([fixed] if leaves else step.coefficients or [1.0])
-            same(report.coefficients[group.name], found, self.single)
+            if leaves or not is_unclear(step):
+                same(report.coefficients[group.name], found, self.single)
             coefficients.append(found)
-        same(report.coefficient, smallest(coefficients), self.single)
+        if leaves or not any(map(is_unclear, want.groups)):
+            same(report.coefficient, smallest(coefficients), self.single)
         assert self.clipper.skipped.item() == self.num_skipped
         broken = [
             name
@@ -399,25 +406,28 @@ class ClipperMachine(RuleBasedStateMachine):
         self.kept = report, report.to_dict()
 
     def _check_parameters(
-        self, left: dict[str, Tensor], skips: bool, want: Step, weights: dict[str, Tensor]
+        self,
+        left: dict[str, Tensor],
+        skips: bool,
+        want: Step,
+        weights: dict[str, Tensor],
+        is_known: bool,
     ) -> None:
+        """The optimizer did what its twin does with the gradients of the reference."""
         least = min((c for each in want.groups for c in each.coefficients), default=1.0)
-        if self.folds and least < 1e-36:  # documented: folded, it may be zero
-            skips = None  # type: ignore[assignment]
+        is_known = is_known and not (
+            self.folds and least < 1e-36
+        )  # then folded as 0, as documented
         if not skips:
             for name, twin in self.twins.items():
                 twin.grad = left[name].to(twin.dtype) if name in left else None
             self.twin.step()
         for name, param in self.params.items():
             now, twin = local(param).detach(), self.twins[name].detach()
-            if skips is None:
-                twin.copy_(now)
-                continue
-            moved = (twin.double() - weights[name]).abs().nan_to_num(posinf=0).max() if twin.numel() else 0
-            close = CLOSE[now.dtype]
-            torch.testing.assert_close(
-                now, twin, rtol=close, atol=close * 100 * float(moved), equal_nan=True
-            )
+            if (is_known or skips) and now.numel():
+                moved = (twin.double() - weights[name]).abs().nan_to_num(posinf=0.0).max()
+                close, far = CLOSE[now.dtype], 100 * CLOSE[now.dtype] * float(moved)
+                torch.testing.assert_close(now, twin, rtol=close, atol=far, equal_nan=True)
             twin.copy_(now)
 
     # States ---------------------------------------------------------------------------------------
@@ -491,15 +501,21 @@ def applied(decision: Any) -> Any:
     return decision.report
 
 
+def is_unclear(step: GroupStep) -> bool:
+    """Whether a limit follows from norms of which one is infinite or NaN: nothing says how."""
+    has_nan = any(map(math.isnan, step.limits or []))
+    return len(step.seen.norms) == 1 and not math.isfinite(step.norm) and has_nan
+
+
 def smallest(numbers: list[float]) -> float:
     return math.nan if any(map(math.isnan, numbers)) else min(numbers, default=math.inf)
 
 
-def same(found: Tensor, wanted: float, single: bool) -> None:
+def same(found: Tensor, wanted: float, single: bool, rtol: float = 2e-6) -> None:
     dtype = torch.float32 if single else F64
     assert found.dtype is dtype
     want = torch.tensor(wanted, dtype=F64).to(dtype)
-    torch.testing.assert_close(found, want, rtol=2e-6, atol=1e-37, equal_nan=True)
+    torch.testing.assert_close(found, want, rtol=rtol, atol=1e-37, equal_nan=True)
 
 
 def as_lists(saved: Any) -> Any:
@@ -513,11 +529,11 @@ def lacks(held: Any, saved: Any) -> bool:
     return isinstance(held, dict) and any(k not in saved or lacks(held[k], saved[k]) for k in held)
 
 
-def same_state(found: Any, wanted: Any, group: Group) -> None:
+def same_state(found: Any, wanted: Any, group: Group, rtol: float = 1e-6) -> None:
     if isinstance(wanted, dict):
         for key, value in found.items():
             default = math.inf if key in group.names else None  # no gradient yet
-            same_state(value, wanted.get(key, default), group)
+            same_state(value, wanted.get(key, default), group, rtol)
         return
     want = torch.tensor(wanted, dtype=F64)
-    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-37)
+    torch.testing.assert_close(found.double(), want, rtol=rtol, atol=1e-37)

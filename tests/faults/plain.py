@@ -69,6 +69,8 @@ class Plain:
 class PlainAutoClip(Plain):
     def limits(self, seen: Norms) -> list[float] | None:
         past = [*self.past, *(n for n in seen.norms if n > 0)][-self.policy.history :]
+        if not all(map(math.isfinite, seen.norms)):
+            return [math.nan]  # no percentile is one of infinity
         return [float(np.percentile(past, self.policy.percentile)) if past else math.inf]
 
     def count(self, seen: Norms) -> None:
@@ -102,8 +104,8 @@ class PlainZClip(Plain):
         """Mean and variance after all norms so far, each pulled back as it was when it came."""
         p, first = self.policy, self.past[: self.policy.warmup_steps]
         mean, var = (float(np.mean(first)), float(np.var(first))) if first else (0.0, 0.0)
-        for norm in self.past[p.warmup_steps :]:
-            norm = min(norm, self._highest(norm, mean, var))
+        for found in self.past[p.warmup_steps :]:
+            norm = min(found, self._highest(found, mean, var))
             mean = p.alpha * mean + (1 - p.alpha) * norm
             var = p.alpha * var + (1 - p.alpha) * (norm - mean) ** 2
         return mean, var
@@ -163,7 +165,7 @@ class PlainMinimum(Plain):
 
     def limits(self, seen: Norms) -> list[float] | None:
         found = [limits for each in self.both if (limits := each.limits(seen)) is not None]
-        return [min(each) for each in zip(*found, strict=True)] if found else None
+        return [float(np.min(each)) for each in zip(*found, strict=True)] if found else None
 
     def accepts(self, norm: float) -> float:
         return min(each.accepts(norm) for each in self.both)

@@ -22,7 +22,7 @@ from launch.checkpoint import Checkpoints
 from launch.dcp_reader import SafePlanner, SafeReader
 from launch.options import POLICIES, Options, read_options
 from launch.ranks import UserError
-from tests.faults.hostile import JSONS, TEXTS, changed, damaged, drawn, text_of
+from tests.faults.hostile import JSONS, TEXTS, changed, damaged, drawn, text_of, tried
 
 FACTS = {"width": 32, "policy": "ZClip", "lr": 0.5}
 NEWEST, FILES = "step-0000005", ("run.json", ".metadata", "__0_0.distcp")
@@ -98,9 +98,8 @@ def test_a_checkpoint_is_loaded_as_it_was_saved_or_gives_way(
         has_checksums = change(data, folder / NEWEST)
         value = Value()
         checkpoints = Checkpoints(folder, value, FACTS, resume=True)
-        try:
-            step = checkpoints.load()
-        except UserError as error:
+        step, error = tried(checkpoints.load, UserError)
+        if error is not None:
             assert f"checkpoint {folder / NEWEST} is of a run with" in str(error)
             assert all(map(str.isprintable, str(error)))
             assert len(str(error)) < 1000
@@ -143,7 +142,10 @@ def test_a_fact_of_another_run_is_one_line(saved: Path, tmp_path: Path, value: A
 
 
 NUMBERS = st.one_of(
-    st.integers().map(str), st.floats().map(repr), TEXTS, st.sampled_from(["1" * 5000, "0x1", "1e9"])
+    st.integers().map(str),
+    st.floats().map(repr),
+    TEXTS,
+    st.sampled_from(["1" * 5000, "0x1", "1e9"]),
 )
 WORDS = st.one_of(
     st.tuples(
@@ -160,9 +162,8 @@ WORDS = st.one_of(
 @drawn(30)
 def test_options_are_read_or_one_line_says_why(pairs: list[tuple[str, ...]]) -> None:
     words = [word for pair in pairs for word in pair if word not in ("-h", "--help")]
-    try:
-        options = read_options(words)
-    except UserError as error:
+    options, error = tried(lambda: read_options(words), UserError)
+    if error is not None:
         assert "\n" not in str(error)
         return
     assert isinstance(options, Options)
