@@ -63,10 +63,11 @@ POLICIES: dict[str, Policy[Any]] = {
     "zclip, bound": ZClip(warmup_steps=2, max_norm=1.9),
     "adagc": AdaGC(1.05, 1.3, 0.9, warmup_steps=2),
     "spike": SkipSpike(3.3, window=4),
-    "spike and norm": SkipSpike(4.0, window=6, max_norm=1e3) & ClipNorm(0.9),
+    "spike and norm": SkipSpike(2.1, window=4, max_norm=1e3) & ClipNorm(0.9),
     "three": ClipNorm(3.1) & AutoClip(60.0, history=3) & ZClip(warmup_steps=2, max_norm=None),
     "per tensor": ClipTensorNorm(0.6) & AdaGC(warmup_steps=2),
 }
+VETOES = ("spike", "spike and norm")  # drawn more often than others: they need several steps
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.125, momentum=0.5),
     # torch's fused SGD with momentum raises where parameters get their first gradients in turn.
@@ -112,7 +113,10 @@ class ClipperMachine(RuleBasedStateMachine):
         self.num_groups = data.draw(st.sampled_from([1, 1, 2, 3]), "groups")
         if sharded or self.num_groups == 1:
             self.num_groups = 1
-        names = [data.draw(st.sampled_from([*POLICIES]), "policy") for _ in range(self.num_groups)]
+        names = [
+            data.draw(st.sampled_from([*POLICIES, *VETOES, *VETOES]), "policy")
+            for _ in range(self.num_groups)
+        ]
         members = [[*SHAPES][index :: self.num_groups] for index in range(self.num_groups)]
         self.groups = [
             Group.made(f"g{i}", POLICIES[name], members[i]) for i, name in enumerate(names)
@@ -214,6 +218,28 @@ class ClipperMachine(RuleBasedStateMachine):
         else:
             call = lambda: applied(clipper.decide(optimizer, scaler, scale))  # noqa: E731
         self._call(how, call, scale, steps=True)
+
+    @rule(
+        how=st.sampled_from(["clip_", "step", "decide", "attach"]),
+        batches=st.lists(
+            st.tuples(
+                st.integers(0, 3),
+                st.sampled_from([0.0, 0.3, 0.3, 0.6, 1.0, 4.0, 100.0]),
+                st.sampled_from([None, None, None, None, *POISONS]),
+            ),
+            min_size=3,
+            max_size=8,
+        ),
+    )
+    def train(self, how: str, batches: list[tuple[int, float, float | None]]) -> None:
+        """Several steps, as loops take them: what policies remember counts from the third on."""
+        for seed, size, poison in batches:
+            self.model.zero_grad()
+            self.backward(seed, size, 15)
+            if poison is not None:
+                self.poison(poison, seed)
+            self.step(how, None)
+            self.states_are_those_of_the_reference()
 
     def _step_attached(self) -> None:
         if self.attached is None:
