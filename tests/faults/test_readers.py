@@ -117,7 +117,7 @@ def test_suggest_says_one_line_or_all(
 
 
 @given(data=histories())
-@drawn(8)
+@drawn(5)
 def test_hostile_names_and_numbers_are_drawn(
     capsys: pytest.CaptureFixture[str], data: bytes
 ) -> None:
