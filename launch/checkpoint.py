@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch import run_facts
-from launch.files import describe, errors_as, sync_folder
+from launch.files import describe, errors_as, one_line, sync_folder
 from launch.ranks import UserError, agree, gather, on_rank_0
 from launch.trainers import Trainer
 
@@ -189,7 +189,7 @@ class Checkpoints:
                     line = f"damaged: {'; '.join(reasons)}: going on from {path.name}"
                     on_rank_0(partial(print, line, flush=True))
                 return _step(path)
-            reasons.append(f"{path} ({reason})")
+            reasons.append(f"{path} ({one_line(reason)})")
             self.damaged.append(path)
         if reasons:
             raise UserError(

@@ -26,6 +26,15 @@ def describe(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def one_line(value: object) -> str:
+    """What a file says, as text that is safe to print: escaped, and at most 300 characters."""
+    text = str(value)
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def write_synced(path: Path, text: str) -> None:
     """Writes a file that is on the disk when this returns; its name is not: sync the folder."""
     with path.open("w") as file:

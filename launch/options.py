@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import tyro
 
 import distclip
+from launch.files import one_line
 from launch.ranks import UserError
 from launch.task import HEADS
 
@@ -146,7 +147,8 @@ def _policy_name(args: Sequence[str]) -> tuple[str, list[str]]:
         elif flag != "--local_rank":  # DeepSpeed's launcher adds it; the environment has it too
             rest.append(word)
     if name not in POLICIES:
-        raise UserError(f"--policy {name or '(nothing)'}: there are {', '.join(POLICIES)}")
+        given = one_line(name) or "(nothing)"
+        raise UserError(f"--policy {given}: there are {', '.join(POLICIES)}")
     return name, rest
 
 

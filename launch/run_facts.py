@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
 
-from launch.files import checksum, errors_as, sync_folder, write_synced
+from launch.files import checksum, errors_as, one_line, sync_folder, write_synced
 from launch.ranks import UserError
 
 NAME = "run.json"
@@ -38,15 +38,22 @@ def read(folder: Path, step: int, facts: Mapping[str, Any]) -> dict[str, str] | 
     if missing := [name for name in (STEP, *facts) if name not in saved]:
         return f"its {NAME} lacks {missing[0]}"
     if type(saved[STEP]) is not int or saved[STEP] != step:
-        return f"its {NAME} is of step {saved[STEP]}"
+        return f"its {NAME} is of step {one_line(saved[STEP])}"
     for name, value in facts.items():
         if saved[name] != value:
             raise UserError(
-                f"checkpoint {folder} is of a run with {name} {saved[name]} and this one has "
-                f"{name} {value}: use the same, or another --out"
+                f"checkpoint {folder} is of a run with {name} {one_line(saved[name])} and this one "
+                f"has {name} {value}: use the same, or another --out"
             )
     found = saved.get(FILES, {})  # checkpoints of earlier versions have none
-    return found if isinstance(found, dict) else f"its {NAME} is damaged"
+    is_known = isinstance(found, dict) and all(map(_lies_inside, found))
+    return found if is_known else f"its {NAME} is damaged"
+
+
+def _lies_inside(name: str) -> bool:
+    """Whether it names a file in the folder: another, such as a device, may never end."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def names_in(folder: Path) -> list[str]:

@@ -292,8 +292,9 @@ def make_plan(
         groups = _with_slots_of_other_ranks(groups, mesh)
     copied = [i for i, param in enumerate(params) if may_lack_gradient(param.param)]
     judges = any(vetoes(spec.policy) for spec in specs)
-    ranks = sharded.ddp if sharded.mesh is None else sharded.mesh.rank_group
-    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied, (), judges, ranks)
+    plan = Plan(params, mesh, groups, device, dtype, sharded.mesh, rule, copied)
+    if judges:
+        plan = replace(plan, judges_loss=True, ranks=sharded.ranks)
     return _with_symmetric_memory(plan, symmetric_memory)
 
 

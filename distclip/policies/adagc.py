@@ -15,6 +15,7 @@ from distclip.policies.checks import (
     check_finite,
     check_fraction,
     check_not_negative,
+    is_count,
     store_checked,
 )
 
@@ -71,7 +72,7 @@ class AdaGC(PolicyBase):
         return AdaGCState(gamma, torch.zeros((), dtype=torch.int64, device=device))
 
     def valid_state(self, state: AdaGCState) -> AdaGCState:
-        return AdaGCState(state.gamma >= 0, state.num_steps >= 0)
+        return AdaGCState(state.gamma >= 0, is_count(state.num_steps))
 
     def limit(
         self, norms: Tensor, state: AdaGCState, context: NormContext

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_decay, check_finite, store_checked
+from distclip.policies.checks import check_decay, check_finite, is_count, store_checked
 
 
 class AdaGNState(NamedTuple):
@@ -70,7 +70,7 @@ class AdaGN(PolicyBase):
         mean, rms, num_steps = state
         is_new = num_steps == 0
         mean_may_be = torch.where(is_new, mean == 0, mean >= 0)
-        return AdaGNState(mean_may_be, torch.where(is_new, rms == 0, rms >= 0), num_steps >= 0)
+        return AdaGNState(mean_may_be, torch.where(is_new, rms == 0, rms >= 0), is_count(num_steps))
 
     def limit(
         self, norms: Tensor, state: AdaGNState, context: NormContext

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from distclip.arguments import as_number
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_decay, check_finite, check_fraction, store_checked
+from distclip.policies.checks import (
+    check_decay,
+    check_finite,
+    check_fraction,
+    is_count,
+    store_checked,
+)
 
 
 class AGGCState(NamedTuple):
@@ -85,7 +91,7 @@ class AGGC(PolicyBase):
         return AGGCState(average, torch.zeros((), dtype=torch.int64, device=device))
 
     def valid_state(self, state: AGGCState) -> AGGCState:
-        return AGGCState(state.average >= 0, state.num_steps >= 0)
+        return AGGCState(state.average >= 0, is_count(state.num_steps))
 
     def limit(
         self, norms: Tensor, state: AGGCState, context: NormContext

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_count, check_percentage, store_checked
+from distclip.policies.checks import check_count, check_percentage, is_count, store_checked
 
 
 class AutoClipState(NamedTuple):
@@ -62,7 +62,7 @@ class AutoClip(PolicyBase):
         index = torch.arange(self.history, device=state.history.device)
         is_norm = (state.history >= 0) & state.history.isfinite()
         history = torch.where(index < state.num_steps, is_norm, state.history == math.inf)
-        return AutoClipState(history, state.num_steps >= 0)
+        return AutoClipState(history, is_count(state.num_steps))
 
     def limit(
         self, norms: Tensor, state: AutoClipState, context: NormContext

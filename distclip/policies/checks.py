@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from distclip.arguments import as_norm_type, as_number, shown
+
+_MOST_STEPS = 2**53  # at a million steps a second, three centuries
 
 
 def check_norm_type(name: str, value: Any) -> float:
@@ -77,6 +81,14 @@ def check_count(name: str, value: Any) -> int:
             f"number, 1 or above."
         )
     return int(number)
+
+
+def is_count(number: Tensor) -> Tensor:
+    """Whether a loaded number of steps can be one; bool.
+
+    One near the end of int64 would be negative after the next steps, and begin the warm-up anew.
+    """
+    return (number >= 0) & (number <= _MOST_STEPS)
 
 
 def store_checked(policy: object, **checks: Callable[[str, Any], Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.arguments import as_number, shown
 from distclip.policies.base import NormContext, PolicyBase, Scope
-from distclip.policies.checks import check_not_negative, store_checked
+from distclip.policies.checks import check_not_negative, is_count, store_checked
 
 # Of the mean: the least deviation. Norms that are all the same differ by their rounding.
 _ROUNDING = 1e-6
@@ -84,7 +84,7 @@ class SkipSpike(PolicyBase):
         is_value = state.values.isfinite()
         is_value[0] &= state.values[0] > 0
         valid = torch.where(is_used, is_value, state.values == math.inf)
-        return SkipSpikeState(valid, state.counts >= 0)
+        return SkipSpikeState(valid, is_count(state.counts))
 
     def limit(
         self, norms: Tensor, state: SkipSpikeState, context: NormContext

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +13,10 @@ from distclip.arguments import kind_of, shown
 from distclip.policies.base import valid_state
 
 VERSION = 1
+
+_REPR = reprlib.Repr()  # a file may hold anything, of any length and depth
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 8
+_REPR.maxstring = _REPR.maxother = 200
 
 
 class GroupState(NamedTuple):
@@ -58,7 +63,7 @@ def from_dict(groups: Sequence[GroupState], saved: Any) -> list[Any]:
             f"returned when it was saved."
         )
     saved = cast("Mapping[str, Any]", saved)
-    if saved.get("version") != VERSION:
+    if not _is_version(saved.get("version")):
         raise _mismatch("its version", saved.get("version"), VERSION)
     saved_groups = _mapping(saved.get("groups", {}), "its groups")
     loaded: list[Any] = []
@@ -66,13 +71,13 @@ def from_dict(groups: Sequence[GroupState], saved: Any) -> list[Any]:
         found = _mapping(saved_groups.get(name, {}), f"group {name!r}")
         # Some checkpoints leave out empty dictionaries, such as that of a stateless policy.
         if set(found) - {policy_name} or (state and policy_name not in found):
-            raise _mismatch(f"the policy of group {name!r}", sorted(found), policy_name)
+            raise _mismatch(f"the policy of group {name!r}", sorted(found, key=str), policy_name)
         path = f"{name}.{policy_name}"
         new = _load(state, tensor_names, found.get(policy_name, {}), path)
         _check(new, state, valid_state(policy, new), tensor_names, path)
         loaded.append(new)
     names = [group.name for group in groups]
-    if unknown := sorted(set(saved_groups) - set(names)):
+    if unknown := sorted(set(saved_groups) - set(names), key=str):
         raise _mismatch("its parameter groups", unknown, names)
     return loaded
 
@@ -119,7 +124,8 @@ def _load(state: Any, tensor_names: list[str] | None, saved: Any, path: str) -> 
     saved = _mapping(saved, path)
     for key, leaf in zip(state._fields, state, strict=True):
         if set(saved) != set(state._fields):
-            raise _mismatch(f"what it holds of {path}", sorted(saved), sorted(state._fields))
+            found = sorted(saved, key=str)
+            raise _mismatch(f"what it holds of {path}", found, sorted(state._fields))
         if not isinstance(leaf, Tensor):
             new.append(_load(leaf, tensor_names, saved[key], f"{path}.{key}"))
         elif tensor_names is not None and leaf.ndim:
@@ -185,6 +191,11 @@ def _check(new: Any, initial: Any, valid: Any, tensor_names: list[str] | None, p
             raise _no_number("".join([f"{path}.{key}", *(f"[{i!r}]" for i in named)]), number)
 
 
+def _is_version(found: Any) -> bool:
+    number = _as_tensor(found)
+    return number is not None and not number.ndim and number.item() == VERSION
+
+
 def _mapping(found: Any, path: str) -> Mapping[str, Any]:
     if isinstance(found, Mapping):
         return cast("Mapping[str, Any]", found)
@@ -202,7 +213,11 @@ def _no_number(path: str, found: object) -> ValueError:
 
 def _mismatch(what: str, found: object, wanted: object) -> ValueError:
     return ValueError(
-        f"cannot load the state of a Clipper: {what} is {found!r} in the saved state, but "
-        f"{wanted!r} here, and its numbers would be taken for others. Nothing was loaded. Make the "
-        f"Clipper as it was when the state was saved, or start without the state."
+        f"cannot load the state of a Clipper: {what} is {_short(found)} in the saved state, but "
+        f"{_short(wanted)} here, and its numbers would be taken for others. Nothing was loaded. "
+        f"Make the Clipper as it was when the state was saved, or start without the state."
     )
+
+
+def _short(value: object) -> str:
+    return " ".join(_REPR.repr(value).split())

@@ -15,6 +15,7 @@ from distclip.policies.checks import (
     check_finite,
     check_fraction,
     check_not_negative,
+    is_count,
     store_checked,
 )
 
@@ -77,7 +78,7 @@ class ZClip(PolicyBase):
         return ZClipState(mean, var, torch.zeros((), dtype=torch.int64, device=device))
 
     def valid_state(self, state: ZClipState) -> ZClipState:
-        return ZClipState(*(number >= 0 for number in state))
+        return ZClipState(state.mean >= 0, state.var >= 0, is_count(state.num_steps))
 
     def limit(
         self, norms: Tensor, state: ZClipState, context: NormContext

@@ -35,13 +35,13 @@ class ShardedParams(NamedTuple):
     Attributes:
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
-        ddp: those of a DistributedDataParallel module, where no mesh says it.
+        ranks: those that train together, where a mesh or a DistributedDataParallel module says it.
     """
 
     params: list[LocalParam]
     reduce_mesh: ReduceMesh | None
     mesh: ReduceMesh | None = None
-    ddp: RankGroup | None = None
+    ranks: RankGroup | None = None
 
 
 @with_real_values()
@@ -76,11 +76,13 @@ def read_layouts(
         for (name, param), layout in zip(named, found, strict=True)
     ]
     if reduce_mesh is None:
-        return ShardedParams(params, None, ddp=ddp.ranks_of_ddp(modules))
+        return ShardedParams(params, None, ranks=ddp.ranks_of_ddp(modules))
     check_copies(params, reduce_mesh, during_a_call)
+    ranks = reduce_mesh.rank_group
     if _any_rank_shards(params, reduce_mesh):
-        return ShardedParams(params, reduce_mesh, reduce_mesh)
-    return ShardedParams([replace(param, counted=True) for param in params], None, reduce_mesh)
+        return ShardedParams(params, reduce_mesh, reduce_mesh, ranks)
+    counted = [replace(param, counted=True) for param in params]
+    return ShardedParams(counted, None, reduce_mesh, ranks)
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,6 +23,7 @@ from distclip.policies import (
     Policy,
     PolicyBase,
     Scope,
+    SkipSpike,
     ZClip,
 )
 from distclip.policies.adagc import AdaGCState
@@ -129,6 +130,31 @@ MISMATCHES: dict[str, tuple[GroupState, dict[str, Any], str]] = {
         r"all\.ZClip is \[0\.0, 0\.0, 0\].*dictionary",
     ),
     "no group": (group(ZClip()), {"version": 1, "groups": {"all": None}}, "group 'all' is None"),
+    "version in a list": (
+        group(ZClip()),
+        {"version": [1, 1], "groups": {}},
+        r"version is \[1, 1\]",
+    ),
+    "versions": (
+        group(ZClip()),
+        {"version": torch.tensor([1, 1]), "groups": {}},
+        r"its version is tensor\(\[1, 1\]\)",
+    ),
+    "keys that have no order": (
+        group(ZClip()),
+        {"version": 1, "groups": {"all": {"ZClip": {"mean": 0, 1: 0, None: 0}}}},
+        r"all\.ZClip is \[1, None, 'mean'\]",
+    ),
+    "policies that have no order": (
+        group(ZClip()),
+        {"version": 1, "groups": {"all": {"ZClip": {}, 1: {}}}},
+        r"policy of group 'all' is \[1, 'ZClip'\]",
+    ),
+    "a long text": (
+        group(ZClip()),
+        {"version": "x" * 100_000},
+        r"version is 'x{5,200}\.\.\.x{5,200}'",
+    ),
     "no tensors by name": (
         group(AdaGC(), tensors=("a",)),
         {"version": 1, "groups": {"all": {"AdaGC": {"gamma": [1.0], "num_steps": 1}}}},
@@ -206,6 +232,15 @@ NO_STATES: dict[str, tuple[Policy[Any], str, Any, str]] = {
     "gamma -inf": (ADAGC_POLICY, "AdaGC.gamma.b", -math.inf, r"gamma\['b'\] is -inf"),
     "gamma complex": (ADAGC_POLICY, "AdaGC.gamma.b", torch.tensor(1j), r"AdaGC\.gamma\['b'\]"),
     "gamma shape": (ADAGC_POLICY, "AdaGC.gamma.b", torch.ones(2), r"AdaGC\.gamma\['b'\]"),
+    **{  # a few steps later they would be negative, and the warm-up would begin anew
+        f"{type(policy).__name__}: the largest count": (
+            policy,
+            f"{type(policy).__name__}.num_steps",
+            2**63 - 1,
+            r"num_steps is 9223372036854775807",
+        )
+        for policy in (ADAGC_POLICY, ZCLIP, AutoClip(history=2), SkipSpike(window=2))
+    },
     "steps negative": (ADAGC_POLICY, "AdaGC.num_steps", -1, r"body\.AdaGC\.num_steps is -1"),
     "m negative": (AdaGN(), "AdaGN.mean.w", -1.0, r"body\.AdaGN\.mean\['w'\] is -1\.0"),
     "m without a step": (AdaGN(), "AdaGN.num_steps.b", 0, r"body\.AdaGN\.mean\['b'\] is "),
