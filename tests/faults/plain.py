@@ -96,7 +96,9 @@ class PlainSkipSpike(Plain):
         self.past += [n for n in seen.norms if n > 0]
 
     def saved(self) -> Any:
-        return {"norms": self._ring(self.policy.window), "num_steps": len(self.past)}
+        no_losses = [math.inf] * self.policy.window
+        values = [self._ring(self.policy.window), no_losses]
+        return {"values": values, "counts": [len(self.past), 0]}
 
 
 class PlainZClip(Plain):

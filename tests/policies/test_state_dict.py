@@ -239,8 +239,14 @@ NO_STATES: dict[str, tuple[Policy[Any], str, Any, str]] = {
             2**63 - 1,
             r"num_steps is 9223372036854775807",
         )
-        for policy in (ADAGC_POLICY, ZCLIP, AutoClip(history=2), SkipSpike(window=2))
+        for policy in (ADAGC_POLICY, ZCLIP, AutoClip(history=2))
     },
+    "SkipSpike: the largest count": (
+        SkipSpike(window=2),
+        "SkipSpike.counts",
+        torch.tensor([2**63 - 1, 0]),
+        r"counts\[0\] is 9223372036854775807",
+    ),
     "steps negative": (ADAGC_POLICY, "AdaGC.num_steps", -1, r"body\.AdaGC\.num_steps is -1"),
     "m negative": (AdaGN(), "AdaGN.mean.w", -1.0, r"body\.AdaGN\.mean\['w'\] is -1\.0"),
     "m without a step": (AdaGN(), "AdaGN.num_steps.b", 0, r"body\.AdaGN\.mean\['b'\] is "),
