@@ -108,7 +108,7 @@ def test_one_number_serves_parameters_on_several_devices() -> None:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions say that their numbers lie on an accelerator."""
-    decide, factor = step.decide, Decision.factor.fget
+    decide, factor_of = step.decide, Decision.factor_of
 
     def decide_there(*args: Any, **kwargs: Any) -> Decision:
         decision = decide(*args, **kwargs)
@@ -116,7 +116,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return decision
 
     monkeypatch.setattr(step, "decide", decide_there)
-    monkeypatch.setattr(Decision, "factor", property(lambda d: OnDevice(factor(d))))
+    monkeypatch.setattr(Decision, "factor_of", lambda d, group: OnDevice(factor_of(d, group)))
     monkeypatch.setattr(
         Decision, "skip", lambda d, scaled: OnDevice(d.found_inf) if scaled else None
     )
