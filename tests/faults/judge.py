@@ -27,9 +27,20 @@ def judge(case: Case, records: Sequence[Record], holdings: Sequence[Holding]) ->
         return [f"{case}\n" + "\n".join(crashes)]
     with np.errstate(all="ignore"):  # infinities and NaN are what this is about
         found = list(_Judge(case, holdings).findings(records))
+    if odd := odd_groups(records):
+        found.append(f"the ranks of a group made different numbers of collectives: {odd}")
     if case.layout != PIPELINE and len({record.states for record in records}) > 1:
         found.append("the policies' states differ between ranks")
     return [f"{case}\n  {text}" for text in found]
+
+
+def odd_groups(records: Sequence[Record]) -> dict[str, list[int]]:
+    """One collective too many is taken for another one later, or waits for ever."""
+    counts: dict[str, list[int]] = {}
+    for record in records:
+        for name, num in record.collectives.items():
+            counts.setdefault(name, []).append(num)
+    return {name: nums for name, nums in counts.items() if len({*nums}) > 1}
 
 
 class _Judge:

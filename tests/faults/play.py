@@ -53,7 +53,7 @@ def holding_of(layout: str) -> Holding:
 
 def play(case: Case) -> Record:
     """One case on this rank; all ranks play it together."""
-    record = Record()
+    record, before = Record(), _collectives()
     try:
         # DistributedDataParallel takes one communication hook in its life.
         fresh = case.layout == "ddp" and case.overlap
@@ -62,7 +62,14 @@ def play(case: Case) -> Record:
             _Player(case, here, record).play()
     except Exception:
         record.crash = traceback.format_exc()
+    record.collectives = {n: num - before.get(n, 0) for n, num in _collectives().items()}
     return record
+
+
+def _collectives() -> dict[str, int]:
+    """How many collectives each process group has begun; gloo counts them."""
+    world: Any = dist.distributed_c10d._world
+    return {world.pg_names[g]: g._get_sequence_number_for_group() for g in world.pg_map}
 
 
 class _Player:

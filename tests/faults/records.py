@@ -62,8 +62,13 @@ class Holding(NamedTuple):
 
 @dataclass
 class Record:
-    """What happened in one case on one rank."""
+    """What happened in one case on one rank.
+
+    Attributes:
+        collectives: how many each process group of the rank made, by the group's name.
+    """
 
     steps: list[Step] = field(default_factory=list)
     states: str = ""
     crash: str = ""
+    collectives: dict[str, int] = field(default_factory=dict)

@@ -22,7 +22,9 @@ from tests.faults.cases import (
     sample,
     why_impossible,
 )
+from tests.faults.judge import odd_groups
 from tests.faults.play import forget
+from tests.faults.records import Record
 from tests.faults.run import findings, summary
 from tests.support import reference
 from tests.support.ranks import Ranks
@@ -40,6 +42,14 @@ def test_a_sample_of_the_matrix(four_on_cpus: Ranks, capsys: pytest.CaptureFixtu
     with capsys.disabled():
         print(f"\n{summary(NUM_CASES, found)}")
     assert not found, "\n".join(each.text for each in found)
+
+
+def test_one_collective_too_many_is_found() -> None:
+    records = [
+        Record(collectives={"all": 3, name: 2 + (rank == 3)}) for rank, name in enumerate("aabb")
+    ]
+    assert odd_groups(records[:3]) == {}
+    assert odd_groups(records) == {"b": [2, 3]}
 
 
 def test_cases_have_numbers() -> None:
