@@ -50,7 +50,7 @@ def average_loss(loss: Tensor, plan: Plan) -> Tensor:
     elif dist.is_initialized() and dist.get_world_size() > 1:
         raise LayoutError(
             "cannot average loss=: nothing is sharded, and nothing says which ranks train "
-            "together, so that some might leave out a step which others take. Make the Clipper "
-            "from the DistributedDataParallel module, or pass `mesh=`."
+            "together. Each would judge its own loss, and some might skip a step that others take. "
+            "Make the Clipper from the wrapped model, as it is trained, or pass `mesh=`."
         )
     return mean_loss(slots)

@@ -44,9 +44,9 @@ class AGGC(PolicyBase):
     parameter group of its own. From step `late_from`, counted from 0, `low` and `high` change to
     `late_low` and `late_high` within `late_steps` steps, linearly.
 
-    With `high` below `low`, as the authors set them, no norm is left as it is. S starts at 0 and is
-    not corrected for it, so that the first norms all lie above `high` S, which `max_down` bounds.
-    A norm of 0 stays 0 and leaves S as it is.
+    With `high` below `low`, as the authors set them, no norm is left as it is. S starts at 0
+    without a correction for that, so the norms after the first lie above `high` S, and
+    `max_down` multiplies them. A norm of 0 stays 0 and leaves S as it is.
 
     Args:
         low: 0 raises no norm (the authors' `raise_small=False`).

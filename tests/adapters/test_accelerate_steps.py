@@ -114,11 +114,13 @@ def fused_step(layout: str, scaled: bool, several: bool) -> None:
         scaler = a_scaler(layout) if scaled else None
         with acc.accelerator_for(layout, scaler) as accelerator:
             model, optimizer = acc.prepared(accelerator, acc.fused)
-            handles = [optimizer]
-            if several:
+            handles, held = [optimizer], model
+            if several:  # with limits of their own
                 split = list(model.parameters())
-                handles = [accelerator.prepare(acc.fused(part)) for part in (split[:1], split[1:])]
-            clipper = prepare(accelerator, model, handles, ClipNorm(MAX_NORM))
+                parts = {MAX_NORM: split[:1], MAX_NORM / 8: split[1:]}
+                handles = [accelerator.prepare(acc.fused(part)) for part in parts.values()]
+                held = [{"params": p, "policy": ClipNorm(limit)} for limit, p in parts.items()]
+            clipper = prepare(accelerator, held, handles, ClipNorm(MAX_NORM))
             for step in range(2):
                 acc.run_backward(accelerator, model, step)
                 with mock.patch.object(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -176,10 +177,16 @@ def unknown_ranks() -> str:
     try:
         clipper.clip_(loss=1.0)
     except LayoutError as error:
-        return str(error)
+        found = str(error)
+    loss = DTensor.from_local(torch.ones(()), mesh((4,), ("dp",)), [Partial()])
+    try:
+        clipper.clip_(loss=loss)
+    except TypeError as error:
+        return found + str(error)
     return ""
 
 
 def test_which_ranks_train_together_must_be_known(four_on_cpus: Ranks) -> None:
     for text in four_on_cpus.run(unknown_ranks):
-        assert "Make the Clipper from the DistributedDataParallel module" in text
+        assert "nothing says which ranks train together" in text
+        assert "Pass `loss.full_tensor()`" in text

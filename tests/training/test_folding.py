@@ -214,6 +214,21 @@ def test_print_says_who_multiplies() -> None:
     assert "multipl" not in str(clipper.plan)  # it keeps none of them alive
 
 
+def test_print_still_says_it_when_the_plan_is_made_anew() -> None:
+    """An attached optimizer that gets parameters."""
+    model = make_model()
+    _, rest, embedding = groups_of(model).values()
+    optimizer = fused(rest)
+    clipper = Clipper(rest)
+    clipper.attach(optimizer)
+    first = clipper.plan
+    optimizer.add_param_group({"params": embedding})
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert clipper.plan is not first
+    assert str(clipper.plan).endswith("AdamW: its kernel multiplies by the factor of 'all'")
+
+
 REASONS: dict[str, tuple[Callable[[Model], tuple[Clipper, list[Optimizer]]], str]] = {
     "several groups": (
         lambda m: (make_clipper(m, LIMITS), [fused(m.parameters())]),
