@@ -104,7 +104,7 @@ class BackwardNorms:
         return local_gradients(self._params)
 
     def measurements(
-        self, gradients: Sequence[Tensor | None], tensors: bool = False
+        self, gradients: Sequence[Tensor | None], tensors: bool
     ) -> list[GroupMeasurement]:
         """As `measure`, without reading again what was measured. Forgets the gradients after."""
         known = sorted(self._known.items())

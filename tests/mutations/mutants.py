@@ -70,7 +70,9 @@ def mutants(path: str, source: str) -> Iterator[tuple[Position, Mutant]]:
 
 
 def _silent_ranges(tree: ast.Module) -> Iterator[tuple[Position, Position]]:
-    """Annotations, which nothing evaluates; f-strings; what only type checkers run."""
+    """Annotations, which nothing evaluates; f-strings; what only type checkers run; `strict=True`
+    of `zip`, which says what is known, as an assert does.
+    """
     for node in ast.walk(tree):
         silent: ast.AST | None = None
         if isinstance(node, ast.arg | ast.AnnAssign):
@@ -79,6 +81,8 @@ def _silent_ranges(tree: ast.Module) -> Iterator[tuple[Position, Position]]:
             silent = node.returns
         elif isinstance(node, ast.JoinedStr) or _is_for_type_checkers(node):
             silent = node
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            silent = node.value
         if isinstance(silent, ast.expr | ast.stmt):
             end = (silent.end_lineno or 0, silent.end_col_offset or 0)
             yield (silent.lineno, silent.col_offset), end
