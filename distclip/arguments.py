@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, cast
 
@@ -205,6 +205,11 @@ def shown(value: Any) -> str:
     """`repr(value)` on one line, shortened."""
     text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def in_short(names: Sequence[str]) -> str:
+    """Names for a message: all of them, or the first six and the last."""
+    return ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])
 
 
 def _element(value: Any) -> Any:

@@ -32,6 +32,7 @@ from distclip import (
     ZClip,
     functional,
 )
+from distclip.arguments import in_short
 from distclip.sharding import BlockShard, FlatShard, ParamShard
 
 
@@ -654,3 +655,8 @@ def test_a_state_that_went_through_json() -> None:
     saved = json.loads(json.dumps(clippers[0].state_dict(), default=lambda t: t.tolist()))
     clippers[1].load_state_dict(saved)
     assert str(clippers[1].state_dict()) == str(clippers[0].state_dict())
+
+
+def test_many_names_are_cut_short() -> None:
+    assert in_short([*"abcdefgh"]) == "a, b, c, d, e, f, g, h"
+    assert in_short([*"abcdefghi"]) == "a, b, c, d, e, f, ..., i"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import kernels
+from distclip.arguments import in_short
 from distclip.errors import LayoutError
 from distclip.norms.unit_rows import RowIndexes, Rows
 from distclip.policies import Policy, Scope
@@ -234,12 +235,8 @@ def _excluded_names(params: Sequence[LocalParam], exclude: Sequence[Any]) -> set
         if not found:
             raise ValueError(
                 f"cannot exclude {wanted!r}: no parameter of the group has such a name or lies in "
-                f"such a module; it has {_shortened(sorted(names))}. Pass a pattern of names such "
+                f"such a module; it has {in_short(sorted(names))}. Pass a pattern of names such "
                 f"as 'head.*', a module's name, or a module."
             )
         excluded |= found
     return excluded
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from distclip.arguments import in_short
 from distclip.errors import LayoutError
 from distclip.sharding.rank_group import RankGroup
 from distclip.torch_private import root_mesh, with_real_values
@@ -133,7 +134,7 @@ class ReduceMesh:
         if bool((found < 0).any()):
             raise LayoutError(
                 f"cannot use the mesh with axes {list(self.axes)}: it holds the ranks "
-                f"{_listed(self.ranks)}, but a parameter lies on rank "
+                f"{in_short([*map(str, rank_list(self.ranks))])}, but a parameter lies on rank "
                 f"{int(wanted[found < 0][0])} as well, whose elements would not be counted. "
                 f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
             )
@@ -166,7 +167,7 @@ def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequ
     if mesh is not None and mesh.get_coordinate() is None:
         raise LayoutError(
             f"cannot use the mesh with axes {list(axes)}: this process is rank "
-            f"{dist.get_rank()}, but the mesh holds the ranks {_listed(mesh.mesh)}, and this "
+            f"{dist.get_rank()}, but the mesh holds the ranks {in_short([*map(str, rank_list(mesh.mesh))])}, and this "
             f"rank's gradients would not be counted. Pass `mesh=` with a DeviceMesh over all "
             f"ranks that train together."
         )
@@ -185,8 +186,3 @@ def world_id() -> int | None:
     """Distinguishes the default process group from one made after it was destroyed."""
     initialized = dist.is_available() and dist.is_initialized()
     return id(dist.group.WORLD) if initialized else None
-
-
-def _listed(ranks: Tensor) -> str:
-    texts = [str(rank) for rank in rank_list(ranks)]
-    return ", ".join(texts if len(texts) <= 8 else [*texts[:4], "...", texts[-1]])
