@@ -134,7 +134,7 @@ class ReduceMesh:
         if bool((found < 0).any()):
             raise LayoutError(
                 f"cannot use the mesh with axes {list(self.axes)}: it holds the ranks "
-                f"{in_short([*map(str, rank_list(self.ranks))])}, but a parameter lies on rank "
+                f"{_named(self.ranks)}, but a parameter lies on rank "
                 f"{int(wanted[found < 0][0])} as well, whose elements would not be counted. "
                 f"Pass `mesh=` with a DeviceMesh over all ranks that train together."
             )
@@ -167,7 +167,7 @@ def check_mesh(mesh: DeviceMesh | None, found: DeviceMesh | None, distinct: Sequ
     if mesh is not None and mesh.get_coordinate() is None:
         raise LayoutError(
             f"cannot use the mesh with axes {list(axes)}: this process is rank "
-            f"{dist.get_rank()}, but the mesh holds the ranks {in_short([*map(str, rank_list(mesh.mesh))])}, and this "
+            f"{dist.get_rank()}, but the mesh holds the ranks {_named(mesh.mesh)}, and this "
             f"rank's gradients would not be counted. Pass `mesh=` with a DeviceMesh over all "
             f"ranks that train together."
         )
@@ -186,3 +186,7 @@ def world_id() -> int | None:
     """Distinguishes the default process group from one made after it was destroyed."""
     initialized = dist.is_available() and dist.is_initialized()
     return id(dist.group.WORLD) if initialized else None
+
+
+def _named(ranks: Tensor) -> str:
+    return in_short([str(rank) for rank in rank_list(ranks)])
