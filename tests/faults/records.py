@@ -37,12 +37,14 @@ class Step(NamedTuple):
             before, weights after.
         reduced: of each parameter, whether a `Partial` gradient was reduced.
         scale: of the loss, before the step.
+        loss: what this rank gave to be judged; None for nothing.
     """
 
     values: Any
     reduced: tuple[bool, ...]
     scale: float
     figures: Figures
+    loss: float | None = None
 
 
 class Holding(NamedTuple):
