@@ -64,6 +64,9 @@ class _Judge:
                 yield f"step {number}: {text}"
             if number == self.case.faulty and not self._is_faulty(steps):
                 yield "there is no fault"
+        for rank, record in enumerate(records):
+            if not np.allclose(record.losses or 0.0, self.past.losses or 0.0, 1e-12):
+                yield f"rank {rank} remembers the losses {record.losses}, not {self.past.losses}"
 
     def _is_faulty(self, steps: Sequence[Step]) -> bool:
         if self.case.place == GIVEN:

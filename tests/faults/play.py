@@ -107,7 +107,9 @@ class _Player:
             for step in range(self.case.faulty + 2):
                 self._step(step)
             # A pipeline's stages have tensors of their own.
-            self.record.states = str(self.clipper.state_dict())
+            saved = self.clipper.state_dict()
+            self.record.states = str(saved)
+            self.record.losses = losses_of(saved) if self.case.gives_loss else []
         finally:
             if self.attached is not None:
                 self.attached.remove()
@@ -295,6 +297,14 @@ def givers_of(case: Case) -> list[int]:
     if case.layout in UNSHARDED or case.number % 3 == 0:
         return [*range(NUM_RANKS)]
     return [case.rank, (case.rank + 1) % NUM_RANKS]
+
+
+def losses_of(saved: Any) -> list[float]:
+    """What the one SkipSpike in a saved state remembers of losses; fewer than its window."""
+    while "values" not in saved:
+        saved = saved.get("groups") or saved.get("first") or next(iter(saved.values()))
+    losses = saved["values"][1]
+    return losses[losses.isfinite()].tolist()
 
 
 def _scaler(case: Case) -> GradScaler:

@@ -67,10 +67,12 @@ class Record:
     """What happened in one case on one rank.
 
     Attributes:
+        losses: those that the policy remembers.
         collectives: how many each process group of the rank made, by the group's name.
     """
 
     steps: list[Step] = field(default_factory=list)
     states: str = ""
+    losses: list[float] = field(default_factory=list)
     crash: str = ""
     collectives: dict[str, int] = field(default_factory=dict)
