@@ -35,7 +35,7 @@ POLICIES: dict[str, Any] = {
     "ClipValue": ClipValue(0.02),
     "ClipBlockRMS": ClipBlockRMS(0.02),
     "AdaGN": AdaGN(),
-    "AGGC": AGGC(beta=0.5, max_down=0.1),
+    "AGGC": AGGC(beta=0.5, max_down=0.01),
     "AGGC, raises": AGGC(low=8.0, high=0.0, beta=0.5, max_up=math.inf),
     "AdaGC": AdaGC(1.05, max_norm=1.0, beta=0.9, warmup_steps=1),
     "ZClip": ZClip(2.0, alpha=0.9, warmup_steps=1, max_norm=None),

@@ -65,8 +65,9 @@ class _Judge:
             if number == self.case.faulty and not self._is_faulty(steps):
                 yield "there is no fault"
         for rank, record in enumerate(records):
-            if not np.allclose(record.losses or 0.0, self.past.losses or 0.0, 1e-12):
-                yield f"rank {rank} remembers the losses {record.losses}, not {self.past.losses}"
+            found, right = record.losses, self.past.losses
+            if len(found) != len(right) or not np.allclose(found, right, 1e-12):
+                yield f"rank {rank} remembers the losses {found}, not {right}"
 
     def _is_faulty(self, steps: Sequence[Step]) -> bool:
         if self.case.place == GIVEN:
