@@ -164,6 +164,9 @@ def _factors_of_tensors(policy: Any, grads: Sequence[Tensor], past: Past) -> Ten
 def _limit(policy: Any, totals: list[float]) -> float:
     """For the last one of the norms."""
     if isinstance(policy, AutoClip):
+        totals = [each for each in totals if math.isfinite(each)]
+        if not totals:
+            return math.inf
         return reference.autoclip(totals, policy.percentile, policy.history)[-1]
     if isinstance(policy, ZClip):
         rest = (policy.z_thresh, policy.alpha, policy.warmup_steps, policy.max_norm)
