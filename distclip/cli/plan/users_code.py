@@ -66,7 +66,9 @@ def users_code(doing: str) -> Generator[None]:
             yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit, and what pytest skips with
         _raise_in_one_line(doing, error)
 
 
