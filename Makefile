@@ -1,4 +1,4 @@
-# make check | test | test-trust | test-slurm | test-versions | test-newest
+# make check | test | test-trust | test-mutations | test-slurm | test-versions | test-newest
 # make lint | types | format | clean
 # make run | compare | docs-pictures
 # Options for a run: make run ARGS="--layout tp --steps 50"; for tests: make check PYTEST_ARGS="-k zclip"
@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
 .ONESHELL:
-.PHONY: install run compare docs-pictures check test test-trust test-slurm test-versions test-newest
+.PHONY: install run compare docs-pictures check test test-trust test-mutations test-slurm test-versions test-newest
 .PHONY: lint format types wheel clean
 
 PYTHON ?= python3
@@ -71,6 +71,12 @@ TRUST ?= --cases 20000 --seed 0
 test-trust: $(STAMP)
 	$(PY) -m tests.faults $(TRUST)
 	DISTCLIP_TRUST=1 $(PY) -m pytest tests/faults --ignore=tests/faults/test_matrix.py --timeout=7200
+
+# Do the tests see that the code was changed? 300 small changes, one at a time: hours.
+# MUTATIONS="--num 100 --seed 1": others. A run that was ended goes on where it was.
+MUTATIONS ?= --num 300 --seed 0
+test-mutations: $(STAMP)
+	$(PY) -m tests.mutations $(MUTATIONS)
 
 # Crashes, cables, time limits on the SLURM cluster: ten minutes. Needs root, and the packages that
 # .ci/run installs.

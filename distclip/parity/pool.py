@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -159,6 +160,10 @@ def serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in ranks.items()})
+    # Nobody else needs to reach them: gloo would listen on the interface of the host's name.
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if loopback:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
     rendezvous = f"file://{folder}/store"
     # Longer than any limit of the pool, which ends ranks that hang.
     limit = timedelta(hours=10)

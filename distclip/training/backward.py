@@ -23,7 +23,8 @@ from distclip.sharding.local_tensors import (
     local_memory,
     share_address,
 )
-from distclip.training.grad_hooks import WeakListener, register_grad_hooks, remove_hooks
+from distclip.training.dead_hooks import remove_later
+from distclip.training.grad_hooks import WeakListener, register_grad_hooks
 from distclip.training.samples import Samples, current_stream
 
 
@@ -89,7 +90,7 @@ class BackwardNorms:
         self._index = {id(self._params[i]): i for i in heard}
         params = [self._params[i] for i in heard]
         handles = register_grad_hooks(WeakListener(self), params, modules)
-        weakref.finalize(self, remove_hooks, handles)
+        weakref.finalize(self, remove_later, handles)
 
     def gradients(self) -> list[Tensor | None]:
         """As `local_gradients`, in less time where backward has left all."""
@@ -103,7 +104,7 @@ class BackwardNorms:
         return local_gradients(self._params)
 
     def measurements(
-        self, gradients: Sequence[Tensor | None], tensors: bool = False
+        self, gradients: Sequence[Tensor | None], tensors: bool
     ) -> list[GroupMeasurement]:
         """As `measure`, without reading again what was measured. Forgets the gradients after."""
         known = sorted(self._known.items())

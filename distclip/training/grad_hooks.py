@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import torch_private
 from distclip.errors import LayoutError
+from distclip.training.dead_hooks import remove_dead
 
 
 class Listener(Protocol):
@@ -55,6 +56,7 @@ def register_grad_hooks(
         LayoutError: a DistributedDataParallel module has a communication hook already, and it
             takes only one.
     """
+    remove_dead()
     ddp = [
         m for module in modules for m in module.modules() if isinstance(m, DistributedDataParallel)
     ]
@@ -114,8 +116,3 @@ def _register_bucket_hook(listener: Listener, module: DistributedDataParallel) -
             "communication hook already. It takes only one, and without ours it is unknown when a "
             "bucket has been reduced. Make the Clipper without overlap=True, or leave the hook out."
         ) from error
-
-
-def remove_hooks(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()

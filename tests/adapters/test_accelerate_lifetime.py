@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable
@@ -256,6 +257,31 @@ def freed(layout: str) -> None:
         del again, old
         gc.collect()
         assert layout != "ddp" or released() is None
+
+
+def collected_while_saving() -> None:
+    """The garbage collector runs while accelerate goes through its hooks."""
+    with acc.accelerator_for("one process") as accelerator, tempfile.TemporaryDirectory() as folder:
+        held: list[Any] = []
+
+        def collect(*_: object) -> None:
+            held.clear()
+            gc.collect()
+
+        accelerator.register_save_state_pre_hook(collect)
+        model, optimizer = acc.prepared(accelerator)
+        held.append(prepare(accelerator, model, optimizer, a_policy()))
+        accelerator.save_state(folder)
+        assert not held
+        hooks = accelerator._save_model_state_pre_hook
+        last = prepare(accelerator, model, optimizer, a_policy())
+        assert len(hooks) == 2  # that of the one which is gone is, too
+        last.detach()
+        assert len(hooks) == 1
+
+
+def test_one_that_is_gone_while_accelerate_saves(two_accelerated_ranks: Ranks) -> None:
+    two_accelerated_ranks.run(collected_while_saving)
 
 
 def every_freed() -> None:

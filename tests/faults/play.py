@@ -6,6 +6,7 @@ import contextlib
 import traceback
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.support import overlap
 from tests.support.wrapped import is_partial, local
 
 SCALE = 1024.0
+OTHERS_WAIT = timedelta(seconds=60)
 PARTS = (0.5, 0.5, 0.0, 0.0)  # of a `Partial` gradient on each rank; their sum is exact
 
 
@@ -71,8 +73,17 @@ def play(case: Case) -> Record:
             _Player(case, here, record).play()
     except Exception:
         record.crash = traceback.format_exc()
+        _wait_for_others(case)
     record.collectives = {n: num - before.get(n, 0) for n, num in _collectives().items()}
     return record
+
+
+def _wait_for_others(case: Case) -> None:
+    """Raises in the place of a case that only this rank cannot play: the others wait in it."""
+    store = dist.distributed_c10d._get_default_store()
+    names = [f"{case.number} has crashed on {rank}" for rank in range(dist.get_world_size())]
+    store.set(names[dist.get_rank()], "")
+    store.wait(names, OTHERS_WAIT)
 
 
 def _collectives() -> dict[str, int]:

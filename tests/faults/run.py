@@ -22,12 +22,13 @@ class Finding(NamedTuple):
 def findings(
     cases: Iterable[Case], ranks: Ranks, said: Callable[[int], None] = lambda num: None
 ) -> Iterator[Finding]:
-    """What went wrong. Where ranks do not answer, each case of the portion is played alone."""
+    """What went wrong. Where ranks do not answer, each case of the portion is played alone too."""
     num, rest = 0, iter(cases)
     while portion := list(itertools.islice(rest, PORTION)):
         try:
             yield from _played(portion, ranks)
-        except RankError:
+        except RankError as together:
+            yield Finding(portion[0].number, f"{len(portion)} cases from this one on: {together}")
             for case in portion:
                 try:
                     yield from _played([case], ranks, ALONE_S)

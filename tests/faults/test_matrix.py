@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from distclip import AGC, AGGC, AdaGC, AdaGN, AutoClip, ClipTensorNorm, SkipSpike, ZClip
-from tests.faults import oracle
+from tests.faults import oracle, play
 from tests.faults.cases import (
     NUM_NUMBERS,
     PAIRS,
+    PLAIN,
     POLICIES,
     ROWS,
     case_of,
@@ -24,11 +27,10 @@ from tests.faults.cases import (
     why_impossible,
 )
 from tests.faults.judge import odd_groups
-from tests.faults.play import forget
 from tests.faults.records import Record
 from tests.faults.run import findings, summary
 from tests.support import reference
-from tests.support.ranks import Ranks
+from tests.support.ranks import RankError, Ranks
 
 NUM_CASES, SEED = 300, 0
 SHAPES = [torch.Size(shape) for shape in ((3, 4), (5,), (), (2, 3, 2))]
@@ -39,7 +41,7 @@ SHAPES = [torch.Size(shape) for shape in ((3, 4), (5,), (), (2, 3, 2))]
 def test_a_sample_of_the_matrix(four_on_cpus: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     """`make test-trust` plays 20,000."""
     found = list(findings(sample(NUM_CASES, SEED), four_on_cpus))
-    four_on_cpus.run(forget)
+    four_on_cpus.run(play.forget)
     with capsys.disabled():
         print(f"\n{summary(NUM_CASES, found)}")
     assert not found, "\n".join(each.text for each in found)
@@ -51,6 +53,21 @@ def test_one_collective_too_many_is_found() -> None:
     ]
     assert odd_groups(records[:3]) == {}
     assert odd_groups(records) == {"b": [2, 3]}
+
+
+def one_rank_cannot_play() -> None:
+    if dist.get_rank() == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(play, "OTHERS_WAIT", timedelta(milliseconds=100))
+            patch.delitem(POLICIES, "ClipValue")
+            some = (PLAIN, "ClipValue")  # which takes no collective before it fails
+            play.play(next(case for case in sample(1000, 0) if case[1:3] == some))
+
+
+def test_what_one_rank_raises_is_said(four_on_cpus: Ranks) -> None:
+    """The others wait for it, and its next cases would not be theirs."""
+    with pytest.raises(RankError, match=r"--- rank 1 ---(.|\n)*KeyError: 'ClipValue'"):
+        four_on_cpus.run(one_rank_cannot_play)
 
 
 def test_cases_have_numbers() -> None:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 import distclip
-from distclip.sharding.mesh import ReduceMesh
+from distclip.sharding.mesh import ReduceMesh, _listed
 from distclip.sharding.read import read_layouts
 from tests.support.ranks import Ranks
 from tests.support.wrapped import with_gradients
@@ -96,3 +96,8 @@ def nothing_is_kept(device: str) -> None:
 
 def test_reading_layouts_keeps_nothing_alive(four_ranks: Ranks) -> None:
     four_ranks.run(nothing_is_kept, four_ranks.device)
+
+
+def test_many_ranks_are_named_in_short() -> None:
+    assert _listed(torch.arange(8).view(2, 4)) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert _listed(torch.arange(1000)) == "0, 1, 2, 3, ..., 999"

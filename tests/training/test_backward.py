@@ -266,11 +266,39 @@ def test_gradients_are_let_go() -> None:
 
 def test_a_clipper_that_is_gone_leaves_no_hook() -> None:
     model, clipper = model_and_clipper()
-    assert all(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
     del clipper
     gc.collect()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    backward(model, batches(1)[0])  # its hooks do nothing
+    clipper = distclip.Clipper(model, overlap=True)
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
+    model.zero_grad()
     backward(model, batches(1)[0])
+    with nothing_is_measured():
+        clipper.clip_()
+
+
+def collected_between_hooks(model: nn.Module) -> None:
+    """The garbage collector runs while torch goes through the hooks of a parameter."""
+    param = max(model.parameters(), key=torch.numel)
+    held: list[distclip.Clipper] = []
+    seen: list[str] = []
+
+    def collect(_: Tensor) -> None:
+        seen.append("first")
+        held.clear()
+        gc.collect()
+
+    param.register_post_accumulate_grad_hook(collect)
+    held.append(distclip.Clipper(model, overlap=True))
+    param.register_post_accumulate_grad_hook(lambda _: seen.append("last"))
+    backward(model, batches(1)[0])
+    assert seen == ["first", "last"]
+    assert not held
+
+
+def test_a_clipper_is_collected_between_two_hooks() -> None:
+    collected_between_hooks(make_model())
 
 
 def test_loss_scale() -> None:
@@ -658,6 +686,17 @@ def one_more_backward_that_raises_in(wrapped: nn.Module) -> None:
 def test_ddp_after_a_backward_that_raised(four_ranks: Ranks) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(a_backward_that_raises_under_ddp)
+
+
+@of_any_size
+def collected_between_hooks_of_fsdp2(kind: str) -> None:
+    collected_between_hooks(WRAPPERS[kind][0](make_model(), "cpu"))
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "hsdp"])
+def test_a_clipper_is_collected_between_hooks_of_fsdp2(four_ranks: Ranks, kind: str) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(collected_between_hooks_of_fsdp2, kind)
 
 
 @of_any_size

@@ -18,6 +18,7 @@ from distclip.decision import Decision
 from distclip.errors import NonFiniteGradientError
 from distclip.report import Report
 from distclip.training import folding, grad_scaler, wrappers
+from distclip.training.dead_hooks import remove_dead, remove_later
 
 _OWNER = "distclip.adapters.accelerate"
 _INSTEAD = "(the norm is `clipper.report.total_norm`), or end the other by `clipper.detach()`"
@@ -46,6 +47,7 @@ class AcceleratedClipper:
 
     def _begin(self) -> Callable[[], Any]:
         """Sets up everything outside of the clipper; returns what ends it."""
+        remove_dead()
         claimed: list[Optimizer] = []
         try:
             for each in wrappers.unwrapped(self._optimizers):
@@ -157,6 +159,7 @@ class AcceleratedClipper:
         self._is_attached = False
         _living.discard(self)
         self._end()
+        remove_dead()
 
     def detach_if_freed(self) -> None:
         """Detaches where `accelerator.free_memory()` was called since it was made."""
@@ -206,8 +209,9 @@ def _end(
     steps: Sequence[DecidedStep],
     hooks: Sequence[Any],
 ) -> None:
-    for removable in (*steps, *hooks):
-        removable.remove()
+    for each in steps:
+        each.remove()
+    remove_later(hooks)
     _release_all(claimed)
     own_clipping.allow(accelerator, clipper())
 

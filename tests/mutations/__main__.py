@@ -1,0 +1,87 @@
+"""`python -m tests.mutations --num 300 --seed 0`: do the tests see that the code was changed?
+
+Needs the tests to pass as the code is. What was found stands in runs/mutations/, a line of JSON for
+each mutant, and a run that was ended goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.mutations.covering import Covering, measure
+from tests.mutations.mutants import Mutant, sample
+from tests.mutations.run import Outcome, Stage, Tree, outcome
+from tests.versions.core import ROOT, core
+
+FOLDER = ROOT / "runs" / "mutations"
+ROOMS = ("norms", "sharding", "policies", "training")
+PATHS = [
+    "distclip/step.py",
+    *(
+        str(p.relative_to(ROOT))
+        for r in ROOMS
+        for p in sorted((ROOT / "distclip" / r).glob("*.py"))
+    ),
+]
+CORE = [each for each in core() if each != "tests/kernels"]  # no kernel is changed
+ALONE = ["-m", "not ranks and not slow", "--timeout=120"]
+ON_RANKS = ["-m", "ranks", *CORE, "tests/faults/test_matrix.py"]
+MANY = 40  # functions: those that come after these run most of the code
+SECONDS = 900.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("--num", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file = FOLDER / f"seed-{args.seed}.jsonl"
+    found = {each.mutant: each for each in _read(file)}
+    shutil.rmtree(FOLDER / "tree", ignore_errors=True)
+    tree = Tree(ROOT, FOLDER / "tree")
+    if not found:
+        measure(tree.root, FOLDER / "coverage", [*ALONE, *CORE])
+    covering = Covering(tree.root, FOLDER / "coverage", CORE)
+    for i, mutant in enumerate(sample(ROOT, PATHS, args.num, args.seed)):
+        if mutant not in found:
+            alone = covering.tests(mutant.path, mutant.line)
+            stages = [
+                Stage("one process", [*ALONE, *alone[:MANY]] if alone else []),
+                Stage("ranks", ON_RANKS),
+                Stage("one process", [*ALONE, *alone[MANY:]] if alone[MANY:] else []),
+            ]
+            found[mutant] = each = outcome(tree, mutant, stages, SECONDS)
+            _append(file, each)
+            print(f"{i + 1} of {args.num}: {each.killed_by or 'SURVIVED'}, {mutant}", flush=True)
+    tree.stop()
+    print(summary(found.values()))
+
+
+def summary(found: Iterable[Outcome]) -> str:
+    outcomes = [*found]
+    left = [each for each in outcomes if each.killed_by is None]
+    lines = [f"{each.mutant}\n{each.difference}" for each in left]
+    num = len(outcomes)
+    lines.append(f"{num} mutants, {num - len(left)} killed ({(num - len(left)) / num:.1%})")
+    return "\n".join(lines)
+
+
+def _read(file: Path) -> list[Outcome]:
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [Outcome(Mutant(*row[0]), *row[1:]) for row in rows]
+
+
+def _append(file: Path, each: Outcome) -> None:
+    with file.open("a") as lines:
+        print(json.dumps(each), file=lines)
+
+
+if __name__ == "__main__":
+    main()

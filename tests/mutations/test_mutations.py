@@ -1,0 +1,116 @@
+"""The tool itself, on a small project: what is changed, what a test sees, what it does not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cosmic_ray")
+
+from tests.mutations.__main__ import summary
+from tests.mutations.covering import Covering, measure
+from tests.mutations.mutants import Mutant, mutants, sample
+from tests.mutations.run import Stage, Tree, outcome
+
+CODE = '''
+from __future__ import annotations
+
+def larger(a: int | None, b: int = 1 + 1) -> int | None:
+    """1 + 1"""
+    if a is None:
+        raise ValueError(f"{b + 1} is alone")
+    count = 0
+    while count < b:
+        count += 1
+    ((found, _),) = zip([a if a > count else count], [0], strict=True)
+    return found
+'''
+TESTS = """
+from distclip.numbers import larger
+
+def test_larger() -> None:
+    assert larger(1, 2) == 2
+    assert larger(3, 2) == 3
+
+def test_default() -> None:
+    assert larger(1) == 2
+"""
+PATH = "distclip/numbers.py"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
+    source = tmp_path_factory.mktemp("source")
+    here = Path(__file__).parent
+    files = {
+        "distclip/__init__.py": "",
+        PATH: CODE,
+        "tests/__init__.py": "",
+        "tests/test_numbers.py": TESTS,
+        "tests/mutations/__init__.py": "",
+        "tests/mutations/server.py": (here / "server.py").read_text(),
+        "pytest.ini": "[pytest]\n",
+    }
+    for name, text in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    subprocess.run(["git", "init", "-q"], cwd=source, check=True)
+    tree = Tree(source, tmp_path_factory.mktemp("tree"))
+    yield tree
+    tree.stop()
+
+
+def the(operator: str, line: int) -> Mutant:
+    return next(m for _, m in mutants(PATH, CODE) if (m.operator, m.line) == (operator, line))
+
+
+def test_what_changes_nothing_is_not_drawn() -> None:
+    lines = {mutant.line for _, mutant in mutants(PATH, CODE)}
+    assert lines == {4, 6, 8, 9, 10, 11}  # the default in 4; no message, no docstring
+    assert not any("True" in m.operator for _, m in mutants(PATH, CODE))
+    of_the_first = [m for _, m in mutants(PATH, CODE) if m.line == 4]
+    assert {m.operator.split("_")[0] for m in of_the_first} == {
+        "core/NumberReplacer",
+        "core/ReplaceBinaryOperator",
+    }
+    assert all("BitOr_" not in m.operator for m in of_the_first)  # an annotation
+
+
+def test_places_are_drawn_once(tree: Tree) -> None:
+    drawn = sample(tree.root, [PATH], 1000, 0)
+    places = {start for start, _ in mutants(PATH, CODE)}
+    assert len(drawn) == len(places)
+    assert drawn[:3] == sample(tree.root, [PATH], 3, 0)
+    assert drawn != sample(tree.root, [PATH], 1000, 1)
+
+
+def test_mutants_are_killed_or_survive(tree: Tree, tmp_path: Path) -> None:
+    measure(tree.root, tmp_path / "coverage", ["tests/test_numbers.py"])
+    covering = Covering(tree.root, tmp_path / "coverage", ["tests"])
+    both = ["tests/test_numbers.py::test_default", "tests/test_numbers.py::test_larger"]
+    assert covering.tests(PATH, 9) == both
+    assert covering.tests(PATH, 4) == both  # it runs at the import
+    assert covering.tests(PATH, 7) == both  # no test runs it
+
+    def of(mutant: Mutant) -> str | None:
+        stages = [Stage("one process", covering.tests(PATH, mutant.line))]
+        found = outcome(tree, mutant, stages, 60.0)
+        assert (tree.root / PATH).read_text() == CODE
+        return found.killed_by
+
+    assert of(the("core/ReplaceComparisonOperator_Gt_Lt", 11)) == "one process"
+    assert of(the("core/ReplaceComparisonOperator_Gt_GtE", 11)) is None  # the same number
+    assert of(the("core/ReplaceBinaryOperator_Add_Mul", 4)) == "one process"  # the default, 1
+    assert tree.run(both, 60.0) == 0
+
+
+def test_what_does_not_end_is_killed(tree: Tree) -> None:
+    _, endless = next(each for each in mutants(PATH, CODE) if "count += 0" in each[1].code(CODE))
+    found = outcome(tree, endless, [Stage("one process", ["tests/test_numbers.py"])], 5.0)
+    assert found.killed_by == "time"
+    text = summary([found, found._replace(killed_by=None)])
+    assert text.endswith("2 mutants, 1 killed (50.0%)")
+    assert "+        count += 0" in text
