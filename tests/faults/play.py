@@ -24,13 +24,12 @@ from tests.faults.cases import (
     GIVEN,
     IN_LOSS,
     NOT_FINITE,
-    NUM_RANKS,
-    PIPELINE,
     POLICIES,
     UNSHARDED,
     Case,
 )
 from tests.faults.judge import judge
+from tests.faults.losses import given_loss, losses_of
 from tests.faults.placed import Placed
 from tests.faults.records import Figures, Holding, Record, Step
 from tests.support import overlap
@@ -143,7 +142,7 @@ class _Player:
         grads = [p.grad for _, p in here.params]
         before = here.flat(grads)
         weights = here.flat([p for _, p in here.params])
-        loss = self._given_loss(step) if case.gives_loss else None
+        loss = given_loss(case, step, self._breaks_loss(step)) if case.gives_loss else None
         figures = self._take_step(loss)
         reduced = tuple(
             partial and p.grad is not None and not is_partial(p.grad)
@@ -194,17 +193,6 @@ class _Player:
         everyone = self.case.layout in placed.BATCHES_ALIKE  # they compute one loss together
         is_now = step == self.case.faulty and self.case.place == IN_LOSS
         return is_now and (everyone or dist.get_rank() == self.case.rank)
-
-    def _given_loss(self, step: int) -> float | Tensor | None:
-        """What this rank gives to be judged, as a number or a tensor; some ranks give none."""
-        case, rank, givers = self.case, dist.get_rank(), givers_of(self.case)
-        if rank not in givers:
-            return None
-        loss = 2.0 + 0.1 * rank + 0.05 * step
-        is_now = step == case.faulty and case.place == GIVEN
-        if self._breaks_loss(step) or (is_now and rank == givers[case.rank % len(givers)]):
-            loss *= NOT_FINITE.get(case.fault, 1e30)
-        return loss if case.number % 2 else torch.tensor([loss])
 
     def _faulty_elements(self) -> Tensor:
         """The numbers of the elements that are to be broken; only the rank of the case knows."""
@@ -299,23 +287,6 @@ class _Player:
         elif not report.skipped:
             optimizer.step()
         return report
-
-
-def givers_of(case: Case) -> list[int]:
-    """The ranks that give a loss: the last stage of a pipeline, else all, or two of them."""
-    if case.layout == PIPELINE:
-        return [2, 3]
-    if case.layout in UNSHARDED or case.number % 3 == 0:
-        return [*range(NUM_RANKS)]
-    return [case.rank, (case.rank + 1) % NUM_RANKS]
-
-
-def losses_of(saved: Any) -> list[float]:
-    """What the one SkipSpike in a saved state remembers of losses; fewer than its window."""
-    while "values" not in saved:
-        saved = saved.get("groups") or saved.get("first") or next(iter(saved.values()))
-    losses = saved["values"][1]
-    return losses[losses.isfinite()].tolist()
 
 
 def _scaler(case: Case) -> GradScaler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ HEADERS = [
     {**HEADER, "after": 10**17},
     {"step": 10**40, "x": 1},
 ]
+OTHER_FORMAT = re.compile(rb'\{"history": (?!1[,}])\d')
 AFTER = st.one_of(st.none(), st.integers(0, 20), INTS, FLOATS, st.booleans(), JSONS)
 
 
@@ -72,6 +74,7 @@ def test_a_start_on_any_file_is_refused_or_read(data: bytes, after: Any, first: 
                 history.append(REPORT)
             history.append(REPORT)
         if unreadable is not None and "reads format" in str(unreadable):
+            assert not any(map(OTHER_FORMAT.match, data.split(b"\n")[:-1]))
             return  # a line that no version writes
         run = read_run(path)
     kept = [] if before is None else before.steps.tolist()
@@ -86,6 +89,17 @@ def test_a_start_on_any_file_is_refused_or_read(data: bytes, after: Any, first: 
         assert not any(after < step < last - 1 for step in run.steps)
     assert run.columns["total_norm"][-1] == 5.0
     assert run.columns["coefficient"][-1] == 0.5
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_later_format_is_refused(tmp_path: Path, at: int) -> None:
+    """Its rows would be lost: readers refuse the file."""
+    lines = WHOLE.splitlines(keepends=True)
+    lines.insert(at, b'{"history": 2, "distclip": "9.0"}\n')
+    (tmp_path / FILE_NAME).write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match="cannot append to .* format 2, of which distclip"):
+        History(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == b"".join(lines)
 
 
 @pytest.mark.timeout(60)

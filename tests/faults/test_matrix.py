@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from datetime import timedelta
@@ -27,8 +28,10 @@ from tests.faults.cases import (
     why_impossible,
 )
 from tests.faults.judge import odd_groups
+from tests.faults.plain import Norms, plain
 from tests.faults.records import Record
 from tests.faults.run import findings, summary
+from tests.policies.steps import spiky_norms
 from tests.support import reference
 from tests.support.ranks import RankError, Ranks
 
@@ -116,6 +119,26 @@ def test_the_oracle_is_the_reference(name: str) -> None:
     assert len(past.totals) == 3
     if _scales(policy):
         assert verdict.bound is not None or (verdict.factors != 1).any()  # it does clip
+
+
+@pytest.mark.parametrize("policy", [AdaGN(), AGGC(), AGGC(0.7, 1.3, 0.5, 0.1, 3.0, 1.0, 1.1, 5, 9)])
+def test_the_oracle_is_that_of_the_state_machine(policy: Any) -> None:
+    """Two definitions that know nothing of each other."""
+    second, norms = (
+        plain(policy),
+        [norm if t % 7 else 0.0 for t, norm in enumerate(spiky_norms(60, 0))],
+    )
+    if isinstance(policy, AdaGN):
+        first = reference.adagn([[n] for n in norms], policy.gamma1, policy.gamma2, policy.eps)
+        first = first.flatten().tolist()
+    else:
+        *settings, low, high, begin, steps = dataclasses.astuple(policy)
+        first = reference.aggc(norms, *settings, (low, high, begin, steps))
+    for norm, right in zip(norms, first, strict=True):
+        seen = Norms(["w"], [norm], [1], [0.0], norm)
+        (found,) = second.limits(seen) or []
+        assert found == pytest.approx(right, rel=1e-12) or norm == 0
+        second.count(seen)
 
 
 def _scales(policy: Any) -> bool:
