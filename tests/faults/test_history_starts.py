@@ -38,7 +38,7 @@ def files(draw: st.DrawFn) -> bytes:
     """Histories that were damaged, and whole ones with a strange line in them."""
     if draw(st.booleans()):
         return draw(histories())
-    at = draw(st.integers(0, len(LINES)))
+    at = draw(st.one_of(st.just(len(LINES)), st.integers(0, len(LINES))))
     strange = json.dumps(draw(st.sampled_from(HEADERS))).encode() + b"\n"
     lines = WHOLE.splitlines(keepends=True)
     return b"".join([*lines[:at], strange, *lines[at:]])
@@ -97,9 +97,18 @@ def test_a_later_format_is_refused(tmp_path: Path, at: int) -> None:
     lines = WHOLE.splitlines(keepends=True)
     lines.insert(at, b'{"history": 2, "distclip": "9.0"}\n')
     (tmp_path / FILE_NAME).write_bytes(b"".join(lines))
-    with pytest.raises(ValueError, match="cannot append to .* format 2, of which distclip"):
+    with pytest.raises(ValueError, match=r"cannot append to .* format 2, of which distclip"):
         History(tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == b"".join(lines)
+
+
+def test_a_step_of_too_many_digits_is_none(tmp_path: Path) -> None:
+    """Readers leave out such a line, and would leave out those that count on from it."""
+    line = b'{"step": ' + b"9" * 40 + b', "x": 1}\n{"history": 1, "after": ' + b"9" * 40 + b"}\n"
+    (tmp_path / FILE_NAME).write_bytes(WHOLE + line)
+    with History(tmp_path) as history:
+        history.append(REPORT)
+    assert read_run(tmp_path).steps.tolist() == [*range(1, 16)]
 
 
 @pytest.mark.timeout(60)
