@@ -24,10 +24,11 @@ from distclip.nonfinite import (
     coefficient_under,
 )
 from distclip.norms.agreement import Header
-from distclip.norms.measure import GroupMeasurement, measure
+from distclip.norms.measure import GroupMeasurement, measure, weights_of
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
 from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
+from distclip.norms.units import Units
 from distclip.policies import NormContext, Policy, Scope, StatelessPolicy, accept, raises
 from distclip.report import GroupFigures, Report, TensorFigures
 from distclip.scaling import (
@@ -208,10 +209,19 @@ def _ask_policy(
         return GroupClip(norms.total, None, torch.ones_like(each), next_state, None, accepts)
     limits, valid = read_limits(returned, each, group, plan, policy, is_finite)
     if units is not None:
-        limits = torch.where(units.limited, limits, math.inf)
+        limits = torch.where(_limited(units, group, plan), limits, math.inf)
     coefficients_of = raising_coefficients if raises(policy) else kernels.coefficients
     coefficients = coefficients_of(each, limits)
     return GroupClip(norms.total, limits, coefficients, next_state, valid, accepts)
+
+
+def _limited(units: Units, group: ParamGroup, plan: Plan) -> Tensor:
+    """Which units have a limit: not those whose weights were asked for and not measured."""
+    if not group.needs_weights:
+        return units.limited
+    params = plan.params[group.members]
+    without = tuple([i for i, param in enumerate(params) if weights_of(param) is None])
+    return units.limited_without(without) if without else units.limited
 
 
 def _one(like: Tensor, plan: Plan) -> Tensor:

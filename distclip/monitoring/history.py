@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distclip.arguments import kind_of, shown
 from distclip.monitoring.history_file import open_file, write_whole
-from distclip.monitoring.lines import FILE_NAME, RESERVED, line_of
+from distclip.monitoring.lines import FILE_NAME, LAST_STEP, RESERVED, line_of
 from distclip.norms.late_reads import recorded_event
 from distclip.report import Report
 from distclip.sharding.local_tensors import is_dtensor
@@ -76,7 +76,8 @@ class History:
         failure: why a row could not be written, or None.
 
     Raises:
-        ValueError: `history.jsonl` is there and was not written by this class (on rank 0).
+        ValueError: `history.jsonl` is there and was not written by this class, or in a later format
+            (on rank 0).
         OSError: the folder or the file cannot be made (on rank 0).
 
     Example:
@@ -291,11 +292,11 @@ def _row(pending: _Pending) -> dict[str, Any]:
 
 
 def _as_step(name: str, value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LAST_STEP:
         return value
     raise ValueError(
         f"cannot write a history with {name}={shown(value)}: steps are counted in whole numbers "
-        f"from 0. Pass an int."
+        f"from 0, of at most 18 digits. Pass an int."
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from distclip.monitoring.lines import FORMAT, line_of
 from distclip.version import __version__
 
-_STEP = re.compile(rb'\{"step": (\d+), .*\}\n')
-_AFTER = re.compile(rb'\{"history": .*"after": (\d+)\}\n')
+_STEP = re.compile(rb'\{"step": (\d{1,18}), .*\}\n')
+_AFTER = re.compile(rb'\{"history": .*"after": (\d{1,18})\}\n')
+_FORMAT = re.compile(rb'\{"history": (\d+)[,}]')
 
 
 def open_file(path: Path, after: int | None) -> tuple[int, int]:
@@ -38,21 +39,37 @@ def _take_over(path: Path, header: bytes) -> int:
 
     The copy leaves out a last line that a kill has cut.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise ValueError(f"cannot append to {path}: it is no file. Choose another folder.")
     path.touch()
     temporary, last_step = path.with_suffix(".tmp"), 0
     with path.open("rb") as file:
         _check_own(path, file.readline())
         file.seek(0)
-        with temporary.open("wb") as copy:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                copy.write(line)
-                if found := _STEP.match(line) or _AFTER.match(line):
-                    last_step = int(found[1])
-            copy.write(header)
+        try:
+            with temporary.open("wb") as copy:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    _check_format(path, line)
+                    copy.write(line)
+                    if found := _STEP.match(line) or _AFTER.match(line):
+                        last_step = int(found[1])
+                copy.write(header)
+        except ValueError:
+            temporary.unlink()
+            raise
     temporary.replace(path)
     return last_step
+
+
+def _check_format(path: Path, line: bytes) -> None:
+    if (found := _FORMAT.match(line)) and (version := found[1].decode()[:9]) != str(FORMAT):
+        raise ValueError(
+            f"cannot append to {path}: a part of it was written in format {version}, of which "
+            f"distclip {__version__} knows nothing, and no reader could read both. Choose another "
+            f"folder, or go on with the version of distclip that wrote it."
+        )
 
 
 def _check_own(path: Path, first_line: bytes) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 FILE_NAME = "history.jsonl"
 FORMAT = 1
+LAST_STEP = 10**18 - 1  # readers take numbers of more digits for floats
 FIGURES = ("total_norm", "limit", "coefficient", "clipped", "finite", "skipped")
 _OTHERS = {"groups", "tensor_norms", "norm_type", "nonfinite_parameters"}
 RESERVED = {"step", "history", *FIGURES, *_OTHERS}

@@ -150,7 +150,7 @@ def _of_units(
     payload, weights = [total, _in_slots(added, group, units)], None
     if group.needs_weights:
         counted = units.counted.unsqueeze(1)
-        weights = _unit_partials([_weights(param) for param in params], group.power, units)
+        weights = _unit_partials([weights_of(param) for param in params], group.power, units)
         payload.append(_in_slots(torch.where(counted, weights, 0.0), group, units))
     flat = torch.cat([part.flatten() for part in payload])
     norms = power_sums.norm_from_partials(partials, group.power)
@@ -164,7 +164,7 @@ def _added(partials: Tensor, group: ParamGroup, units: Units) -> Tensor:
     return torch.where(units.counted.unsqueeze(1) | ~partials.isfinite(), partials, 0.0)
 
 
-def _weights(param: LocalParam) -> Tensor | None:
+def weights_of(param: LocalParam) -> Tensor | None:
     """None for what has no gradient to limit: its values may be yet to be made, or NaN."""
     tensor = param.param
     is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad

@@ -6,7 +6,7 @@ device. Numbers are gathered, never scattered: the result has the same bits on e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,10 @@ class RowIndexes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept = KeptIndices(device, _KEPT)
+
+    def uploaded(self, members: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns about these parameters, on the device."""
+        return self._kept.get(members, lambda: self._kept.upload(make()))
 
     def of_numbers(self, rows: tuple[Rows, ...], num_rows: int) -> Tensor | None:
         """The row of each number, [number of numbers]; None if it is all rows in order."""

@@ -91,6 +91,17 @@ class Units:
         """Which rows the numbers of views belong to."""
         return RowIndexes(self.sizes.device)
 
+    def limited_without(self, members: tuple[int, ...]) -> Tensor:
+        """`limited`, and false for the units of these parameters of the group."""
+
+        def host() -> Tensor:
+            others = torch.ones(self.num_units, dtype=torch.bool, device="cpu")
+            for span in (span for member in members for span in self.spans_of.get(member, ())):
+                others[span.row : span.row + span.count] = False
+            return others
+
+        return self.limited & self.indexes.uploaded(members, host)
+
     @cached_property
     def spans_of(self) -> dict[int, list[UnitSpan]]:
         """The spans of each parameter, by its index in the group."""

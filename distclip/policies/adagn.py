@@ -41,7 +41,8 @@ class AdaGN(PolicyBase):
 
     A norm of 0 changes nothing: the gradient stays 0, and m, v and t of this tensor stay as they
     are, because a tensor without a token says nothing about its scale. The authors' code does the
-    same where there is no gradient, but counts a gradient of zeros.
+    same where there is no gradient, but counts a gradient of zeros. With on_nonfinite="propagate" a
+    gradient whose norm is NaN or infinite becomes NaN, and no other.
 
     Raises:
         ValueError: `gamma1` or `gamma2` is below 0, 1 or above, or `eps` is negative, infinite or

@@ -20,7 +20,8 @@ class AGC(StatelessPolicy):
 
     A unit is one index of dim 0, from which one output is computed; a tensor of at most one dim is
     one unit. The floor `eps` lets zero-initialised weights learn. A zero gradient stays as it is; a
-    NaN or an infinity affects its own unit alone.
+    NaN or an infinity affects its own unit alone. Frozen weights without a gradient are not read,
+    and have no limit.
 
     Args:
         clip_factor: 0.01 suits batches of 4,096; smaller batches allow more.

@@ -46,7 +46,9 @@ class AGGC(PolicyBase):
 
     With `high` below `low`, as the authors set them, no norm is left as it is. S starts at 0
     without a correction for that, so the norms after the first lie above `high` S, and
-    `max_down` multiplies them. A norm of 0 stays 0 and leaves S as it is.
+    `max_down` multiplies them. A norm of 0 stays 0 and leaves S as it is. With
+    on_nonfinite="propagate" an infinite norm stays infinite, except that with max_down=0 it becomes
+    `high` S, and NaN makes all gradients NaN.
 
     Args:
         low: 0 raises no norm (the authors' `raise_small=False`).
@@ -100,7 +102,7 @@ class AGGC(PolicyBase):
         low = state.average * (self.low + (self.late_low - self.low) * late)
         high = state.average * (self.high + (self.late_high - self.high) * late)
         has_past = high > 0  # else no norm is too large, as in the authors' code
-        down = torch.maximum(high, self.max_down * norms)
+        down = torch.fmax(high, self.max_down * norms)  # 0 times infinity is NaN
         up = torch.minimum(low, self.max_up * norms)
         new_norm = torch.where(has_past & (norms > high), down, torch.where(norms < low, up, norms))
         average = self.beta * state.average + (1 - self.beta) * new_norm

@@ -32,7 +32,9 @@ class AutoClip(PolicyBase):
     The percentile is interpolated linearly, as by `numpy.percentile`. The first step is never
     clipped. A norm of 0 is left out of the history, because it says nothing about a scale: after
     more than `percentile` per cent of zeros, such as those of frozen parameters, the limit would be
-    0.
+    0. So is a norm that is NaN or infinite: with on_nonfinite="propagate" the limit is then the
+    percentile of the norms before it, infinity where there are none. With a finite limit, an
+    infinite norm makes finite elements 0 and infinite ones NaN, as in torch; a NaN makes all NaN.
 
     Args:
         percentile: 0 is the smallest norm so far, 100 the largest, which clips nothing.
@@ -67,7 +69,7 @@ class AutoClip(PolicyBase):
     def limit(
         self, norms: Tensor, state: AutoClipState, context: NormContext
     ) -> tuple[Tensor | None, AutoClipState]:
-        is_norm = norms > 0
+        is_norm = (norms > 0) & (norms < math.inf)
         oldest = (state.num_steps % self.history).reshape(1)
         norm = torch.where(is_norm, norms, state.history.take(oldest).reshape(()))
         history = state.history.scatter(0, oldest, norm.reshape(1))

@@ -32,7 +32,8 @@ class NormContext(NamedTuple):
     Attributes:
         sizes: the number of elements of each group over all ranks; float64, shaped like the norms.
         weights: the norm of each group's parameters; float64, shaped like the norms. None unless
-            the policy sets `needs_weights`.
+            the policy sets `needs_weights`. 0 for what is frozen and has no gradient, whose limit
+            is not used.
         total_norm: the norm of everything that the policy limits; a float64 scalar.
         loss: the mean of the ranks' losses, for policies with `accept`: NaN where no rank gave one,
             infinity where one is not finite; a float64 scalar. None counts as NaN.

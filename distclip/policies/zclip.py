@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +20,14 @@ from distclip.policies.checks import (
     store_checked,
 )
 
+_LARGEST = sys.float_info.max
+
 
 class ZClipState(NamedTuple):
     """
     Attributes:
-        mean, var: of the norms so far, spikes pulled back; float64 scalars.
+        mean, var: of the norms so far, spikes pulled back; float64 scalars. A variance that float64
+            does not hold is its largest number.
         num_steps: the number of norms above 0 so far; int64 scalar.
     """
 
@@ -49,6 +53,12 @@ class ZClip(PolicyBase):
 
     A norm of 0 changes no statistic and is no step of the warm-up, because it says nothing about a
     scale: parameters that were frozen during the warm-up would be clipped to 0 for ever.
+
+    σ is at most 1e154, because float64 holds no larger square; norms of float32 gradients are far
+    below. Where μ is far above it, any norm above μ is pulled back to about μ.
+
+    With on_nonfinite="propagate" an infinite norm is pulled back to μ, to `max_norm` in the
+    warm-up, and NaN makes all gradients NaN. Neither changes a statistic.
 
     Args:
         max_norm: `math.inf` or None, as in the authors' code, switches this bound off.
@@ -103,16 +113,20 @@ def _highest(norm: Tensor, past: ZClipState, z_thresh: float) -> Tensor:
     std = past.var.sqrt()
     threshold = past.mean + z_thresh * std
     z = (norm - past.mean) / std
-    return torch.where(norm <= threshold, threshold, past.mean + z_thresh**2 * std / z)
+    # A product, because Python's power of a large number raises.
+    back = past.mean + z_thresh * z_thresh * std / z
+    return torch.where(norm <= threshold, threshold, back)
 
 
 def _sample_statistics(norm: Tensor, past: ZClipState) -> tuple[Tensor, Tensor]:
     """Mean and population variance with one norm more: Welford's update, which keeps no norms."""
     num = past.num_steps + 1
     mean = past.mean + (norm - past.mean) / num
-    return mean, past.var + ((norm - past.mean) * (norm - mean) - past.var) / num
+    var = past.var + ((norm - past.mean) * (norm - mean) - past.var) / num
+    return mean, var.clamp(max=_LARGEST)
 
 
 def _moving_statistics(norm: Tensor, past: ZClipState, alpha: float) -> tuple[Tensor, Tensor]:
     mean = alpha * past.mean + (1 - alpha) * norm
-    return mean, alpha * past.var + (1 - alpha) * (norm - mean).square()
+    var = alpha * past.var + (1 - alpha) * (norm - mean).square()
+    return mean, var.clamp(max=_LARGEST)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distclip.arguments import kind_of, shown
+from distclip.arguments import as_number, kind_of, shown
 from distclip.errors import LayoutError
 from distclip.nonfinite import OnNonFinite
 from distclip.norms.plan import Plan
@@ -26,6 +28,7 @@ from distclip.torch_private import (
 from distclip.training.wrappers import is_wrapper, params_of
 
 _WHAT = "cannot clip in hooks of backward"
+_LOAD = "cannot load the state of a BackwardClipper"
 
 
 def check_mode(mode: OnNonFinite, plan: Plan, policies: Sequence[Policy[Any]]) -> None:
@@ -241,34 +244,53 @@ class _State(NamedTuple):
 
 
 def read_state(saved: Any, names: Sequence[str], device: torch.device) -> _State:
-    """What `BackwardClipper.state_dict` returned, in the order of the groups."""
+    """What `BackwardClipper.state_dict` returned, in the order of the groups.
+
+    Raises:
+        ValueError: the groups are others, or a number cannot be one of the state.
+        TypeError: `saved` is no dictionary.
+    """
     if not isinstance(saved, Mapping):
         raise TypeError(
-            f"cannot load the state of a BackwardClipper: {shown(saved)} is {kind_of(saved)}. "
-            f"Nothing was loaded. Pass what `attached.state_dict()` returned."
+            f"{_LOAD}: {shown(saved)} is {kind_of(saved)}. Nothing was loaded. Pass what "
+            f"`attached.state_dict()` returned."
         )
-    state = cast("Mapping[str, Mapping[str, Any]]", saved)
-    if set(state) != {"coefficients", "norms"} or any(
-        set(each) - set(names) for each in state.values()
-    ):
+    state = cast("Mapping[Any, Any]", saved)
+    if set(state) != {"coefficients", "norms"}:
         raise ValueError(
-            f"cannot load the state of a BackwardClipper: it has "
-            f"{ {key: sorted(each) for key, each in state.items()} }, and the groups here are "
-            f"{list(names)}. Nothing was loaded."
+            f"{_LOAD}: it has {shown(sorted(state, key=str))}, and not the coefficients and norms "
+            f"of the last step. Nothing was loaded. Pass what `attached.state_dict()` returned."
         )
     return _State(
-        [_number(state["coefficients"].get(name), 1.0, device) for name in names],
-        [_number(state["norms"].get(name), float("inf"), device) for name in names],
+        _numbers("coefficients", state["coefficients"], names, 1.0, device),
+        _numbers("norms", state["norms"], names, sys.float_info.max, device),
     )
 
 
-def _number(given: Any, largest: float, device: torch.device) -> Tensor | None:
-    if given is None:
-        return None
-    number = float(given)
-    if not 0 <= number <= largest or number == float("inf"):
+def _numbers(
+    what: str, given: Any, names: Sequence[str], largest: float, device: torch.device
+) -> list[Tensor | None]:
+    """One for each group, None where there is none yet."""
+    if not isinstance(given, Mapping) or not set(cast("Mapping[Any, Any]", given)) <= set(names):
         raise ValueError(
-            f"cannot load the state of a BackwardClipper: {number} is none of its numbers, which "
-            f"are norms and coefficients. Nothing was loaded."
+            f"{_LOAD}: its {what} are {shown(given)}, and the groups here are {shown([*names])}. "
+            f"Nothing was loaded. Attach as it was when the state was saved, or start without it."
+        )
+    by_name = cast("Mapping[str, Any]", given)
+    return [
+        _number(f"{what}[{name!r}]", by_name[name], largest, device) if name in by_name else None
+        for name in names
+    ]
+
+
+def _number(path: str, given: Any, largest: float, device: torch.device) -> Tensor:
+    try:
+        number = as_number(path, given)
+    except TypeError:
+        number = math.nan
+    if not 0 <= number <= largest:
+        raise ValueError(
+            f"{_LOAD}: {path} is {shown(given)} in the saved state, which no step can have left "
+            f"there. Nothing was loaded. Load an earlier checkpoint, or start without the state."
         )
     return torch.full((), number, dtype=torch.float64, device=device)

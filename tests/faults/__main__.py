@@ -16,9 +16,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER")
+    parser.add_argument("--policy", action="append", choices=cases.POLICIES, help="again for more")
     args = parser.parse_args()
     if args.only is None:
-        some = list(cases.sample(args.cases, args.seed))
+        some = list(cases.sample(args.cases, args.seed, args.policy or cases.POLICIES))
     else:
         some = [cases.case_of(args.only)]
     if why := cases.why_impossible(some[0]):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 from distclip import (
     AGC,
+    AGGC,
     AdaGC,
+    AdaGN,
     AutoClip,
     ClipBlockRMS,
     ClipNorm,
@@ -32,12 +34,18 @@ POLICIES: dict[str, Any] = {
     **{f"AGC p={p:g}": AGC(0.01, norm_type=p) for p in (1.0, 2.0, math.inf)},
     "ClipValue": ClipValue(0.02),
     "ClipBlockRMS": ClipBlockRMS(0.02),
+    "AdaGN": AdaGN(),
+    "AGGC": AGGC(beta=0.5, max_down=0.01),
+    "AGGC, raises": AGGC(low=8.0, high=0.0, beta=0.5, max_up=math.inf),
     "AdaGC": AdaGC(1.05, max_norm=1.0, beta=0.9, warmup_steps=1),
     "ZClip": ZClip(2.0, alpha=0.9, warmup_steps=1, max_norm=None),
     "AutoClip": AutoClip(10.0, history=8),
     "SkipSpike": SkipSpike(50.0, window=4, max_norm=LARGEST),
     "SkipSpike & ClipNorm": SkipSpike(50.0, window=4, max_norm=LARGEST) & ClipNorm(0.2),
 }
+# The same policies, where each step is given a loss.
+WITH_LOSS = {f"{name}, loss": POLICIES[name] for name in ("SkipSpike", "SkipSpike & ClipNorm")}
+POLICIES |= WITH_LOSS
 
 PIPELINE, PLAIN = "pipeline", "plain list"
 DTENSORS = {f"DTensors, {name}": name for name in layouts.LAYOUTS if name != "plain"}
@@ -47,7 +55,6 @@ UNSHARDED = {*wrapped.UNSHARDED, "DTensors, all copies", PLAIN}
 MIXED = {"tp", "DTensors, beside plain"}  # and with plain tensors beside DTensors
 HAS_DTENSORS = {*DTENSORS, "fsdp2", "hsdp", "tp", "fsdp2 x tp"}
 NUM_RANKS = 4
-NUM_STEPS, FAULTY = 3, 1  # which step is the faulty one
 
 # One element of one rank's part. Where other ranks have copies of it, theirs stay as they were.
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -59,6 +66,7 @@ FAULTS = (
     "all denormal",  # every gradient times 1e-41
 )
 IN_LOSS = "loss"  # through backward, where the loss of one rank is not what it should be
+GIVEN = "given loss"  # only what one rank gives a policy to judge is wrong; the gradients are right
 
 ROWS: dict[str, tuple[Any, ...]] = {
     "layout": LAYOUTS,
@@ -70,7 +78,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "overlap": (False, True),
     "fault": FAULTS,
     "rank": tuple(range(NUM_RANKS)),
-    "place": ("first", "middle", "last", IN_LOSS),
+    "place": ("first", "middle", "last", IN_LOSS, GIVEN),
 }
 NUM_NUMBERS = math.prod(map(len, ROWS.values()))
 
@@ -96,6 +104,15 @@ class Case(NamedTuple):
     @property
     def fused(self) -> bool:
         return self.optimizer.endswith("fused")
+
+    @property
+    def gives_loss(self) -> bool:
+        return self.policy in WITH_LOSS
+
+    @property
+    def faulty(self) -> int:
+        """Which step is the faulty one; a clean one follows. Two losses have a deviation."""
+        return 2 if self.gives_loss else 1
 
     @property
     def hidden_from_scaler(self) -> bool:
@@ -125,27 +142,43 @@ def why_impossible(case: Case) -> str | None:
         return "torch has no fused SGD for DTensors"
     if case.scaled and case.way == "attach" and case.layout in MIXED:
         return "torch's GradScaler unscales DTensors or plain tensors, not both together"
-    if case.place == IN_LOSS:
-        if not case.overlap or case.layout not in wrapped.WRAPPERS:
-            return "a loss is computed only with overlap, by models: other gradients are written"
-        if case.fault not in (*NOT_FINITE, "large"):
-            return "a loss times 3e38 or 1e-40 is no fault of another kind"
     if case.fault == "all denormal" and (case.rank, case.place) != (0, "first"):
         return "it has no rank and no place: one case stands for all"
-    return None
+    return _why_no_loss(case)
 
 
-PAIRS = tuple(itertools.product(LAYOUTS, POLICIES))
+def _why_no_loss(case: Case) -> str | None:
+    """The same of the losses: of that of a backward, and of those that a policy is given."""
+    if case.gives_loss and case.way == "attach":
+        return "an optimizer's step is given no loss"
+    if case.gives_loss and case.layout == PLAIN:
+        return "nothing says which ranks train together: an error, which other tests have"
+    if case.place not in (IN_LOSS, GIVEN):
+        return None
+    if case.fault not in (*NOT_FINITE, "large"):
+        return "a loss times 3e38 or 1e-40 is no fault of another kind"
+    if case.place == GIVEN:
+        return None if case.gives_loss else "no loss is given"
+    is_computed = case.overlap and case.layout in wrapped.WRAPPERS
+    return None if is_computed else "only models compute a loss, and only with overlap"
 
 
-def sample(num: int, seed: int) -> Iterator[Case]:
+PAIRS = tuple(
+    (layout, policy)
+    for layout, policy in itertools.product(LAYOUTS, POLICIES)
+    if not (layout == PLAIN and policy in WITH_LOSS)
+)
+
+
+def sample(num: int, seed: int, policies: Container[str] = tuple(POLICIES)) -> Iterator[Case]:
     """`num` different possible cases, drawn by `seed`: each policy on each layout equally often.
 
     A fifth of them has overlap. These run forward and backward on all ranks, and take several
     times as long.
     """
     drawn = random.Random(seed)
-    pairs = drawn.sample(PAIRS, len(PAIRS))
+    some = [pair for pair in PAIRS if pair[1] in policies]
+    pairs = drawn.sample(some, len(some))
     seen: set[int] = set()
     for layout, policy in itertools.islice(itertools.cycle(pairs), num):
         while True:
@@ -163,9 +196,10 @@ def sample(num: int, seed: int) -> Iterator[Case]:
 def num_possible() -> int:
     """How many cases are possible; only the rows that rules name are gone through."""
     names = (*("layout", "way", "optimizer", "scaled", "overlap"), *("fault", "rank", "place"))
-    others = math.prod(len(row) for name, row in ROWS.items() if name not in names)
-    some, count = case_of(0), 0
-    for values in itertools.product(*(ROWS[name] for name in names)):
-        one = some._replace(**dict(zip(names, values, strict=True)))
-        count += why_impossible(one) is None
-    return count * others
+    count, rows = 0, [ROWS[name] for name in names]
+    for some in (POLICIES.keys() - WITH_LOSS, WITH_LOSS):  # alike to all rules
+        one = case_of(0)._replace(policy=min(some))
+        for values in itertools.product(*rows):
+            case = one._replace(**dict(zip(names, values, strict=True)))
+            count += len(some) * (why_impossible(case) is None)
+    return count * len(ROWS["mode"])

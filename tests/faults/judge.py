@@ -11,14 +11,15 @@ import torch
 from distclip import Scope
 from tests.faults import oracle
 from tests.faults.candidates import candidates_of
-from tests.faults.cases import FAULTY, NOT_FINITE, PIPELINE, POLICIES, UNSHARDED, Case
+from tests.faults.cases import GIVEN, NOT_FINITE, PIPELINE, POLICIES, UNSHARDED, Case
 from tests.faults.expected import Expected, expected
 from tests.faults.optimizers import Optimizer
-from tests.faults.oracle import Past, Verdict
+from tests.faults.oracle import Verdict
 from tests.faults.records import Figures, Holding, Record, Step
 
 LEAST = 2e-45  # what a product that float32 holds as a denormal number may be off
 NEAR = 3e-7  # three roundings to float32
+WAITING = ("ZClip", "AutoClip", "AGGC", "AGGC, raises", "SkipSpike", "SkipSpike, loss")
 
 
 def judge(case: Case, records: Sequence[Record], holdings: Sequence[Holding]) -> list[str]:
@@ -29,7 +30,8 @@ def judge(case: Case, records: Sequence[Record], holdings: Sequence[Holding]) ->
         found = list(_Judge(case, holdings).findings(records))
     if odd := odd_groups(records):
         found.append(f"the ranks of a group made different numbers of collectives: {odd}")
-    if case.layout != PIPELINE and len({record.states for record in records}) > 1:
+    alone = case.layout == PIPELINE and POLICIES[case.policy].scope is not Scope.MODEL
+    if not alone and len({record.states for record in records}) > 1:
         found.append("the policies' states differ between ranks")
     return [f"{case}\n  {text}" for text in found]
 
@@ -51,7 +53,7 @@ class _Judge:
         self.numel = self.tensors[-1].first + self.tensors[-1].shape.numel()
         groups = oracle.groups_of(self.policy, [each.shape for each in self.tensors])
         self.group_of = np.concatenate([[0], groups.numpy()])  # padding is zero anyway
-        self.past = Past([], [])
+        self.past = oracle.no_past()
         self.num_skipped = 0
         self.optimizers = [Optimizer(case.optimizer) for _ in holdings]
 
@@ -60,10 +62,19 @@ class _Judge:
             steps = [record.steps[number] for record in records]
             for text in self._step(steps):
                 yield f"step {number}: {text}"
-            has_any = bool((self.holdings[self.case.rank].elements > 0).any())
-            broken = any(not np.isfinite(step.values[0]).all() for step in steps)
-            if number == FAULTY and has_any and self.case.fault in NOT_FINITE and not broken:
+            if number == self.case.faulty and not self._is_faulty(steps):
                 yield "there is no fault"
+        for rank, record in enumerate(records):
+            found, right = record.losses, self.past.losses
+            if len(found) != len(right) or not np.allclose(found, right, 1e-12):
+                yield f"rank {rank} remembers the losses {found}, not {right}"
+
+    def _is_faulty(self, steps: Sequence[Step]) -> bool:
+        if self.case.place == GIVEN:
+            return not all(step.loss is None or abs(step.loss) < 100 for step in steps)
+        has_any = bool((self.holdings[self.case.rank].elements > 0).any())
+        broken = any(not np.isfinite(step.values[0]).all() for step in steps)
+        return broken or not has_any or self.case.fault not in NOT_FINITE
 
     def _whole(self, steps: Sequence[Step], row: int, finite_prevails: bool = False) -> Any:
         """The values of all ranks put together. Where copies differ, NaN prevails, then infinity;
@@ -96,11 +107,12 @@ class _Judge:
             whole, clean, scale = whole * np.float32(1 / scale), clean * np.float32(1 / scale), 1.0
         weights = self._tensors(weights.astype(np.float64))
         grads, others = (self._tensors(w.astype(np.float64) / scale) for w in (whole, clean))
-        verdict = oracle.judge(self.policy, grads, weights, self.past)
+        losses = [step.loss for step in steps if step.loss is not None]
+        verdict = oracle.judge(self.policy, grads, weights, self.past, losses)
         verdicts = [verdict]
         if not _same(whole, clean).all() and self.policy.scope is not Scope.MODEL:
             # One copy is not finite: a rank that holds another one knows only the total norm.
-            verdicts.append(oracle.judge(self.policy, others, weights, self.past))
+            verdicts.append(oracle.judge(self.policy, others, weights, self.past, losses))
         if not self.past.totals and not self._clips_at_once(verdict, whole / scale):
             yield "nothing is clipped"
         want = expected(case, verdict, bool(np.isfinite(whole).all()))
@@ -113,7 +125,7 @@ class _Judge:
 
     def _clips_at_once(self, verdict: Verdict, whole: Any) -> bool:
         """Whether the first step is clipped; policies that compare with past norms need others."""
-        waits = self.case.policy in ("ZClip", "AutoClip", "SkipSpike")
+        waits = self.case.policy in WAITING
         is_above = verdict.bound is not None and np.abs(whole).max() > verdict.bound
         return waits or is_above or bool((verdict.factors < 1).any())
 

@@ -15,15 +15,21 @@ import numpy as np
 
 from distclip import policies as real
 
+NEW = ""  # what states have of a tensor that had no gradient yet
+
 
 class Norms(NamedTuple):
-    """What a policy sees in a step; one entry a row (of the model, of each tensor or unit)."""
+    """What a policy sees in a step; one entry a row (of the model, of each tensor or unit).
+
+    `loss` is None where none is given.
+    """
 
     names: Sequence[str]
     norms: Sequence[float]
     sizes: Sequence[int]
     weights: Sequence[float]
     total: float
+    loss: float | None = None
 
 
 @dataclass
@@ -52,6 +58,10 @@ class Plain:
         """The largest norm that is accepted."""
         return math.inf
 
+    def accepts_loss(self, loss: float) -> float:
+        """The largest loss that is accepted."""
+        return math.inf
+
     def count(self, seen: Norms) -> None:
         """The step was taken."""
 
@@ -59,46 +69,55 @@ class Plain:
         """What `Clipper.state_dict` has of it."""
         return {}
 
-    def _ring(self, size: int) -> list[float]:
-        ring = [math.inf] * size
-        for index, norm in enumerate(self.past):
-            ring[index % size] = norm
-        return ring
+
+def _ring(past: Sequence[float], size: int) -> list[float]:
+    ring = [math.inf] * size
+    for index, norm in enumerate(past):
+        ring[index % size] = norm
+    return ring
 
 
 class PlainAutoClip(Plain):
     def limits(self, seen: Norms) -> list[float] | None:
-        past = [*self.past, *(n for n in seen.norms if n > 0)][-self.policy.history :]
-        if not all(map(math.isfinite, seen.norms)):
-            return [math.nan]  # no percentile is one of infinity
+        now = [n for n in seen.norms if 0 < n < math.inf]
+        past = [*self.past, *now][-self.policy.history :]
         return [float(np.percentile(past, self.policy.percentile)) if past else math.inf]
 
     def count(self, seen: Norms) -> None:
         self.past += [n for n in seen.norms if n > 0]
 
     def saved(self) -> Any:
-        return {"history": self._ring(self.policy.history), "num_steps": len(self.past)}
+        return {"history": _ring(self.past, self.policy.history), "num_steps": len(self.past)}
 
 
 class PlainSkipSpike(Plain):
+    def __post_init__(self) -> None:
+        self.losses: list[float] = []
+
     def limits(self, seen: Norms) -> list[float] | None:
         return None
 
     def accepts(self, norm: float) -> float:
-        p, past = self.policy, self.past[-self.policy.window :]
+        return min(self.policy.max_norm, self._highest(self.past))
+
+    def accepts_loss(self, loss: float) -> float:
+        return self._highest(self.losses) if math.isfinite(loss) else -math.inf
+
+    def _highest(self, accepted: list[float]) -> float:
+        p, past = self.policy, accepted[-self.policy.window :]
         if len(past) < max(2, p.window // 2):
-            return p.max_norm
+            return math.inf
         mean = statistics.fmean(past)
         deviation = np.sqrt(np.var(past, ddof=1))
-        return min(p.max_norm, mean + p.z_thresh * max(float(deviation), 1e-6 * mean))
+        return mean + p.z_thresh * max(float(deviation), 1e-6 * abs(mean))
 
     def count(self, seen: Norms) -> None:
         self.past += [n for n in seen.norms if n > 0]
+        self.losses += [] if seen.loss is None else [seen.loss]
 
     def saved(self) -> Any:
-        no_losses = [math.inf] * self.policy.window
-        values = [self._ring(self.policy.window), no_losses]
-        return {"values": values, "counts": [len(self.past), 0]}
+        rings = [_ring(each, self.policy.window) for each in (self.past, self.losses)]
+        return {"values": rings, "counts": [len(self.past), len(self.losses)]}
 
 
 class PlainZClip(Plain):
@@ -158,7 +177,66 @@ class PlainAdaGC(Plain):
         self.num_steps += 1
 
     def saved(self) -> Any:
-        return {"gamma": self.gamma, "num_steps": self.num_steps}
+        return {"gamma": {NEW: math.inf, **self.gamma}, "num_steps": self.num_steps}
+
+
+class PlainAdaGN(Plain):
+    """From all norms of a tensor at once: moving averages as weighted sums."""
+
+    def __post_init__(self) -> None:
+        self.norms: dict[str, list[float]] = {}
+
+    def limits(self, seen: Norms) -> list[float] | None:
+        return [
+            self._new(self._with(name, norm)) if norm else math.inf
+            for name, norm in zip(seen.names, seen.norms, strict=True)
+        ]
+
+    def _with(self, name: str, norm: float) -> list[float]:
+        return [*self.norms.get(name, []), norm]
+
+    def _new(self, norms: list[float]) -> float:
+        p = self.policy
+        mean, square = average(norms, p.gamma1), average([norm * norm for norm in norms], p.gamma2)
+        unbiased = mean / (1 - p.gamma1 ** len(norms)), square / (1 - p.gamma2 ** len(norms))
+        return unbiased[0] / (math.sqrt(unbiased[1]) + p.eps)
+
+    def count(self, seen: Norms) -> None:
+        for name, norm in zip(seen.names, seen.norms, strict=True):
+            if norm > 0:
+                self.norms[name] = self._with(name, norm)
+
+    def saved(self) -> Any:
+        p, each = self.policy, self.norms.items()
+        square = {name: average([norm**2 for norm in norms], p.gamma2) for name, norms in each}
+        return {
+            "mean": {NEW: 0.0} | {name: average(norms, p.gamma1) for name, norms in each},
+            "rms": {NEW: 0.0} | {name: math.sqrt(number) for name, number in square.items()},
+            "num_steps": {NEW: 0} | {name: len(norms) for name, norms in each},
+        }
+
+
+class PlainAGGC(Plain):
+    """From the norms afterwards, and when each came."""
+
+    def limits(self, seen: Norms) -> list[float] | None:
+        p, (norm,) = self.policy, seen.norms
+        late = min(1.0, max(0.0, (self.num_steps - p.late_from) / p.late_steps))
+        past = average(self.past, p.beta)
+        low = past * (p.low * (1 - late) + p.late_low * late)
+        high = past * (p.high * (1 - late) + p.late_high * late)
+        if norm == 0 or math.isnan(norm):
+            return [norm]
+        if high and norm > high:
+            return [max(high, p.max_down * norm) if p.max_down else high]
+        return [min(low, p.max_up * norm) if norm < low else norm]
+
+    def count(self, seen: Norms) -> None:
+        self.past += [norm for norm in self.limits(seen) or [] if norm > 0]
+        self.num_steps += 1
+
+    def saved(self) -> Any:
+        return {"average": average(self.past, self.policy.beta), "num_steps": self.num_steps}
 
 
 class PlainMinimum(Plain):
@@ -171,6 +249,9 @@ class PlainMinimum(Plain):
 
     def accepts(self, norm: float) -> float:
         return min(each.accepts(norm) for each in self.both)
+
+    def accepts_loss(self, loss: float) -> float:
+        return min(each.accepts_loss(loss) for each in self.both)
 
     def count(self, seen: Norms) -> None:
         for each in self.both:
@@ -185,9 +266,17 @@ KINDS = {
     real.SkipSpike: PlainSkipSpike,
     real.ZClip: PlainZClip,
     real.AdaGC: PlainAdaGC,
+    real.AdaGN: PlainAdaGN,
+    real.AGGC: PlainAGGC,
     real.Minimum: PlainMinimum,
 }
 
 
 def plain(policy: Any) -> Plain:
     return KINDS.get(type(policy), Plain)(policy)
+
+
+def average(numbers: Sequence[float], decay: float) -> float:
+    """The moving average that begins at 0 and keeps `decay` of itself in each step."""
+    last = len(numbers) - 1
+    return sum((1 - decay) * decay ** (last - i) * number for i, number in enumerate(numbers))

@@ -76,26 +76,32 @@ def expected(
     weights: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
     single: bool,
+    loss: float | None = None,
 ) -> Step:
     """What one step does to `grads`, which are float64 and have no other factor any more.
 
     Args:
         weights: of all parameters, float64; those without a gradient too.
         single: norms are reported, and judged, in float32.
+        loss: what is judged beside them.
     """
     norms = [norm_of([grads[n] for n in g.names if n in grads], g.policy) for g in groups]
     total = norms[0]
     if len(norms) > 1:
         each = torch.tensor(norms, dtype=torch.float64)
         total = reference.total_norm([each], groups[0].policy.norm_type).item()
-    found = [one(g, n, weights, grads) for g, n in zip(groups, norms, strict=True)]
+    found = [one(g, n, weights, grads, loss) for g, n in zip(groups, norms, strict=True)]
     finite = bool(torch.tensor(total, dtype=torch.float32 if single else torch.float64).isfinite())
     vetoed: bool | None = False
-    for group, step in zip(groups, found, strict=True):
-        highest = group.plain.accepts(step.norm)
-        if math.isfinite(highest) and abs(step.norm - highest) <= NEAR * highest:
+    each = zip(groups, found, strict=True)
+    judged = [(step.norm, group.plain.accepts(step.norm)) for group, step in each]
+    if loss is not None:
+        number = loss if math.isfinite(loss) else math.inf
+        judged += [(number, group.plain.accepts_loss(loss)) for group in groups]
+    for number, highest in judged:
+        if math.isfinite(highest) and abs(number - highest) <= NEAR * abs(highest):
             vetoed = vetoed or None
-        elif not step.norm <= highest:
+        elif not number <= highest:
             vetoed = True
     clipped = {}
     for group, step in zip(groups, found, strict=True):
@@ -104,7 +110,11 @@ def expected(
 
 
 def one(
-    group: Group, norm: float, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+    group: Group,
+    norm: float,
+    weights: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    loss: float | None,
 ) -> GroupStep:
     rows = rows_of(group, weights)
     names, norms, sizes, of_weights = [""], [norm], [1], [0.0]
@@ -114,18 +124,24 @@ def one(
         norms = [norm_of([grads[n][i]] if n in grads else [none], group.policy) for n, i in rows]
         sizes = [weights[name].numel() for name in names]
         of_weights = [norm_of([weights[name][i]], group.policy) for name, i in rows]
-    seen = Norms(names, norms, sizes, of_weights, norm)
+    seen = Norms(names, norms, sizes, of_weights, norm, loss)
     limits = group.plain.limits(seen)
     if limits is None:
         return GroupStep(seen, norm, None, [1.0] * len(norms))
     pairs = zip(norms, limits, strict=True)
-    return GroupStep(seen, norm, limits, [ratio(n, lim) for n, lim in pairs])
+    coefficient = raising_ratio if group.policy.raises else ratio
+    return GroupStep(seen, norm, limits, [coefficient(n, lim) for n, lim in pairs])
 
 
 def ratio(norm: float, limit: float) -> float:
     if norm <= limit:
         return 1.0
     return limit / norm if norm else math.nan
+
+
+def raising_ratio(norm: float, limit: float) -> float:
+    """At most 2**100, which float32 has room for."""
+    return 1.0 if norm == 0 or limit == math.inf else min(limit / norm, 2.0**100)
 
 
 def applied(

@@ -20,8 +20,16 @@ from torch.optim import Optimizer
 
 import distclip
 from tests.faults import placed
-from tests.faults.cases import FAULTY, IN_LOSS, NOT_FINITE, NUM_STEPS, POLICIES, UNSHARDED, Case
+from tests.faults.cases import (
+    GIVEN,
+    IN_LOSS,
+    NOT_FINITE,
+    POLICIES,
+    UNSHARDED,
+    Case,
+)
 from tests.faults.judge import judge
+from tests.faults.losses import given_loss, losses_of
 from tests.faults.placed import Placed
 from tests.faults.records import Figures, Holding, Record, Step
 from tests.support import overlap
@@ -106,10 +114,12 @@ class _Player:
 
     def play(self) -> None:
         try:
-            for step in range(NUM_STEPS):
+            for step in range(self.case.faulty + 2):
                 self._step(step)
             # A pipeline's stages have tensors of their own.
-            self.record.states = str(self.clipper.state_dict())
+            saved = self.clipper.state_dict()
+            self.record.states = str(saved)
+            self.record.losses = losses_of(saved) if self.case.gives_loss else []
         finally:
             if self.attached is not None:
                 self.attached.remove()
@@ -127,12 +137,13 @@ class _Player:
             here.set_weights(self.first_weights)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         self._make_gradients(step)
-        if step == FAULTY and case.place != IN_LOSS:
+        if step == case.faulty and case.place not in (IN_LOSS, GIVEN):
             self._break_gradients()
         grads = [p.grad for _, p in here.params]
         before = here.flat(grads)
         weights = here.flat([p for _, p in here.params])
-        figures = self._take_step()
+        loss = given_loss(case, step, self._breaks_loss(step)) if case.gives_loss else None
+        figures = self._take_step(loss)
         reduced = tuple(
             partial and p.grad is not None and not is_partial(p.grad)
             for partial, (_, p) in zip(here.partial, here.params, strict=True)
@@ -140,7 +151,8 @@ class _Player:
         after = here.flat([p.grad for _, p in here.params])
         stepped = here.flat([p for _, p in here.params])
         values = torch.stack([before, after, weights, stepped]).numpy()
-        self.record.steps.append(Step(values, reduced, scale, figures))
+        given = None if loss is None else float(loss)
+        self.record.steps.append(Step(values, reduced, scale, figures, given))
         for _, param in here.params:
             param.grad = None
 
@@ -172,11 +184,15 @@ class _Player:
         case = self.case
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        if step == FAULTY and case.place == IN_LOSS:
-            everyone = case.layout in placed.BATCHES_ALIKE  # they compute one loss together
-            if everyone or dist.get_rank() == case.rank:
-                loss = loss * NOT_FINITE.get(case.fault, 1e30)
+        if self._breaks_loss(step):
+            loss = loss * NOT_FINITE.get(case.fault, 1e30)
         return loss
+
+    def _breaks_loss(self, step: int) -> bool:
+        """Whether this rank's loss is the wrong one, in backward."""
+        everyone = self.case.layout in placed.BATCHES_ALIKE  # they compute one loss together
+        is_now = step == self.case.faulty and self.case.place == IN_LOSS
+        return is_now and (everyone or dist.get_rank() == self.case.rank)
 
     def _faulty_elements(self) -> Tensor:
         """The numbers of the elements that are to be broken; only the rank of the case knows."""
@@ -225,11 +241,11 @@ class _Player:
         finite = {"overflow": 3e38, "large": 1e30, "denormal": 1e-40}
         return {**NOT_FINITE, **finite}[self.case.fault]
 
-    def _take_step(self) -> Figures:
+    def _take_step(self, loss: float | Tensor | None) -> Figures:
         report, error = None, ""
         seen = None if self.attached is None else self.attached.report
         try:
-            report = self._clip_and_step()
+            report = self._clip_and_step(loss)
         except (distclip.NonFiniteGradientError, ValueError) as raised:
             error = type(raised).__name__
         if self.scaler is not None:
@@ -258,14 +274,14 @@ class _Player:
             named=report.nonfinite_parameters(),
         )
 
-    def _clip_and_step(self) -> distclip.Report | None:
+    def _clip_and_step(self, loss: float | Tensor | None) -> distclip.Report | None:
         clipper, optimizer, scaler = self.clipper, self.optimizer, self.scaler
         if self.case.way == "step":
-            return clipper.step(optimizer, scaler)
+            return clipper.step(optimizer, scaler, loss=loss)
         if self.attached is not None:
             optimizer.step() if scaler is None else scaler.step(optimizer)
             return self.attached.report
-        report = clipper.clip_(optimizer, scaler)
+        report = clipper.clip_(optimizer, scaler, loss=loss)
         if scaler is not None:
             scaler.step(optimizer)
         elif not report.skipped:

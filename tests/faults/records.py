@@ -37,12 +37,14 @@ class Step(NamedTuple):
             before, weights after.
         reduced: of each parameter, whether a `Partial` gradient was reduced.
         scale: of the loss, before the step.
+        loss: what this rank gave to be judged; None for nothing.
     """
 
     values: Any
     reduced: tuple[bool, ...]
     scale: float
     figures: Figures
+    loss: float | None = None
 
 
 class Holding(NamedTuple):
@@ -65,10 +67,12 @@ class Record:
     """What happened in one case on one rank.
 
     Attributes:
+        losses: those that the policy remembers.
         collectives: how many each process group of the rank made, by the group's name.
     """
 
     steps: list[Step] = field(default_factory=list)
     states: str = ""
+    losses: list[float] = field(default_factory=list)
     crash: str = ""
     collectives: dict[str, int] = field(default_factory=dict)

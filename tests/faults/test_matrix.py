@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from distclip import AGC, AdaGC, AutoClip, ClipTensorNorm, ZClip
+from distclip import AGC, AGGC, AdaGC, AdaGN, AutoClip, ClipTensorNorm, SkipSpike, ZClip
 from tests.faults import oracle, play
 from tests.faults.cases import (
     NUM_NUMBERS,
@@ -26,8 +28,10 @@ from tests.faults.cases import (
     why_impossible,
 )
 from tests.faults.judge import odd_groups
+from tests.faults.plain import Norms, plain
 from tests.faults.records import Record
 from tests.faults.run import findings, summary
+from tests.policies.steps import spiky_norms
 from tests.support import reference
 from tests.support.ranks import RankError, Ranks
 
@@ -98,7 +102,7 @@ def draw(seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_oracle_is_the_reference(name: str) -> None:
     """In three steps; the factors of the oracle give what the reference writes."""
-    policy, past = POLICIES[name], oracle.Past([], [])
+    policy, past = POLICIES[name], oracle.no_past()
     groups = oracle.groups_of(policy, SHAPES)
     for step in range(3):
         weights, grads = draw(10 + step), [10 * step * g + g for g in draw(step)]
@@ -113,8 +117,32 @@ def test_the_oracle_is_the_reference(name: str) -> None:
             torch.testing.assert_close(flat, torch.cat([r.flatten() for r in right]))
         oracle.remember(verdict, grads, past)
     assert len(past.totals) == 3
-    if name != "SkipSpike":
-        assert verdict.bound is not None or verdict.factors.min() < 1  # it does clip
+    if _scales(policy):
+        assert verdict.bound is not None or (verdict.factors != 1).any()  # it does clip
+
+
+@pytest.mark.parametrize("policy", [AdaGN(), AGGC(), AGGC(0.7, 1.3, 0.5, 0.1, 3.0, 1.0, 1.1, 5, 9)])
+def test_the_oracle_is_that_of_the_state_machine(policy: Any) -> None:
+    """Two definitions that know nothing of each other."""
+    second, norms = (
+        plain(policy),
+        [norm if t % 7 else 0.0 for t, norm in enumerate(spiky_norms(60, 0))],
+    )
+    if isinstance(policy, AdaGN):
+        first = reference.adagn([[n] for n in norms], policy.gamma1, policy.gamma2, policy.eps)
+        first = first.flatten().tolist()
+    else:
+        *settings, low, high, begin, steps = dataclasses.astuple(policy)
+        first = reference.aggc(norms, *settings, (low, high, begin, steps))
+    for norm, right in zip(norms, first, strict=True):
+        seen = Norms(["w"], [norm], [1], [0.0], norm)
+        (found,) = second.limits(seen) or []
+        assert found == pytest.approx(right, rel=1e-12) or norm == 0
+        second.count(seen)
+
+
+def _scales(policy: Any) -> bool:
+    return not isinstance(policy, SkipSpike)
 
 
 def by_reference(policy, grads, weights, past) -> list[torch.Tensor] | None:
@@ -123,7 +151,10 @@ def by_reference(policy, grads, weights, past) -> list[torch.Tensor] | None:
     if isinstance(policy, AGC):
         norm_type = policy.norm_type
         return reference.agc(weights, grads, policy.clip_factor, policy.eps, 0, norm_type)
-    if isinstance(policy, AdaGC | AutoClip | ZClip) or kind in ("SkipSpike", "Minimum"):
+    if isinstance(policy, AdaGC | AdaGN | AGGC | AutoClip | ZClip) or kind in (
+        "SkipSpike",
+        "Minimum",
+    ):
         return None
     if isinstance(policy, ClipTensorNorm):
         return reference.clip_tensor_norm(grads, policy.max_norm, policy.norm_type)
@@ -140,9 +171,9 @@ def test_the_oracle_at_what_is_not_finite() -> None:
         grads[1][2] = value
         for name, policy in POLICIES.items():
             with np.errstate(invalid="ignore"):
-                verdict = oracle.judge(policy, grads, weights, oracle.Past([], []))
+                verdict = oracle.judge(policy, grads, weights, oracle.no_past())
             assert not verdict.finite, name
             assert not verdict.vetoed
             of_the_element = verdict.factors[oracle.groups_of(policy, SHAPES)[12 + 2]].item()
-            if math.isnan(value) and name != "SkipSpike" and verdict.bound is None:
+            if math.isnan(value) and _scales(policy) and verdict.bound is None:
                 assert math.isnan(of_the_element), name

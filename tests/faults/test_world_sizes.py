@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import Clipper
 from tests.conftest import pool
+from tests.faults.comparing import same, same_state, smallest
+from tests.faults.drawn_policies import POLICIES
 from tests.faults.hostile import drawn
-from tests.faults.machine import POLICIES, same, same_state, smallest
 from tests.faults.plain_steps import Group, expected
 from tests.support.ranks import mesh
 

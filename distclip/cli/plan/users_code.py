@@ -45,13 +45,18 @@ def load_function(target: str) -> Function:
             f"cannot use {source}: importing it makes a process group. Put what trains under "
             f'`if __name__ == "__main__":`'
         )
-    try:
-        function = reduce(getattr, name.split("."), cast(Any, module))
-    except AttributeError:
-        raise UserError(f"--model {target}: {source} has no {name!r}") from None
+    with users_code(f"cannot find {name!r} in {source}"):  # modules may import on demand
+        function = _looked_up(target, source, name, module)
     if not callable(function):
         raise UserError(f"--model {target}: {name!r} is no function but {shown(function)}")
     return function
+
+
+def _looked_up(target: str, source: str, name: str, module: ModuleType) -> Any:
+    try:
+        return reduce(getattr, name.split("."), cast(Any, module))
+    except AttributeError:
+        raise UserError(f"--model {target}: {source} has no {name!r}") from None
 
 
 @contextmanager
@@ -66,7 +71,9 @@ def users_code(doing: str) -> Generator[None]:
             yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit, and what pytest skips with
         _raise_in_one_line(doing, error)
 
 

@@ -32,13 +32,16 @@ def make_clipper(request: Request, mesh: DeviceMesh) -> Clipper:
         UserError: the function raises or returns something else, or nobody knows how to shard or
             clip what it returns.
     """
-    target, pass_mesh = request.target, _takes_mesh(request.function, request.target)
+    target = request.target
+    with users_code(f"cannot read the arguments of {target}"):
+        pass_mesh = _takes_mesh(request.function, target)
     with users_code(f"cannot make a model with {target}"), torch.device("meta"):
         made = request.function(mesh) if pass_mesh else request.function()
     if isinstance(made, Clipper):
         return _checked(made, request)
-    modules = _modules(made, target)
-    named = [each for module in modules for each in named_parameters(module)]
+    with users_code(f"cannot read the model of {target}"):
+        modules = _modules(made, target)
+        named = [each for module in modules for each in named_parameters(module)]
     shows_mesh = any_dtensor(param for _, param in named)
     if not pass_mesh and not shows_mesh:
         for module in modules:
