@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch.distributed as dist
 
 from distclip import cli
-from distclip.cli.plan import Plan
+from distclip.cli.plan import Plan, PolicyName
 from distclip.cli.plan.rows import MAX_ROWS, tensor_rows
 from tests.cli import plan_models
 
@@ -89,6 +89,12 @@ def test_the_message_depends_on_the_policy_and_on_all_stages() -> None:
         assert 8 * (6 + 1 + num_tensors) <= sent < 8 * (6 + 1 + num_tensors + 8)
     one_stage = plan("stage", "pp=1,fsdp=4", policy="tensor-norm")["each_step"]["bytes"]
     assert one_stage == sent
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_every_policy_has_a_plan(policy: Any) -> None:
+    found = plan("stage", "pp=2,fsdp=2", policy=policy)["policies"]["all"]
+    assert found.partition("(")[0].lower().endswith(policy.replace("-", ""))
 
 
 def test_a_clipper_brings_its_policy_and_groups() -> None:

@@ -22,6 +22,9 @@ PolicyName = Literal[
     "autoclip",
     "zclip",
     "adagc",
+    "adagn",
+    "aggc",
+    "skip-spike",
 ]
 
 
@@ -109,5 +112,8 @@ def _policy(name: PolicyName) -> Any:
         "autoclip": policies.AutoClip(),
         "zclip": policies.ZClip(),
         "adagc": policies.AdaGC(),
+        "adagn": policies.AdaGN(),
+        "aggc": policies.AGGC(),
+        "skip-spike": policies.SkipSpike(),
     }
     return made[name]
