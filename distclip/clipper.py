@@ -185,7 +185,7 @@ class Clipper:
         texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
         # With layouts= the ranks may hold different parameters, such as experts.
         held = "" if self._layouts is not None else plan.parameters_text
-        self._call = "; ".join([plan.rule, *texts, held])
+        self._call = "; ".join(filter(None, [plan.rule, *texts, held]))
         if is_first:
             plan.connect()
         if self._tensor_norms:

@@ -1,0 +1,230 @@
+"""What ranks learn from each other when a collective has failed: which of them took no part in it.
+
+gloo says that a connection was closed, or that it has waited too long, and never for which rank. A
+rank that exchanges nothing with the lost one waits for as long as the process group's timeout. So
+each rank that has failed says so in the store of the group, where ranks look that have been waiting
+for long. Nothing is asked of the store as long as collectives take less than half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from threading import Thread
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from distclip import torch_private
+from distclip.errors import CollectiveError, LayoutError
+
+T = TypeVar("T")
+
+_LOOK = timedelta(seconds=0.5)  # how long a rank waits before it looks whether others have failed
+_GRACE_S = 2.5  # how long one that has failed waits for the others, which find it out in this time
+_STORE_S = 1.0  # and for the store, which may be gone together with the rank that keeps it
+_PREFIX = "distclip/failed"
+
+
+class _Report(NamedTuple):
+    """What a rank says that has failed: what it was doing, and whom it knows to be missing."""
+
+    doing: str
+    missing: Sequence[int]
+
+
+class _Verdict(NamedTuple):
+    """The same on all ranks: who was missing, and what each of the others said."""
+
+    missing: Sequence[int]
+    doing: Mapping[int, str]
+
+
+# Since when this process knows a group: the store may tell of an earlier one of the same name.
+_known_since: WeakKeyDictionary[dist.ProcessGroup, float] = WeakKeyDictionary()
+
+
+def know(group: dist.ProcessGroup) -> None:
+    """Takes a group for made by now; for each that collectives will run on."""
+    _known_since.setdefault(group, time.time())
+
+
+class Meeting(NamedTuple):
+    """The ranks that one collective needs.
+
+    Attributes:
+        ranks: global ranks.
+        doing: what this rank is doing, for the others' error.
+    """
+
+    group: dist.ProcessGroup
+    ranks: Sequence[int]
+    doing: str
+
+    def wait(self, work: Any) -> None:
+        """`work.wait()`, which ends too where another rank of the group has failed.
+
+        Raises:
+            RuntimeError: torch's own, or that another rank has failed.
+        """
+        asks = True
+        while True:
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError:  # that half a second is over, too
+                if work.is_completed():
+                    work.wait()
+                    return
+            failed = _within(_STORE_S, self._case) if asks else ""
+            if failed:
+                raise RuntimeError("another rank has found that a collective has failed")
+            asks = failed is not None
+
+    def error(self) -> CollectiveError | LayoutError:
+        """What to raise where the collective has failed; waits for what the other ranks say."""
+        verdict = _within(_GRACE_S + _STORE_S, self._verdict)
+        mine = _short(self.doing)
+        if verdict is None:
+            return CollectiveError(_UNKNOWN.format(mine=mine))
+        missing, rank = verdict.missing, dist.get_rank()
+        if rank in missing:
+            others = sorted({*verdict.doing} - {rank})
+            return CollectiveError(_GIVEN_UP.format(rank=rank, others=others, mine=mine), missing)
+        calls = by_text(verdict.doing)
+        differ = len({*verdict.doing.values()}) > 1
+        if missing:
+            beside = f"; the others do not make the same call either: {calls}" if differ else ""
+            text = _MISSING.format(missing=_named(missing), mine=mine, beside=beside)
+            return CollectiveError(text, missing)
+        return LayoutError(_DIFFER.format(calls=calls)) if differ else CollectiveError(_CONNECTION)
+
+    def give_up(self, missing: Sequence[int]) -> None:
+        """Tells the ranks of this group that this one will not come: others are missing elsewhere.
+
+        They do not wait for it then until their timeout.
+        """
+        _within(_STORE_S, lambda: self._report(missing))
+
+    def _case(self) -> str:
+        """The key of what is said of a failure of this group; "" where none has been found."""
+        store = self.group.get_group_store()
+        key = store.get(_PREFIX).decode() if store.check([_PREFIX]) else ""
+        began = float(key.split("/")[-2]) if key else 0.0
+        return key if began >= _known_since.get(self.group, 0.0) else ""
+
+    def _open_case(self) -> str:
+        if key := self._case():
+            return key
+        store = self.group.get_group_store()
+        old = store.get(_PREFIX).decode() if store.check([_PREFIX]) else ""
+        mine = f"{_PREFIX}/{time.time()}/{dist.get_rank()}-{os.getpid()}"
+        return store.compare_set(_PREFIX, old, mine).decode()
+
+    def _report(self, missing: Sequence[int] = ()) -> str:
+        store, case = self.group.get_group_store(), self._open_case()
+        report = _Report(self.doing, [*missing])
+        store.set(f"{case}/{dist.get_rank()}", json.dumps(report._asdict()))
+        if store.add(f"{case}/number", 1) == len(self.ranks):
+            store.set(f"{case}/all", "")
+        return case
+
+    def _verdict(self) -> _Verdict:
+        """That of the first rank which has heard of all, or has waited for long enough."""
+        until = time.monotonic() + _GRACE_S
+        case, store = self._report(), self.group.get_group_store()
+        while time.monotonic() < until:
+            if store.check([f"{case}/verdict"]) or store.check([f"{case}/all"]):
+                break
+            time.sleep(0.1)
+        found = {rank: self._read(f"{case}/{rank}") for rank in self.ranks}
+        here = {rank: _Report(**each) for rank, each in found.items() if each is not None}
+        missing = {rank for rank in self.ranks if rank not in here}
+        missing |= {rank for report in here.values() for rank in report.missing}
+        mine = _Verdict(sorted(missing), {r: report.doing for r, report in here.items()})
+        text = store.compare_set(f"{case}/verdict", "", json.dumps(mine._asdict())).decode()
+        first = json.loads(text)
+        return _Verdict(first["missing"], {int(r): doing for r, doing in first["doing"].items()})
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        store = self.group.get_group_store()
+        return json.loads(store.get(key)) if store.check([key]) else None
+
+
+def looks(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:
+    """Whether a collective of the tensor makes this thread wait, and can be waited for in parts."""
+    return tensor.is_cpu and torch_private.backend_name(group, tensor.device) == "gloo"
+
+
+def by_text(texts: Mapping[int, str]) -> str:
+    """Which ranks say what: the parts, between semicolons, that not all of them have."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        ranks.setdefault(text, []).append(rank)
+    parts = {text: text.split("; ") for text in ranks}
+    common = set[str].intersection(*map(set, parts.values())) if parts else set[str]()
+    found: list[str] = []
+    for text, who in ranks.items():
+        own = "; ".join(part for part in parts[text] if part not in common)
+        found.append(f"ranks {who}: {_short(own or text)}")
+    return "; ".join(found)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {[*ranks]}"
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T | None:
+    """What a call returns in this time; None where it raises or takes longer.
+
+    A store whose host has been stopped never answers, and has no timeout for it.
+    """
+    returned: list[T] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except (RuntimeError, ValueError):  # no store, or none that answers
+            return
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return returned[0] if returned else None
+
+
+_WHAT_TO_DO = (
+    "Look at what it printed last, and where it waits (`py-spy dump`): it has ended, was stopped, "
+    "or makes another call than the others. All ranks must make the same calls in the same order."
+)
+_MISSING = (
+    "cannot clip together: {missing} took no part in this collective, and all others have given "
+    "up (here: {mine}{beside}). " + _WHAT_TO_DO
+)
+_GIVEN_UP = (
+    "cannot clip together: the ranks {others} have given up waiting for this rank, {rank}, which "
+    "comes after the timeout of the process group (here: {mine}). " + _WHAT_TO_DO
+)
+_DIFFER = (
+    "cannot clip together: the ranks of this collective do not make the same call ({calls}), and "
+    "it has failed. Give the Clipper the same policies, groups and `on_nonfinite` on every rank, "
+    "and call it equally often and in the same order."
+)
+_CONNECTION = (
+    "cannot clip together: all ranks came to this collective, and it failed on all of them. The "
+    "connection between two of them was lost, or one came after the timeout of the process group."
+)
+_UNKNOWN = (
+    "cannot clip together: a collective has failed (here: {mine}), and it is not known which rank "
+    "took no part in it, because the store of the process group does not answer. The rank that "
+    "keeps it, rank 0 unless a launcher does, may be the one. Look at what each printed last."
+)
