@@ -192,7 +192,8 @@ class Clipper:
             if is_first:
                 check_same_call(plan, self._call)
             plan = with_tensor_groups(plan, self._shared)
-        plan.calls.steps = None if is_first else self.plan.calls.steps
+        if not is_first:
+            plan.calls.steps, plan.calls.number = self.plan.calls.steps, self.plan.calls.number
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]

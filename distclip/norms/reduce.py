@@ -18,11 +18,12 @@ from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
 from distclip.norms.loss import average_loss, loss_slots, mean_loss
 from distclip.norms.measure import GroupMeasurement, tensor_slots
 from distclip.norms.plan import LOSS_SIZE, ParamGroup, Plan
-from distclip.sharding.failures import by_text
+from distclip.sharding.failures import by_text, first_form
 from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values, is_capturing
 
 T = TypeVar("T")
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class GroupNorms(NamedTuple):
@@ -152,17 +153,49 @@ def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan, call:
     doing = f"{call}; call {plan.calls.number}"
     if plan.one_shot is not None and has_values(parts[0]):
         messages = plan.one_shot.all_gather(parts)
-    elif any(is_max) and not all(is_max):
-        messages = ranks.all_gather(torch.cat([*parts]), doing=doing)
     else:
         message = torch.cat([*parts])
-        op = dist.ReduceOp.MAX if is_max[0] else dist.ReduceOp.SUM
-        ranks.all_reduce_(message, op, doing=doing)
-        return message
+        mixed = any(is_max) and not all(is_max)
+        how = "gather" if mixed else "max" if is_max[0] else "sum"
+        if plan.calls.number == 1 and plan.rule:
+            _check_form(message, how, plan, call)
+        if how != "gather":
+            ranks.all_reduce_(message, _OPS[how], doing=doing)
+            return message
+        messages = ranks.all_gather(message, doing=doing)
     runs = [[*run] for _, run in groupby(zip(is_max, parts, strict=True), itemgetter(0))]
     columns = torch.split(messages, [sum(len(part) for _, part in run) for run in runs], dim=1)
     found = [combine(each, run[0][0]) for each, run in zip(columns, runs, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _check_form(message: Tensor, how: str, plan: Plan, call: str) -> None:
+    """Raises the LayoutError of `total_norms` where the first message of a Clipper fits no other.
+
+    A rank that finds another form in the store sends its header in that one: all ranks then find
+    that the tags differ, and nobody gets a message of another length.
+
+    Collective: none; where ranks have other forms, what they take for that of the step.
+    """
+    assert plan.reduce_mesh is not None
+    ranks = plan.reduce_mesh.rank_group
+    if len(ranks.lines) != 1 or ranks.is_fake or not host_has_values(message):
+        return
+    form = f"{how} of {len(message)} numbers"
+    first = first_form(ranks.lines[0].group, form)
+    if first == form:
+        return
+    call = f"{call}; {form}"
+    how, _, size, _ = first.split()
+    mine = message.new_tensor(Header(call).numbers(how == "max"))[:2]
+    numbers = torch.cat([mine, message.new_zeros(int(size) - len(mine))])
+    if how == "gather":
+        agrees = bool((ranks.all_gather(numbers, doing=call)[:, :2] == mine).all())
+    else:
+        ranks.all_reduce_(numbers, _OPS[how], doing=call)
+        agrees = numbers[:2].equal(mine if how == "max" else mine * ranks.num_combined)
+    if not agrees:  # else the store had the form of another start, which they all have taken
+        raise _disagreement(plan, call)
 
 
 def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: int) -> _Flags:

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
@@ -45,13 +46,37 @@ class _Verdict(NamedTuple):
     doing: Mapping[int, str]
 
 
-# Since when this process knows a group: the store may tell of an earlier one of the same name.
-_known_since: WeakKeyDictionary[dist.ProcessGroup, float] = WeakKeyDictionary()
+@dataclass
+class _Known:
+    """What this process knows of a group.
+
+    Attributes:
+        since: the store may tell of an earlier group of the same name.
+        num_collectives: those of distclip that have begun. The n-th of one rank meets the n-th of
+            every other.
+    """
+
+    since: float
+    num_collectives: int = 0
+
+
+_known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
 
 
 def know(group: dist.ProcessGroup) -> None:
     """Takes a group for made by now; for each that collectives will run on."""
-    _known_since.setdefault(group, time.time())
+    _known.setdefault(group, _Known(time.time()))
+
+
+def first_form(group: dist.ProcessGroup, form: str) -> str:
+    """What the first rank has said of the next collective of the group; `form`, if this one is it.
+
+    For ranks that cannot be sure to send messages of one size: gloo ends the process that receives
+    a longer one than it expects. Does not wait for other ranks.
+    """
+    key = f"distclip/form/{_known[group].num_collectives}"
+    store = group.get_group_store()
+    return _within(_STORE_S, lambda: store.compare_set(key, "", form).decode()) or form
 
 
 class Meeting(NamedTuple):
@@ -65,6 +90,11 @@ class Meeting(NamedTuple):
     group: dist.ProcessGroup
     ranks: Sequence[int]
     doing: str
+
+    def begin(self) -> None:
+        """Counts the collective."""
+        know(self.group)
+        _known[self.group].num_collectives += 1
 
     def wait(self, work: Any) -> None:
         """`work.wait()`, which ends too where another rank of the group has failed.
@@ -116,7 +146,7 @@ class Meeting(NamedTuple):
         store = self.group.get_group_store()
         key = store.get(_PREFIX).decode() if store.check([_PREFIX]) else ""
         began = float(key.split("/")[-2]) if key else 0.0
-        return key if began >= _known_since.get(self.group, 0.0) else ""
+        return key if began >= _known[self.group].since else ""
 
     def _open_case(self) -> str:
         if key := self._case():

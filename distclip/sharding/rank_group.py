@@ -68,6 +68,7 @@ class Line(NamedTuple):
 
     def _run(self, start: Callable[[bool], Any], tensor: Tensor, doing: str) -> None:
         meeting = Meeting(self.group, self.ranks, doing)
+        meeting.begin()
         try:
             if looks(self.group, tensor):
                 meeting.wait(start(True))
