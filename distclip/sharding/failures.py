@@ -232,17 +232,16 @@ def _within(seconds: float, call: Callable[[], T]) -> T | None:
     return returned[0] if returned else None
 
 
-_WHAT_TO_DO = (
-    "Look at what it printed last, and where it waits (`py-spy dump`): it has ended, was stopped, "
-    "or makes another call than the others. All ranks must make the same calls in the same order."
-)
 _MISSING = (
     "cannot clip together: {missing} took no part in this collective, and all others have given "
-    "up (here: {mine}{beside}). " + _WHAT_TO_DO
+    "up (here: {mine}{beside}). Who is missing has ended, was stopped, or makes another call. Look "
+    "at what it printed last, and where it waits (`py-spy dump`), and make the same calls on all "
+    "ranks in the same order."
 )
 _GIVEN_UP = (
     "cannot clip together: the ranks {others} have given up waiting for this rank, {rank}, which "
-    "comes after the timeout of the process group (here: {mine}). " + _WHAT_TO_DO
+    "comes after the timeout of the process group (here: {mine}). Look for what has taken it so "
+    "long, or raise `timeout=` of `init_process_group`."
 )
 _DIFFER = (
     "cannot clip together: the ranks of this collective do not make the same call ({calls}), and "
