@@ -250,8 +250,8 @@ class Clipper:
             LayoutError: on every rank, where a rank makes another call: of a Clipper with other
                 policies or another `on_nonfinite`, of another Clipper, or with another `step`. On
                 an accelerator the norm is NaN first, and the error follows four steps later.
-            CollectiveError: on every rank that is left, where one has ended, was stopped or does not
-                call: it names the ranks that are missing. No gradient is changed then.
+            CollectiveError: on all ranks that are left, where one has ended, was stopped or does
+                not call: it names those that are missing. No gradient is changed then.
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together; after
                 `max_consecutive_skips` steps with a norm that is not finite.
             SkippedStepsError: after as many steps, on every rank together, where a policy vetoes

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,15 +33,8 @@ _STORE_S = 1.0  # and for the store, which may be gone together with the rank th
 _PREFIX = "distclip/failed"
 
 
-class _Report(NamedTuple):
-    """What a rank says that has failed: what it was doing, and whom it knows to be missing."""
-
-    doing: str
-    missing: Sequence[int]
-
-
 class _Verdict(NamedTuple):
-    """The same on all ranks: who was missing, and what each of the others said."""
+    """The same on all ranks: who was missing, and what each of the others was doing."""
 
     missing: Sequence[int]
     doing: Mapping[int, str]
@@ -63,9 +57,12 @@ class _Known:
 _known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
 
 
-def know(group: dist.ProcessGroup) -> None:
-    """Takes a group for made by now; for each that collectives will run on."""
-    _known.setdefault(group, _Known(time.time()))
+def know(group: dist.ProcessGroup) -> _Known:
+    """Takes a group, and the world, for made by now."""
+    if (known := _known.get(group)) is None:
+        known = _known[group] = _Known(time.time())
+        know(_world())
+    return known
 
 
 def first_form(group: dist.ProcessGroup, form: str) -> str:
@@ -74,30 +71,26 @@ def first_form(group: dist.ProcessGroup, form: str) -> str:
     For ranks that cannot be sure to send messages of one size: gloo ends the process that receives
     a longer one than it expects. Does not wait for other ranks.
     """
-    key = f"distclip/form/{_known[group].num_collectives}"
+    key = f"distclip/form/{know(group).num_collectives}"
     store = group.get_group_store()
     return _within(_STORE_S, lambda: store.compare_set(key, "", form).decode()) or form
 
 
 class Meeting(NamedTuple):
-    """The ranks that one collective needs.
+    """The ranks that must take part in what this one does.
+
+    They talk in the store of the world, also where each of their groups has a part of them.
 
     Attributes:
-        ranks: global ranks.
+        ranks: global ranks, in order; the same on each.
         doing: what this rank is doing, for the others' error.
     """
 
-    group: dist.ProcessGroup
     ranks: Sequence[int]
     doing: str
 
-    def begin(self) -> None:
-        """Counts the collective."""
-        know(self.group)
-        _known[self.group].num_collectives += 1
-
     def wait(self, work: Any) -> None:
-        """`work.wait()`, which ends too where another rank of the group has failed.
+        """`work.wait()`, which ends too where another of the ranks has failed.
 
         Raises:
             RuntimeError: torch's own, or that another rank has failed.
@@ -134,56 +127,52 @@ class Meeting(NamedTuple):
             return CollectiveError(text, missing)
         return LayoutError(_DIFFER.format(calls=calls)) if differ else CollectiveError(_CONNECTION)
 
-    def give_up(self, missing: Sequence[int]) -> None:
-        """Tells the ranks of this group that this one will not come: others are missing elsewhere.
-
-        They do not wait for it then until their timeout.
-        """
-        _within(_STORE_S, lambda: self._report(missing))
+    @property
+    def _key(self) -> str:
+        """Of what is said of these ranks; its value is the key of the latest failure."""
+        return f"distclip/failed/{zlib.crc32(repr([*self.ranks]).encode()):x}"
 
     def _case(self) -> str:
-        """The key of what is said of a failure of this group; "" where none has been found."""
-        store = self.group.get_group_store()
-        key = store.get(_PREFIX).decode() if store.check([_PREFIX]) else ""
+        """The key of what is said of a failure; "" where none has been found."""
+        store = _store()
+        key = store.get(self._key).decode() if store.check([self._key]) else ""
         began = float(key.split("/")[-2]) if key else 0.0
-        return key if began >= _known[self.group].since else ""
+        return key if began >= know(_world()).since else ""
 
     def _open_case(self) -> str:
         if key := self._case():
             return key
-        store = self.group.get_group_store()
-        old = store.get(_PREFIX).decode() if store.check([_PREFIX]) else ""
-        mine = f"{_PREFIX}/{time.time()}/{dist.get_rank()}-{os.getpid()}"
-        return store.compare_set(_PREFIX, old, mine).decode()
-
-    def _report(self, missing: Sequence[int] = ()) -> str:
-        store, case = self.group.get_group_store(), self._open_case()
-        report = _Report(self.doing, [*missing])
-        store.set(f"{case}/{dist.get_rank()}", json.dumps(report._asdict()))
-        if store.add(f"{case}/number", 1) == len(self.ranks):
-            store.set(f"{case}/all", "")
-        return case
+        store = _store()
+        old = store.get(self._key).decode() if store.check([self._key]) else ""
+        mine = f"{self._key}/{time.time()}/{dist.get_rank()}-{os.getpid()}"
+        return store.compare_set(self._key, old, mine).decode()
 
     def _verdict(self) -> _Verdict:
         """That of the first rank which has heard of all, or has waited for long enough."""
-        until = time.monotonic() + _GRACE_S
-        case, store = self._report(), self.group.get_group_store()
-        while time.monotonic() < until:
+        began, store = time.monotonic(), _store()
+        case = self._open_case()
+        store.set(f"{case}/{dist.get_rank()}", self.doing)
+        if store.add(f"{case}/number", 1) == len(self.ranks):
+            store.set(f"{case}/all", "")
+        if time.monotonic() > began + _STORE_S:
+            raise RuntimeError("the store was silent, and may not know yet what others have said")
+        while time.monotonic() < began + _GRACE_S:
             if store.check([f"{case}/verdict"]) or store.check([f"{case}/all"]):
                 break
             time.sleep(0.1)
-        found = {rank: self._read(f"{case}/{rank}") for rank in self.ranks}
-        here = {rank: _Report(**each) for rank, each in found.items() if each is not None}
-        missing = {rank for rank in self.ranks if rank not in here}
-        missing |= {rank for report in here.values() for rank in report.missing}
-        mine = _Verdict(sorted(missing), {r: report.doing for r, report in here.items()})
-        text = store.compare_set(f"{case}/verdict", "", json.dumps(mine._asdict())).decode()
-        first = json.loads(text)
-        return _Verdict(first["missing"], {int(r): doing for r, doing in first["doing"].items()})
+        here = [rank for rank in self.ranks if store.check([f"{case}/{rank}"])]
+        doing = {rank: store.get(f"{case}/{rank}").decode() for rank in here}
+        mine = json.dumps([sorted({*self.ranks} - {*here}), [*doing.items()]])
+        missing, items = json.loads(store.compare_set(f"{case}/verdict", "", mine))
+        return _Verdict(missing, dict(items))
 
-    def _read(self, key: str) -> dict[str, Any] | None:
-        store = self.group.get_group_store()
-        return json.loads(store.get(key)) if store.check([key]) else None
+
+def _world() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.group.WORLD)
+
+
+def _store() -> Any:
+    return _world().get_group_store()
 
 
 def looks(group: dist.ProcessGroup, tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distclip.errors import CollectiveError, LayoutError
 from distclip.sharding.failures import Meeting, know, looks
 from distclip.torch_private import local_tensor, with_real_values
 
@@ -41,34 +40,32 @@ class Line(NamedTuple):
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
 
-    def all_reduce_(self, numbers: Tensor, op: Any, doing: str) -> None:
+    def all_reduce_(self, numbers: Tensor, op: Any, meeting: Meeting) -> None:
         """Raises, as all methods here, CollectiveError or LayoutError, which name the ranks."""
-        self._run(lambda a: cast(Any, dist.all_reduce)(numbers, op, self.group, a), numbers, doing)
+        reduce = cast(Any, dist.all_reduce)
+        self._run(lambda a: reduce(numbers, op, self.group, a), numbers, meeting)
 
-    def all_gather(self, numbers: Tensor, doing: str) -> Tensor:
+    def all_gather(self, numbers: Tensor, meeting: Meeting) -> Tensor:
         """Shapes: numbers: [n]; the result: [ranks, n]."""
-        rows = numbers.new_empty(len(self.ranks), len(numbers))
+        rows, gather = numbers.new_empty(len(self.ranks), len(numbers)), cast(Any, dist.all_gather)
         by_rank = dict(zip(self.ranks, rows.unbind(), strict=True))
         in_order = [by_rank[rank] for rank in dist.get_process_group_ranks(self.group)]
-        self._run(
-            lambda a: cast(Any, dist.all_gather)(in_order, numbers, self.group, a), numbers, doing
-        )
+        self._run(lambda a: gather(in_order, numbers, self.group, a), numbers, meeting)
         return rows
 
-    def all_gather_objects(self, mine: T, device: torch.device, doing: str) -> list[T]:
+    def all_gather_objects(self, mine: T, device: torch.device, meeting: Meeting) -> list[T]:
         """As `dist.all_gather_object`, which waits for lost ranks as long as torch lets it."""
         content = torch.tensor([*pickle.dumps(mine)], dtype=torch.uint8, device=device)
         length = torch.tensor([len(content)], dtype=torch.int64, device=device)
-        lengths = cast("list[list[int]]", self.all_gather(length, doing).tolist())
+        lengths = cast("list[list[int]]", self.all_gather(length, meeting).tolist())
         padded = content.new_zeros(max(lengths)[0])
         padded[: len(content)] = content
-        rows = cast("list[list[int]]", self.all_gather(padded, doing).tolist())
+        rows = cast("list[list[int]]", self.all_gather(padded, meeting).tolist())
         each = zip(rows, lengths, strict=True)
         return [pickle.loads(bytes(row[:n])) for row, (n,) in each]  # noqa: S301  (of our own ranks)
 
-    def _run(self, start: Callable[[bool], Any], tensor: Tensor, doing: str) -> None:
-        meeting = Meeting(self.group, self.ranks, doing)
-        meeting.begin()
+    def _run(self, start: Callable[[bool], Any], tensor: Tensor, meeting: Meeting) -> None:
+        know(self.group).num_collectives += 1
         try:
             if looks(self.group, tensor):
                 meeting.wait(start(True))
@@ -86,10 +83,12 @@ class RankGroup:
         lines: of one process group over all ranks; where there is none, of each axis of the mesh
             that has several ranks, the longest first. Empty for a rank that is alone.
         device: where the collectives run.
+        ranks: all of them, in order; those of the lines, if omitted.
     """
 
     lines: tuple[Line, ...]
     device: torch.device
+    ranks: tuple[int, ...] = ()
 
     @classmethod
     @with_real_values()
@@ -103,7 +102,9 @@ class RankGroup:
             return cls.world(torch.device(mesh.device_type), tensors)
         lines = [_line(mesh, axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
         lines.sort(key=lambda line: -len(line.ranks))
-        return cls(tuple(lines), with_index(torch.device(mesh.device_type), tensors, lines))
+        device = with_index(torch.device(mesh.device_type), tensors, lines)
+        ranks = sorted(cast("list[int]", mesh.mesh.flatten().tolist()))
+        return cls(tuple(lines), device, tuple(ranks))
 
     @classmethod
     def world(cls, device: torch.device, tensors: Iterable[Tensor] = ()) -> RankGroup:
@@ -159,13 +160,13 @@ class RankGroup:
         Collective: one all-reduce; one all-gather for each further line. Another all-reduce would
             not do: along other lines it may add in another order.
         """
-        with self._giving_up_together(doing):
-            if self.lines:
-                self.lines[0].all_reduce_(numbers, op, doing)
-            for line in self.lines[1:]:
-                rows = line.all_gather(numbers, doing)
-                if not self.is_fake:
-                    numbers.copy_(combine(rows, op == dist.ReduceOp.MAX))
+        meeting = self._meeting(doing)
+        if self.lines:
+            self.lines[0].all_reduce_(numbers, op, meeting)
+        for line in self.lines[1:]:
+            rows = line.all_gather(numbers, meeting)
+            if not self.is_fake:
+                numbers.copy_(combine(rows, op == dist.ReduceOp.MAX))
 
     def all_gather(self, numbers: Tensor, *, doing: str = "an all-gather") -> Tensor:
         """The numbers of all ranks, in an order that is the same on each.
@@ -174,10 +175,9 @@ class RankGroup:
 
         Collective: an all-gather for each line.
         """
-        rows = numbers
-        with self._giving_up_together(doing):
-            for line in self.lines:
-                rows = line.all_gather(rows.flatten(), doing)
+        rows, meeting = numbers, self._meeting(doing)
+        for line in self.lines:
+            rows = line.all_gather(rows.flatten(), meeting)
         return numbers[None] if self.is_fake else rows.view(-1, len(numbers))
 
     @with_real_values()
@@ -191,22 +191,19 @@ class RankGroup:
         found = {dist.get_rank(): mine}
         if self.is_fake:  # it would copy the object once for each simulated rank
             return found
-        with as_current(self.device), self._giving_up_together(doing):
+        with as_current(self.device):
             for line in self.lines:
-                parts = line.all_gather_objects(found, self.device, doing)
+                parts = line.all_gather_objects(found, self.device, self._meeting(doing))
                 found = {rank: each for part in parts for rank, each in part.items()}
         return dict(sorted(found.items()))
 
-    @contextlib.contextmanager
-    def _giving_up_together(self, doing: str) -> Generator[None]:
-        """Ranks on other lines need not wait for this one, which will not come there."""
-        try:
-            yield
-        except (CollectiveError, LayoutError) as error:
-            missing = error.ranks if isinstance(error, CollectiveError) else ()
-            for line in self.lines if len(self.lines) > 1 else ():
-                Meeting(line.group, line.ranks, doing).give_up(missing)
-            raise
+    def _meeting(self, doing: str) -> Meeting:
+        return Meeting(self._all_ranks, doing)
+
+    @cached_property
+    def _all_ranks(self) -> tuple[int, ...]:
+        of_lines = {rank for line in self.lines for rank in line.ranks}
+        return self.ranks or tuple(sorted(of_lines))
 
 
 def combine(rows: Tensor, is_max: bool) -> Tensor:

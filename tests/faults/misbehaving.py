@@ -103,6 +103,7 @@ class Run:
         call: clips, and steps where the way does; its argument is the number of the step.
     """
 
+    way: str
     params: list[nn.Parameter]
     call: Callable[[int], Any]
     clipper: Clipper | None
@@ -133,7 +134,7 @@ def play(case: Case) -> Found | None:
         return None
     source, params, options = made
     first = [local(param.grad).clone() for param in params]
-    run = Run(params, *_way_of(case.way, source, params, options), first)
+    run = Run(case.way, params, *_way_of(case.way, source, params, options), first)
     run.call(0)
     clipped = [local(p.grad) for p in params if p.grad is not None]
     same = [torch.equal(a, b) for a, b in zip(clipped, first, strict=False) if a.numel()]
@@ -256,7 +257,7 @@ def _kill() -> None:
 
 def _stop() -> None:
     """Until the others have given up."""
-    goes_on = f"sleep {TIMEOUT_S + 4}; kill -CONT {os.getpid()}"
+    goes_on = f"sleep {TIMEOUT_S + 6}; kill -CONT {os.getpid()}"
     subprocess.Popen(["/bin/sh", "-c", goes_on])
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -276,15 +277,17 @@ def _killed_in_call(run: Run, rank: int) -> None:
     if rank == ODD - 1:
         time.sleep(LATE_S)
     run.call(2)
+    run.mark()  # in several steps, a rank may have all that it needs, and finds it in its next call
+    run.call(3)
 
 
 def _killed_after_collective(run: Run, rank: int) -> None:
     """It has the norm, and has written nothing yet; the others find it in the next step."""
     if rank == ODD:
-        if run.clipper is not None:
-            run.clipper.decide(step=1)
-        else:
+        if run.clipper is None or run.way == "in backward":
             run.call(1)
+        else:
+            run.clipper.decide(step=None if run.way == "attach" else 1)
         _kill()
     run.call(1)
     run.mark()

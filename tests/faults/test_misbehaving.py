@@ -89,7 +89,7 @@ def test_ranks_that_misbehave(all_played: Played, case: Case) -> None:
     for rank, each in found.items():
         assert each.whole, answers
         if rank not in odd:
-            assert each.untouched, answers
+            assert each.untouched or case.way == "in backward", answers
             assert each.seconds <= MOST_S, answers
     others = [each for rank, each in found.items() if rank not in odd]
     assert len({each.stepped for each in others}) == 1  # in backward, all or none
@@ -101,6 +101,7 @@ def test_ranks_that_misbehave(all_played: Played, case: Case) -> None:
     wanted = MISSING.get(case.fault)
     names = "it is not known" if wanted is None else f"{wanted} took no part"
     assert all(names in each.text for each in others), answers
+    assert len({each.text for each in others}) == 1, answers
     if case.fault == "stopped":  # it goes on when the others have given up
         assert "have given up waiting for this rank, 2" in found[ODD].text, answers
         assert found[ODD].untouched
@@ -108,4 +109,6 @@ def test_ranks_that_misbehave(all_played: Played, case: Case) -> None:
 
 def without_collectives(found: dict[int, Found]) -> None:
     """DDP has reduced the gradients, and its own next all-reduce finds who is missing."""
-    assert all(not each.error and each.whole for each in found.values()), found
+    kinds = {rank: each.error for rank, each in found.items() if each.error}
+    assert kinds in ({}, {ODD: "RuntimeError"}), found  # its own
+    assert all(each.whole for each in found.values()), found
