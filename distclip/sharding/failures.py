@@ -28,8 +28,8 @@ from distclip.errors import CollectiveError, LayoutError
 T = TypeVar("T")
 
 _LOOK = timedelta(seconds=0.5)  # how long a rank waits before it looks whether others have failed
-_GRACE_S = 2.5  # how long one that has failed waits for the others, which find it out in this time
-_STORE_S = 1.0  # and for the store, which may be gone together with the rank that keeps it
+_GRACE_S = 3.5  # how long one that has failed waits for the others, which find it out in this time
+_STORE_S = 1.5  # and for the store, which may be gone together with the rank that keeps it
 _PREFIX = "distclip/failed"
 
 
@@ -111,8 +111,10 @@ class Meeting(NamedTuple):
 
     def error(self) -> CollectiveError | LayoutError:
         """What to raise where the collective has failed; waits for what the other ranks say."""
-        verdict = _within(_GRACE_S + _STORE_S, self._verdict)
-        mine = _short(self.doing)
+        mine, verdict = _short(self.doing), None
+        # A store that takes longer may not know yet what the others have said.
+        if (case := _within(_STORE_S, self._report)) is not None:
+            verdict = _within(_GRACE_S + _STORE_S, lambda: self._verdict(case))
         if verdict is None:
             return CollectiveError(_UNKNOWN.format(mine=mine))
         missing, rank = verdict.missing, dist.get_rank()
@@ -147,16 +149,18 @@ class Meeting(NamedTuple):
         mine = f"{self._key}/{time.time()}/{dist.get_rank()}-{os.getpid()}"
         return store.compare_set(self._key, old, mine).decode()
 
-    def _verdict(self) -> _Verdict:
-        """That of the first rank which has heard of all, or has waited for long enough."""
-        began, store = time.monotonic(), _store()
-        case = self._open_case()
+    def _report(self) -> str:
+        """Says that this rank has failed; the key of the failure."""
+        case, store = self._open_case(), _store()
         store.set(f"{case}/{dist.get_rank()}", self.doing)
         if store.add(f"{case}/number", 1) == len(self.ranks):
             store.set(f"{case}/all", "")
-        if time.monotonic() > began + _STORE_S:
-            raise RuntimeError("the store was silent, and may not know yet what others have said")
-        while time.monotonic() < began + _GRACE_S:
+        return case
+
+    def _verdict(self, case: str) -> _Verdict:
+        """That of the first rank which has heard of all, or has waited for long enough."""
+        until, store = time.monotonic() + _GRACE_S, _store()
+        while time.monotonic() < until:
             if store.check([f"{case}/verdict"]) or store.check([f"{case}/all"]):
                 break
             time.sleep(0.1)
