@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _LOOK = timedelta(seconds=0.5)  # how long a rank waits before it looks whether others have failed
 _GRACE_S = 3.5  # how long one that has failed waits for the others, which find it out in this time
+_SETUP_S = 60.0  # for the store, before anything has failed
 _STORE_S = 1.5  # and for the store, which may be gone together with the rank that keeps it
 _PREFIX = "distclip/failed"
 
@@ -73,7 +74,7 @@ def first_form(group: dist.ProcessGroup, form: str) -> str:
     """
     key = f"distclip/form/{know(group).num_collectives}"
     store = group.get_group_store()
-    return _within(_STORE_S, lambda: store.compare_set(key, "", form).decode()) or form
+    return _within(_SETUP_S, lambda: store.compare_set(key, "", form).decode()) or form
 
 
 class Meeting(NamedTuple):
