@@ -12,6 +12,7 @@ from distclip.api import clip_grads_with_norm_ as clip_grads_with_norm_
 from distclip.api import get_total_norm as get_total_norm
 from distclip.clipper import Clipper as Clipper
 from distclip.decision import Decision as Decision
+from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import LayoutError as LayoutError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.errors import SkippedStepsError as SkippedStepsError

@@ -185,14 +185,15 @@ class Clipper:
         texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
         # With layouts= the ranks may hold different parameters, such as experts.
         held = "" if self._layouts is not None else plan.parameters_text
-        self._call = "; ".join([plan.rule, *texts, held])
+        self._call = "; ".join(filter(None, [plan.rule, *texts, held]))
         if is_first:
             plan.connect()
         if self._tensor_norms:
             if is_first:
                 check_same_call(plan, self._call)
             plan = with_tensor_groups(plan, self._shared)
-        plan.calls.steps = None if is_first else self.plan.calls.steps
+        if not is_first:
+            plan.calls.steps, plan.calls.number = self.plan.calls.steps, self.plan.calls.number
         self.plan = plan
         self._read, self._changes = read, ModelChanges(read)
         self._params = [param.param for param in plan.params]
@@ -249,6 +250,8 @@ class Clipper:
             LayoutError: on every rank, where a rank makes another call: of a Clipper with other
                 policies or another `on_nonfinite`, of another Clipper, or with another `step`. On
                 an accelerator the norm is NaN first, and the error follows four steps later.
+            CollectiveError: on all ranks that are left, where one has ended, was stopped or does
+                not call: it names those that are missing. No gradient is changed then.
             NonFiniteGradientError: with on_nonfinite="raise", on every rank together; after
                 `max_consecutive_skips` steps with a norm that is not finite.
             SkippedStepsError: after as many steps, on every rank together, where a policy vetoes

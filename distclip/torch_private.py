@@ -216,6 +216,14 @@ def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
         return backend_of(torch.device("cpu")).options._timeout
 
 
+def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Of a group that has one for each type of device, as "cpu:gloo,cuda:nccl" gives it."""
+    try:
+        return cast(Any, group)._get_backend(device).name()
+    except RuntimeError:  # it has none for the device
+        return ""
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward on this thread, as in a hook of a parameter."""
     return _torch._C._current_graph_task_id() != -1

@@ -46,7 +46,7 @@ def average_loss(loss: Tensor, plan: Plan) -> Tensor:
     """
     slots = loss_slots(loss, plan.device)
     if plan.ranks is not None:
-        plan.ranks.all_reduce_(slots)
+        plan.ranks.all_reduce_(slots, doing="averaging loss=")
     elif dist.is_initialized() and dist.get_world_size() > 1:
         raise LayoutError(
             "cannot average loss=: nothing is sharded, and nothing says which ranks train "

@@ -91,6 +91,7 @@ class Calls:
     """What is known from earlier calls with a plan, on accelerators.
 
     Attributes:
+        number: how many collectives of a step there were.
         late: numbers that are read some steps later.
         reduces: some rank had a gradient that must be reduced first, in one step or more.
         is_settled: no rank has had one, and in the last step none lacked one.
@@ -98,6 +99,7 @@ class Calls:
         steps: says what the optimizers do, which took the last step or are attached.
     """
 
+    number: int = 0
     late: LateReads = field(default_factory=LateReads)
     reduces: bool = False
     is_settled: bool = False
@@ -416,7 +418,8 @@ def _with_slots_of_other_ranks(groups: Sequence[ParamGroup], mesh: ReduceMesh) -
     """Ranks along the distinct axes hold different units: each coordinate gets slots of its own."""
     here = tuple(mesh.coordinate[axis] for axis in sorted(mesh.distinct))
     mine = (here, [group.num_slots for group in groups])
-    slots_at = dict(mesh.rank_group.all_gather_objects(mine).values())
+    doing = "making a Clipper: comparing how many units the ranks have"
+    slots_at = dict(mesh.rank_group.all_gather_objects(mine, doing=doing).values())
     before = [slots for coordinate, slots in slots_at.items() if coordinate < here]
     return [
         replace(
@@ -446,7 +449,8 @@ def _with_tensors_of_other_ranks(
     here = tuple(mesh.coordinate[axis] for axis in axes)
     is_first = all(mesh.coordinate[a] == 0 for a in mesh.axes if a not in mesh.distinct)
     mine = _Tensors(here, [group.tensor_names for group in groups]) if is_first else None
-    found = mesh.rank_group.all_gather_objects(mine).values()
+    doing = "making a Clipper: comparing the names of tensors"
+    found = mesh.rank_group.all_gather_objects(mine, doing=doing).values()
     names_at = dict(sorted(each for each in found if each is not None))
     made: list[ParamGroup] = []
     for i, group in enumerate(groups):

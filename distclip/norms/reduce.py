@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, NoReturn, TypeVar, cast
@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.errors import LayoutError
+from distclip.errors import CollectiveError, LayoutError
 from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
 from distclip.norms.loss import average_loss, loss_slots, mean_loss
 from distclip.norms.measure import GroupMeasurement, tensor_slots
 from distclip.norms.plan import LOSS_SIZE, ParamGroup, Plan
+from distclip.sharding.failures import by_text, first_form
 from distclip.sharding.rank_group import RankGroup, combine
 from distclip.torch_private import has_values, host_has_values, is_capturing
 
 T = TypeVar("T")
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class GroupNorms(NamedTuple):
@@ -136,29 +138,64 @@ def _reduce(
     call = header, all(is_max), ranks.num_combined
     encoded = encode(*call, plan.message_size - num_filled, payload[0])
     parts = [encoded.header, *payload, encoded.filling]
-    message = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)
+    message = _combined(parts, [all(is_max), *is_max, all(is_max)], plan, header.text)
     first, reduced = message[:HEADER_SIZE], message[HEADER_SIZE:num_filled]
     if not host_has_values(message):
         reduced = reduced.masked_fill(encoded.is_wrong(first), math.nan)
     return reduced, _read(first, plan, *call)
 
 
-def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan) -> Tensor:
+def _combined(parts: Sequence[Tensor], is_max: Sequence[bool], plan: Plan, call: str) -> Tensor:
     """The parts of all ranks, one after the other: of some the maxima, of others the sums."""
     assert plan.reduce_mesh is not None
     ranks = plan.reduce_mesh.rank_group
+    plan.calls.number += 1
+    doing = f"{call}; call {plan.calls.number}"
     if plan.one_shot is not None and has_values(parts[0]):
         messages = plan.one_shot.all_gather(parts)
-    elif any(is_max) and not all(is_max):
-        messages = ranks.all_gather(torch.cat([*parts]))
     else:
         message = torch.cat([*parts])
-        ranks.all_reduce_(message, dist.ReduceOp.MAX if is_max[0] else dist.ReduceOp.SUM)
-        return message
+        mixed = any(is_max) and not all(is_max)
+        how = "gather" if mixed else "max" if is_max[0] else "sum"
+        if plan.calls.number == 1 and plan.rule:
+            _check_form(message, how, plan, call)
+        if how != "gather":
+            ranks.all_reduce_(message, _OPS[how], doing=doing)
+            return message
+        messages = ranks.all_gather(message, doing=doing)
     runs = [[*run] for _, run in groupby(zip(is_max, parts, strict=True), itemgetter(0))]
     columns = torch.split(messages, [sum(len(part) for _, part in run) for run in runs], dim=1)
     found = [combine(each, run[0][0]) for each, run in zip(columns, runs, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _check_form(message: Tensor, how: str, plan: Plan, call: str) -> None:
+    """Raises the LayoutError of `total_norms` where the first message of a Clipper fits no other.
+
+    A rank that finds another form in the store sends its header in that one: all ranks then find
+    that the tags differ, and nobody gets a message of another length.
+
+    Collective: none; where ranks have other forms, what they take for that of the step.
+    """
+    assert plan.reduce_mesh is not None
+    ranks = plan.reduce_mesh.rank_group
+    if len(ranks.lines) != 1 or ranks.is_fake or not host_has_values(message):
+        return
+    form = f"{how} of {len(message)} numbers"
+    first = first_form(ranks.lines[0].group, form)
+    if first == form:
+        return
+    call = f"{call}; {form}"
+    how, _, size, _ = first.split()
+    mine = message.new_tensor(Header(call).numbers(how == "max"))[:2]
+    numbers = torch.cat([mine, message.new_zeros(int(size) - len(mine))])
+    if how == "gather":
+        agrees = bool((ranks.all_gather(numbers, doing=call)[:, :2] == mine).all())
+    else:
+        ranks.all_reduce_(numbers, _OPS[how], doing=call)
+        agrees = numbers[:2].equal(mine if how == "max" else mine * ranks.num_combined)
+    if not agrees:  # else the store had the form of another start, which they all have taken
+        raise _disagreement(plan, call)
 
 
 def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: int) -> _Flags:
@@ -206,7 +243,8 @@ def check_same_call(plan: Plan, call: str) -> None:
     header, num_filling = Header(call), plan.message_size - HEADER_SIZE - len(nothing)
     encoded = encode(header, all(is_max), ranks.num_combined, num_filling, nothing)
     parts = [encoded.header, *torch.split(nothing, sizes), encoded.filling]
-    first = _combined(parts, [all(is_max), *is_max, all(is_max)], plan)[:HEADER_SIZE]
+    of_header = all(is_max)
+    first = _combined(parts, [of_header, *is_max, of_header], plan, call)[:HEADER_SIZE]
     if not has_values(first):
         return
     reduced = cast("list[float]", first.tolist())
@@ -244,20 +282,34 @@ def _disagreement(plan: Plan, call: str) -> LayoutError:
     assert plan.reduce_mesh is not None
     found = ""
     if plan.device.type == "cpu":
+        names = plan.names if plan.parameters_text and plan.parameters_text in call else []
         try:
-            by_rank = plan.reduce_mesh.rank_group.all_gather_objects(call)
-        except RuntimeError:  # messages of other sizes have left the process group unusable
-            by_rank = {}
-        ranks: dict[str, list[int]] = {}
-        for rank, text in by_rank.items():
-            ranks.setdefault(text, []).append(rank)
-        found = "; ".join(f"ranks {who}: {text[:200]}" for text, who in ranks.items())
+            said = plan.reduce_mesh.rank_group.all_gather_objects(
+                (call, names), doing=f"{call}; comparing the calls"
+            )
+        except (CollectiveError, LayoutError):  # messages of other sizes have ended it
+            said = {}
+        found = by_text({rank: text for rank, (text, _) in said.items()})
+        found += _odd_parameter({rank: held for rank, (_, held) in said.items() if held})
     return LayoutError(
         f"cannot clip together: the ranks of this all-reduce do not make the same call "
         f"({found or 'their tags differ'}), and sums of different things would be added. Give the "
         f"Clipper the same policies, groups and `on_nonfinite` on every rank, and call it equally "
         f"often and in the same order, with the same `step=`."
     )
+
+
+def _odd_parameter(names: Mapping[int, Sequence[str]]) -> str:
+    """The first parameter that some ranks lack, or hold at another place; "" if there is none."""
+    for place in range(max(map(len, names.values()), default=0)):
+        at = {rank: held[place] if place < len(held) else None for rank, held in names.items()}
+        if len({*at.values()}) > 1:
+            for name in filter(None, at.values()):
+                if lacking := [rank for rank, held in names.items() if name not in held]:
+                    return f"; the ranks {lacking} do not have {name!r}"
+            texts = [f"rank {rank}: {name!r}" for rank, name in at.items()]
+            return f"; parameter {place} is {', '.join(texts[:8])}"
+    return ""
 
 
 def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
@@ -277,7 +329,8 @@ def maximum_of_ranks(number: int, plan: Plan) -> int:
     if plan.reduce_mesh is None:
         return number
     largest = torch.tensor(number, dtype=torch.int64, device=plan.device)
-    plan.reduce_mesh.rank_group.all_reduce_(largest.view(1), dist.ReduceOp.MAX)
+    doing = "comparing what has happened to gradients since the norm was measured"
+    plan.reduce_mesh.rank_group.all_reduce_(largest.view(1), dist.ReduceOp.MAX, doing=doing)
     return int(largest)
 
 

@@ -65,9 +65,11 @@ def verify(
         )
     mine = _fingerprints(params, reduce_mesh, policies)
     digests = {replicas: _digest(sorted(found.items())) for replicas, found in mine.items()}
-    first = _first_difference(ranks.all_gather_objects(digests).values())
+    gathered = ranks.all_gather_objects(digests, doing="verify()")
+    first = _first_difference(gathered.values())
     if first is not None:
-        raise _error(first.subject, ranks.all_gather_objects(mine.get(first)))
+        found = ranks.all_gather_objects(mine.get(first), doing="verify()")
+        raise _error(first.subject, found)
 
 
 def _fingerprints(

@@ -76,7 +76,9 @@ def check_copies(params: Sequence[LocalParam], mesh: ReduceMesh, during_a_call: 
             return
     elif not compares_copies(readable, mesh):
         return
-    gathered = mesh.rank_group.all_gather_objects(_digests(assumed, during_a_call))
+    gathered = mesh.rank_group.all_gather_objects(
+        _digests(assumed, during_a_call), doing="reading the layouts: comparing copies"
+    )
     if (found := _first_difference(gathered)) is not None:
         raise LayoutError(found)
     for param in assumed if during_a_call else ():

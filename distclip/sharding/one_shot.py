@@ -143,7 +143,7 @@ def _why_not(ranks: RankGroup, attempt: Callable[[], None]) -> str:
             attempt()
     except (RuntimeError, ImportError, AttributeError) as error:
         mine = str(error).partition("\n")[0][:200] or type(error).__name__
-    found = ranks.all_gather_objects((mine, _machine()))
+    found = ranks.all_gather_objects((mine, _machine()), doing="opening symmetric memory")
     if reasons := [f"rank {rank}: {reason}" for rank, (reason, _) in found.items() if reason]:
         return reasons[0]
     machines = {machine for _, machine in found.values()}

@@ -96,7 +96,9 @@ def reduce_together(
         have = {k: mine.get(i) for k, i in enumerate(members)}
         in_place = [k for k, i in enumerate(members) if tensors[i] is not None and i not in mine]
         ranks = RankGroup.of(mesh, [params[i] for i in members])
-        by_rank = ranks.all_gather_objects((have, in_place))
+        by_rank = ranks.all_gather_objects(
+            (have, in_place), doing="comparing which gradients have to be reduced"
+        )
         for k, i in enumerate(members):
             found = {rank: have.get(k) for rank, (have, _) in by_rank.items()}
             kinds = set(found.values()) - {None}

@@ -8,7 +8,8 @@ part of the world, the ranks communicate along one axis after the other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import pickle
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from distclip.sharding.failures import Meeting, know, looks
 from distclip.torch_private import local_tensor, with_real_values
 
 T = TypeVar("T")
@@ -38,13 +40,39 @@ class Line(NamedTuple):
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
 
-    def all_gather(self, numbers: Tensor) -> Tensor:
+    def all_reduce_(self, numbers: Tensor, op: Any, meeting: Meeting) -> None:
+        """Raises, as all methods here, CollectiveError or LayoutError, which name the ranks."""
+        reduce = cast(Any, dist.all_reduce)
+        self._run(lambda a: reduce(numbers, op, self.group, a), numbers, meeting)
+
+    def all_gather(self, numbers: Tensor, meeting: Meeting) -> Tensor:
         """Shapes: numbers: [n]; the result: [ranks, n]."""
-        rows = numbers.new_empty(len(self.ranks), len(numbers))
+        rows, gather = numbers.new_empty(len(self.ranks), len(numbers)), cast(Any, dist.all_gather)
         by_rank = dict(zip(self.ranks, rows.unbind(), strict=True))
-        in_group = dist.get_process_group_ranks(self.group)
-        dist.all_gather([by_rank[rank] for rank in in_group], numbers, group=self.group)
+        in_order = [by_rank[rank] for rank in dist.get_process_group_ranks(self.group)]
+        self._run(lambda a: gather(in_order, numbers, self.group, a), numbers, meeting)
         return rows
+
+    def all_gather_objects(self, mine: T, device: torch.device, meeting: Meeting) -> list[T]:
+        """As `dist.all_gather_object`, which waits for lost ranks as long as torch lets it."""
+        content = torch.tensor([*pickle.dumps(mine)], dtype=torch.uint8, device=device)
+        length = torch.tensor([len(content)], dtype=torch.int64, device=device)
+        lengths = cast("list[list[int]]", self.all_gather(length, meeting).tolist())
+        padded = content.new_zeros(max(lengths)[0])
+        padded[: len(content)] = content
+        rows = cast("list[list[int]]", self.all_gather(padded, meeting).tolist())
+        each = zip(rows, lengths, strict=True)
+        return [pickle.loads(bytes(row[:n])) for row, (n,) in each]  # noqa: S301  (of our own ranks)
+
+    def _run(self, start: Callable[[bool], Any], tensor: Tensor, meeting: Meeting) -> None:
+        know(self.group).num_collectives += 1
+        try:
+            if looks(self.group, tensor):
+                meeting.wait(start(True))
+            else:
+                start(False)
+        except RuntimeError as error:
+            raise meeting.error() from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +83,12 @@ class RankGroup:
         lines: of one process group over all ranks; where there is none, of each axis of the mesh
             that has several ranks, the longest first. Empty for a rank that is alone.
         device: where the collectives run.
+        ranks: all of them, in order; those of the lines, if omitted.
     """
 
     lines: tuple[Line, ...]
     device: torch.device
+    ranks: tuple[int, ...] = ()
 
     @classmethod
     @with_real_values()
@@ -72,7 +102,9 @@ class RankGroup:
             return cls.world(torch.device(mesh.device_type), tensors)
         lines = [_line(mesh, axis) for axis in range(mesh.ndim) if mesh.size(axis) > 1]
         lines.sort(key=lambda line: -len(line.ranks))
-        return cls(tuple(lines), with_index(torch.device(mesh.device_type), tensors, lines))
+        device = with_index(torch.device(mesh.device_type), tensors, lines)
+        ranks = sorted(cast("list[int]", mesh.mesh.flatten().tolist()))
+        return cls(tuple(lines), device, tuple(ranks))
 
     @classmethod
     def world(cls, device: torch.device, tensors: Iterable[Tensor] = ()) -> RankGroup:
@@ -84,6 +116,7 @@ class RankGroup:
         cls, group: dist.ProcessGroup, device: torch.device, tensors: Iterable[Tensor] = ()
     ) -> RankGroup:
         """All ranks of a process group."""
+        know(group)
         line = Line(group, tuple(dist.get_process_group_ranks(group)))
         return cls((line,), with_index(device, tensors, [line]))
 
@@ -109,48 +142,68 @@ class RankGroup:
 
     def connect(self) -> None:
         """Makes them now. Collective: as `all_reduce_`."""
-        self.all_reduce_(torch.zeros(1, dtype=torch.float64, device=self.device))
+        numbers = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self.all_reduce_(numbers, doing="connecting the ranks of a Clipper")
 
-    def all_reduce_(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    def all_reduce_(
+        self, numbers: Tensor, op: Any = dist.ReduceOp.SUM, *, doing: str = "an all-reduce"
+    ) -> None:
         """The sum or the maximum over the ranks, in place; the same bits on each.
+
+        Args:
+            doing: what for, as the other ranks' error has it where the collective fails.
+
+        Raises:
+            CollectiveError: on all ranks that still can, as in all methods here; LayoutError if
+                none is missing, and they do different things.
 
         Collective: one all-reduce; one all-gather for each further line. Another all-reduce would
             not do: along other lines it may add in another order.
         """
+        meeting = self._meeting(doing)
         if self.lines:
-            dist.all_reduce(numbers, op, group=self.lines[0].group)
+            self.lines[0].all_reduce_(numbers, op, meeting)
         for line in self.lines[1:]:
-            rows = line.all_gather(numbers)
+            rows = line.all_gather(numbers, meeting)
             if not self.is_fake:
                 numbers.copy_(combine(rows, op == dist.ReduceOp.MAX))
 
-    def all_gather(self, numbers: Tensor) -> Tensor:
+    def all_gather(self, numbers: Tensor, *, doing: str = "an all-gather") -> Tensor:
         """The numbers of all ranks, in an order that is the same on each.
 
         Shapes: numbers: [n]; the result: [num_combined, n].
 
         Collective: an all-gather for each line.
         """
-        rows = numbers
+        rows, meeting = numbers, self._meeting(doing)
         for line in self.lines:
-            rows = line.all_gather(rows.flatten())
+            rows = line.all_gather(rows.flatten(), meeting)
         return numbers[None] if self.is_fake else rows.view(-1, len(numbers))
 
     @with_real_values()
-    def all_gather_objects(self, mine: T) -> dict[int, T]:
+    def all_gather_objects(
+        self, mine: T, *, doing: str = "an all-gather of objects"
+    ) -> dict[int, T]:
         """A small object of every rank, by global rank, in order.
 
-        Collective: an all-gather of objects for each line. For setup, and for what happens rarely.
+        Collective: two all-gathers for each line. For setup, and for what happens rarely.
         """
         found = {dist.get_rank(): mine}
         if self.is_fake:  # it would copy the object once for each simulated rank
             return found
-        with as_current(self.device):  # torch takes the current device, which NCCL may not know
+        with as_current(self.device):
             for line in self.lines:
-                parts: list[Any] = [None] * len(line.ranks)
-                dist.all_gather_object(parts, found, group=line.group)
+                parts = line.all_gather_objects(found, self.device, self._meeting(doing))
                 found = {rank: each for part in parts for rank, each in part.items()}
         return dict(sorted(found.items()))
+
+    def _meeting(self, doing: str) -> Meeting:
+        return Meeting(self._all_ranks, doing)
+
+    @cached_property
+    def _all_ranks(self) -> tuple[int, ...]:
+        of_lines = {rank for line in self.lines for rank in line.ranks}
+        return self.ranks or tuple(sorted(of_lines))
 
 
 def combine(rows: Tensor, is_max: bool) -> Tensor:
@@ -208,4 +261,6 @@ def _line(mesh: DeviceMesh, axis: int) -> Line:
     coordinate = cast("list[int]", mesh.get_coordinate())
     index = [slice(None) if i == axis else at for i, at in enumerate(coordinate)]
     along = mesh.mesh[tuple(index)]
-    return Line(mesh.get_group(axis), tuple(cast("list[int]", along.tolist())))
+    group = mesh.get_group(axis)
+    know(group)
+    return Line(group, tuple(cast("list[int]", along.tolist())))

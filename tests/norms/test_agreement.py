@@ -21,6 +21,7 @@ from distclip.norms import agreement, late_reads, reduce
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode, message_size, policy_text
 from distclip.norms.late_reads import Late
 from distclip.norms.measure import measure
+from distclip.sharding import failures
 from tests.support.ranks import Ranks, device_of, mesh
 
 
@@ -110,7 +111,36 @@ def once_more(device: str) -> None:
     clipper.step(optimizer, step=1)
 
 
+def named(*names: str, policy: Any = ClipNorm(1.0)) -> Clipper:  # noqa: B008 - frozen
+    params = [sharded("cpu", i) for i in range(20)]
+    return Clipper([*zip(names, params, strict=False)], policy)
+
+
+def longer_message(usual: Any, odd: Any) -> Call:
+    """One of the two has a number for each tensor."""
+    names = [f"p{i}" for i in range(20)]
+    return lambda _: named(*names, policy=odd if is_odd() else usual).clip_()
+
+
+def sums_and_maxima(device: str) -> None:
+    """An all-gather on one rank, an all-reduce on the others."""
+    policies = ClipNorm(1.0), ClipNorm(1.0, math.inf)
+    groups = [
+        {"name": name, "params": [sharded(device, i)], "policy": policies[is_odd() and i]}
+        for i, name in enumerate("ab")
+    ]
+    Clipper(groups).clip_()
+
+
 DIFFERENT: dict[str, Call] = {
+    "a longer message": longer_message(ClipNorm(1.0), ClipTensorNorm(1.0)),
+    "a shorter message": longer_message(ClipTensorNorm(1.0), ClipNorm(1.0)),
+    "a longer message, p = inf": longer_message(
+        ClipNorm(1.0, math.inf), ClipTensorNorm(1.0, math.inf)
+    ),
+    "sums and maxima": sums_and_maxima,
+    "parameters": lambda _: named(*"ab", *"c"[is_odd() :]).clip_(),
+    "the order of parameters": lambda _: named(*("ba" if is_odd() else "ab")).clip_(),
     "limit": with_policy(ClipNorm(1.0), ClipNorm(1.0001)),
     "p": with_policy(ClipNorm(1.0), ClipNorm(1.0, 3.0)),
     "p in bins": with_policy(ClipNorm(1.0), ClipNorm(1.0, 8.0)),
@@ -162,6 +192,32 @@ def test_ranks_that_make_different_calls_raise_together(four_on_cpus: Ranks, nam
     (text,) = texts
     assert "ranks [0, 1, 3]" in text
     assert "ranks [2]" in text
+
+
+DIFFERENCES = {
+    "limit": "ranks [0, 1, 3]: all: ClipNorm(max_norm=1.0, norm_type=2.0); "
+    "ranks [2]: all: ClipNorm(max_norm=1.0001, norm_type=2.0))",
+    "a call left out": "(ranks [0, 1, 3]: step=1; ranks [2]: step=2)",
+    "on_nonfinite": "(ranks [0, 1, 3]: on_nonfinite=skip, max_consecutive_skips=20; ranks [2]: on",
+    "parameters": "the ranks [2] do not have 'c'",
+    "the order of parameters": "parameter 0 is rank 0: 'a', rank 1: 'a', rank 2: 'b', rank 3: 'a'",
+    "a longer message": "ranks [2]: all: ClipTensorNorm(max_norm=1.0, norm_type=2.0)",
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_the_error_names_what_differs(four_on_cpus: Ranks, name: str) -> None:
+    (text,) = set(four_on_cpus.run(raises_together, name, "cpu"))
+    assert DIFFERENCES[name] in text
+
+
+def test_what_differs_is_shown_without_what_all_say() -> None:
+    beside = "; ".join(f"group {i}: ClipNorm(max_norm=1.0)" for i in range(50))
+    found = failures.by_text(
+        {0: f"{beside}; step=1", 1: f"{beside}; step=1", 2: f"{beside}; step=2"}
+    )
+    assert found == "ranks [0, 1]: step=1; ranks [2]: step=2"
+    assert failures.by_text({0: "a; b", 1: "b; a"}) == "ranks [0]: a; b; ranks [1]: b; a"
 
 
 class Halving(distclip.PolicyBase):

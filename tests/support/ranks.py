@@ -47,6 +47,8 @@ class RankError(AssertionError):
 class Ranks:
     """`size` processes in one process group: gloo on CPUs, NCCL where each has its own GPU."""
 
+    grace_s = GRACE_S
+
     def __init__(self, size: int, device: str = "cpu") -> None:
         self.size, self.device = size, device
         self._store = ""
@@ -56,10 +58,7 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S) -> list[Any]:
         """What `function(*args)` returned on each rank, in order."""
-        self._start()
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        answers = self._answers(time.monotonic() + limit_s)
+        answers = self.answers(function, *args, limit_s=limit_s)
         failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
         silent = sorted(set(range(self.size)) - set(answers))
         if failed or silent:
@@ -70,6 +69,15 @@ class Ranks:
             )
         return [answers[rank][1] for rank in range(self.size)]
 
+    def answers(
+        self, function: Callable[..., Any], *args: Any, limit_s: float = LIMIT_S
+    ) -> dict[int, tuple[bool, Any]]:
+        """Of each rank that answers: whether the function returned, and what, or the traceback."""
+        self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return self._answers(time.monotonic() + limit_s)
+
     def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
         silent = {pipe: rank for rank, pipe in enumerate(self._pipes)}
@@ -78,7 +86,7 @@ class Ranks:
                 rank = silent.pop(pipe)
                 answers[rank] = _received(pipe)
                 if not answers[rank][0]:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + self.grace_s)
         return answers
 
     def _start(self) -> None:
@@ -86,7 +94,7 @@ class Ranks:
             return
         context = get_context("forkserver")  # imports torch once a test worker, not once a rank
         context.set_forkserver_preload(PRELOAD)
-        self._store = tempfile.mktemp(prefix="distclip-ranks-")
+        self._store = self._new_store()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -97,6 +105,9 @@ class Ranks:
             self._processes.append(process)
             self._pipes.append(ours)
         self._answers(time.monotonic() + LIMIT_S)  # each says that it is ready
+
+    def _new_store(self) -> str:
+        return tempfile.mktemp(prefix="distclip-ranks-")
 
     def stop(self) -> None:
         for process in self._processes:
@@ -115,6 +126,12 @@ def _received(pipe: Connection) -> tuple[bool, Any]:
         return pipe.recv()
     except EOFError:
         return False, "the process ended"
+
+
+def _store(where: str, rank: int, size: int) -> dist.Store:
+    """Of a file; or of a port, "localhost:12345", where rank 0 keeps it."""
+    host, _, port = where.rpartition(":")
+    return dist.TCPStore(host, int(port), size, rank == 0) if host else dist.FileStore(where, size)
 
 
 def _share_one_gloo_device() -> None:
@@ -177,7 +194,7 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> N
             dtensors_by_the_host()
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        store=dist.FileStore(store, size),
+        store=_store(store, rank, size),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=LIMIT_S),
