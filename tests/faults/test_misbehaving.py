@@ -11,7 +11,7 @@ from tests.faults.hostile import TRUST
 from tests.faults.misbehaving import FAULTS, ODD, TIMEOUT_S, Case, Found, played
 
 MOST_S = TIMEOUT_S + 5.0  # from the fault until every rank that is left has raised
-AT_ONCE = 6  # cases, which mostly wait
+AT_ONCE = 3  # cases, which mostly wait
 
 # What the others find: ranks that are missing, or that the calls differ.
 MISSING = {
