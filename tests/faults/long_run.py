@@ -1,0 +1,292 @@
+"""Thousands of steps on four ranks, and what each rank holds meanwhile: bits, memory, handles.
+
+A leak of a few bytes a step is a line through many samples, and nothing between two of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import os
+import random
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+import distclip
+from distclip.norms import kept_plans
+from tests.support import reference
+from tests.support.ranks import mesh
+from tests.support.wrapped import local
+
+AXES = ("replicate", "shard")
+NAN_EVERY = 37  # steps; the loss of one rank in turn
+SWAP_EVERY = 50  # steps between two heads of the model
+VARIANTS = ("step", "attach", "lists that change")
+
+
+class Sample(NamedTuple):
+    """What one rank holds after some steps.
+
+    Attributes:
+        weights: the bits of its parameters and of the optimizer's state; equal on ranks with the
+            same `shard`.
+        states: the bits of what the policy remembers; equal everywhere.
+        error: the relative difference of the last norm to float64 on whole gradients.
+        counts: what must not grow.
+    """
+
+    step: int
+    shard: int
+    weights: str
+    states: str
+    error: float
+    num_skipped: int
+    counts: dict[str, float]
+
+
+# What may come and go: collections find cycles late, and malloc keeps what is freed.
+NOISE = {"blocks": 400.0, "objects": 60.0, "tensors": 3.0, "resident bytes": 6e6}
+_runs: dict[str, Any] = {}
+
+
+def begin(variant: str) -> None:
+    torch.manual_seed(0)
+    _runs[variant] = _Lists() if variant == "lists that change" else _Trained(variant)
+
+
+def go_on(variant: str, num_steps: int) -> Sample:
+    run = _runs[variant]
+    for _ in range(num_steps):
+        run.step()
+    weights = [*run.tensors()]
+    return Sample(
+        run.num_steps,
+        mesh((2, 2), AXES).get_coordinate()[1],
+        _bits(weights),
+        _bits(_leaves(run.clipper.state_dict())),
+        run.error,
+        int(run.clipper.skipped),
+        _counts(run.clipper),
+    )
+
+
+def end(variant: str) -> None:
+    run = _runs.pop(variant)
+    if run.attached is not None:
+        run.attached.remove()
+    for group in (run, kept_plans):
+        del group
+    gc.collect()
+
+
+class _Trained:
+    """HSDP over four ranks."""
+
+    def __init__(self, variant: str) -> None:
+        self.model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4), nn.Linear(4, 1))
+        for layer in [*self.model, self.model]:
+            fully_shard(layer, mesh=mesh((2, 2), AXES))
+        self.num_steps, self.error, self.attached = 0, 0.0, None
+        policy: Any = distclip.AutoClip(60.0, history=50) & distclip.ZClip(max_norm=None)
+        if variant == "attach":
+            policy = distclip.AdaGC(warmup_steps=10)
+        options: Any = {"on_nonfinite": "skip", "tensor_norms": 7}
+        self.clipper = distclip.Clipper(self.model, policy, **options)
+        self.optimizer: Optimizer = AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        if variant == "attach":
+            self.optimizer = SGD(self.model.parameters(), lr=1e-2, momentum=0.9, foreach=True)
+            self.attached = self.clipper.attach(self.optimizer)
+
+    def step(self) -> None:
+        self.num_steps += 1
+        rank, size = dist.get_rank(), dist.get_world_size()
+        drawn = torch.Generator().manual_seed(self.num_steps * size + rank)
+        x = torch.randn(8, 6, generator=drawn)
+        loss = (self.model(x) - x.sum(1, keepdim=True).sin()).square().mean()
+        broken = self.num_steps % NAN_EVERY == 0
+        if broken and self.num_steps // NAN_EVERY % size == rank:
+            loss = loss * float("nan")
+        loss.backward()
+        right = None
+        if self.num_steps % 100 == 1:
+            right = reference.total_norm([_whole(p.grad) for p in self.model.parameters()])
+        if self.attached is None:
+            report = self.clipper.step(self.optimizer)
+        else:
+            self.optimizer.step()
+            report = self.attached.report
+        self.optimizer.zero_grad()
+        assert report is not None
+        assert bool(report.finite) != broken
+        if right is not None:
+            self.error = max(self.error, abs(report.total_norm.item() / right.item() - 1))
+        if broken and self.num_steps % 2:
+            assert report.nonfinite_parameters()
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.model.parameters()
+        yield from _leaves(self.optimizer.state_dict())
+
+
+class _Lists:
+    """The functions on lists that change, and a Clipper of a model whose parameters do."""
+
+    def __init__(self) -> None:
+        self.model = nn.ParameterDict({f"p{i}": _laid_out(2 + i) for i in range(6)})
+        self.model["head"] = _laid_out(9)
+        self.clipper = distclip.Clipper(
+            self.model, distclip.AdaGC(warmup_steps=10), on_nonfinite="skip"
+        )
+        self.num_steps, self.error, self.attached = 0, 0.0, None
+        self.optimizer = SGD(self.model.parameters(), lr=1e-2)
+
+    def step(self) -> None:
+        self.num_steps += 1
+        drawn = random.Random(self.num_steps)  # the same on every rank
+        params = [*self.model.values()]
+        for param in params:
+            param.requires_grad_(drawn.random() < 0.7)
+        if self.num_steps % SWAP_EVERY == 0:
+            self.model["head"] = _laid_out(5 + self.num_steps // SWAP_EVERY % 4)
+            self.optimizer = SGD(self.model.parameters(), lr=1e-2)
+        self._make_gradients()
+        if self.num_steps % NAN_EVERY == 0:
+            for param in params[:1]:
+                if param.grad is not None:
+                    local(param.grad).fill_(float("nan"))
+        report = self.clipper.step(self.optimizer)
+        assert not report.finite or report.total_norm > 0
+        some = drawn.sample(params, drawn.randint(1, len(params)))
+        self._make_gradients()
+        wholes = [_whole(p.grad) for p in some] if self.num_steps % 100 == 1 else []
+        found = distclip.clip_grad_norm_(some, drawn.uniform(0.1, 2.0), drawn.choice([1.0, 2.0]))
+        norm = distclip.get_total_norm([p.grad for p in params if p.grad is not None])
+        assert bool(norm >= 0)
+        assert bool(found >= 0)
+        if wholes:
+            self._make_gradients()
+            right = reference.total_norm([_whole(p.grad) for p in some])
+            found = distclip.get_total_norm([p.grad for p in some])
+            self.error = max(self.error, abs(found.item() / right.item() - 1))
+
+    def _make_gradients(self) -> None:
+        for i, param in enumerate(self.model.values()):
+            drawn = torch.Generator().manual_seed(self.num_steps * 10 + i)
+            values = torch.randn(param.shape, generator=drawn)
+            param.requires_grad_()
+            param.grad = distribute_tensor(
+                values, param.device_mesh, param.placements, src_data_rank=None
+            )
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.model.values()
+
+
+def _laid_out(rows: int) -> nn.Parameter:
+    whole = torch.linspace(-1, 1, rows * 3).reshape(rows, 3)
+    placements = [Replicate(), Shard(0)]
+    return nn.Parameter(
+        distribute_tensor(whole, mesh((2, 2), AXES), placements, src_data_rank=None)
+    )
+
+
+def _whole(grad: Tensor | None) -> Tensor:
+    assert isinstance(grad, DTensor)
+    return grad.full_tensor()
+
+
+def _leaves(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for key in sorted(state, key=str):
+            yield from _leaves(state[key])
+
+
+def _bits(tensors: Sequence[Tensor] | Iterator[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(local(tensor).detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _counts(clipper: distclip.Clipper) -> dict[str, float]:
+    gc.collect()
+    objects = gc.get_objects()
+    caches = [kept_plans._without_mesh, *kept_plans._by_mesh.values()]
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "objects": len(objects),
+        "tensors": sum(isinstance(each, Tensor) for each in objects),
+        "held by the Clipper": _num_held(clipper),
+        "plans": sum(len(cache._entries) for cache in caches),
+        "meshes with plans": len(caches),
+        "handles": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "process groups": len(dist.distributed_c10d._world.pg_map),
+        "blocks": sys.getallocatedblocks(),
+        "resident bytes": pages * resource.getpagesize(),
+    }
+
+
+def _num_held(clipper: distclip.Clipper) -> int:
+    """The entries of all lists and dictionaries in the Clipper and in what is distclip's in it."""
+    num, seen, left = 0, set[int](), [clipper]
+    while left:
+        each: Any = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            left += each.values()
+            num += len(each)
+        elif isinstance(each, list | tuple | set):
+            left += each
+            num += len(each)
+        elif type(each).__module__.startswith("distclip"):
+            left.append(getattr(each, "__dict__", {}))
+    return num
+
+
+def rises(samples: Sequence[Sample]) -> dict[str, float]:
+    """How much each count has grown from the first sample to the last, by a straight line."""
+    steps = np.array([each.step for each in samples], dtype=float)
+    found: dict[str, float] = {}
+    for name in samples[0].counts:
+        values = np.array([each.counts[name] for each in samples])
+        slope = np.polyfit(steps, values, 1)[0]
+        found[name] = float(slope * (steps[-1] - steps[0]))
+    return found
+
+
+def leaks(samples: Sequence[Sample]) -> list[str]:
+    """What has grown on one rank, by more than its noise."""
+    return [
+        f"{name} grew by {rise:.1f} in {samples[-1].step - samples[0].step} steps: "
+        f"{[each.counts[name] for each in samples]}"
+        for name, rise in rises(samples).items()
+        if rise > NOISE.get(name, 0.5)
+    ]
+
+
+def differences(ranks: Sequence[Sample]) -> list[str]:
+    """Of one moment, on all ranks."""
+    found = [f"step {ranks[0].step}: policies' states differ"] * (
+        len({r.states for r in ranks}) > 1
+    )
+    for a, b in itertools.combinations(ranks, 2):
+        if a.shard == b.shard and a.weights != b.weights:
+            found.append(f"step {a.step}: copies of shard {a.shard} differ")
+    return found

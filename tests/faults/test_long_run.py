@@ -1,0 +1,39 @@
+"""Thousands of steps: copies stay the same bits, and nothing grows.
+
+`make test` takes some hundred steps; DISTCLIP_TRUST=1 takes 20,000 of each kind.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults import long_run
+from tests.faults.hostile import TRUST
+from tests.faults.long_run import VARIANTS, differences, leaks, rises
+from tests.support.ranks import Ranks
+
+NUM_SAMPLES = 100 if TRUST else 10
+STEPS_EACH = 200 if TRUST else 20
+WARM_UP = 400 if TRUST else 60  # steps until caches of torch and of the allocator are full
+
+
+@pytest.mark.timeout(7200 if TRUST else 400)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_drifts_or_grows(four_on_cpus: Ranks, variant: str) -> None:
+    four_on_cpus.run(long_run.begin, variant)
+    try:
+        four_on_cpus.run(long_run.go_on, variant, WARM_UP)
+        by_time = [
+            four_on_cpus.run(long_run.go_on, variant, STEPS_EACH) for _ in range(NUM_SAMPLES)
+        ]
+    finally:
+        four_on_cpus.run(long_run.end, variant)
+    for ranks in by_time:
+        assert differences(ranks) == []
+    assert len({ranks[0].weights for ranks in by_time}) == NUM_SAMPLES
+    by_rank = [list(samples) for samples in zip(*by_time, strict=True)]
+    print(variant, by_time[-1][0], [rises(samples) for samples in by_rank])
+    for samples in by_rank:
+        assert leaks(samples) == []
+        assert samples[-1].error < 2e-7
+        assert samples[-1].num_skipped > samples[0].num_skipped
