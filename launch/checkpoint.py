@@ -157,12 +157,21 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         """Removes all but the last two; damaged ones, and what was left of them, as well."""
-        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
-        kept = [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
+        kept = self._kept(newest)
         for path in self._steps():
             if path not in kept and path.is_dir():
                 self._discard(path)
         self.damaged = []
+
+    def _remove_before(self, newest: Path) -> None:
+        """Removes what is older than the last two."""
+        for path in self.complete():
+            if _step(path) < _step(self._kept(newest)[0]):
+                self._discard(path)
+
+    def _kept(self, newest: Path) -> list[Path]:
+        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
+        return [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
 
     def _steps(self) -> list[Path]:
         """Whatever has the name of a checkpoint, the newest last."""
@@ -188,6 +197,8 @@ class Checkpoints:
                 if reasons:
                     line = f"damaged: {'; '.join(reasons)}: going on from {path.name}"
                     on_rank_0(partial(print, line, flush=True))
+                # A kill after a save leaves those before, and a finished run makes no other save.
+                on_rank_0(partial(self._remove_before, path))
                 return _step(path)
             reasons.append(f"{path} ({one_line(reason)})")
             self.damaged.append(path)

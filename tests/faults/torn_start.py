@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -71,12 +72,19 @@ def start(
     Args:
         num_kept: the number of checkpoints that are kept; 0 for launch's own.
     """
+    with tempfile.NamedTemporaryFile() as log:  # not on the disk that is full
+        codes = _codes(out, words, size, moment, num_kept, Path(log.name))
+        return Ended(codes, Path(log.name).read_text(errors="replace"))
+
+
+def _codes(
+    out: Path, words: Sequence[str], size: int, moment: Moment | None, num_kept: int, log: Path
+) -> list[int]:
     context = get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "launch.train"])
     # As torchrun: its own process has the store, and a new start finds nothing of the last.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    log, (ours, theirs) = out.with_suffix(".log"), context.Pipe(duplex=False)
-    log.write_text("")
+    ours, theirs = context.Pipe(duplex=False)
     processes: list[BaseProcess] = []
     for rank in range(size):
         watched = moment if moment and moment.rank == rank else None
@@ -92,8 +100,7 @@ def start(
             process.kill()
             process.join()
         ours.close()
-    codes = [process.exitcode if process.exitcode is not None else 1 for process in processes]
-    return Ended(codes, log.read_text(errors="replace"))
+    return [process.exitcode if process.exitcode is not None else 1 for process in processes]
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
