@@ -62,6 +62,8 @@ class Checkpoints:
             temporary = self.folder.with_suffix(f".{self.token}")
             temporary.write_text(self.token)
             temporary.rename(self.owner)
+            for path in self.folder.parent.glob(f"{self.folder.stem}.{'[0-9a-f]' * 32}"):
+                path.unlink(missing_ok=True)  # of a start that ended in these lines
             steps = self._steps()
             halves = [p for name in ("unfinished-*", "discarded-*") for p in self.folder.glob(name)]
             for path in [*steps, *halves]:
@@ -252,7 +254,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return describe(error)
     text = str(error).strip() or type(error).__name__
-    return re.sub(r"^\[enforce fail[^\]]*\][ .]*", "", text.splitlines()[0])
+    text = re.sub(r"^\[enforce fail[^\]]*\][ .]*", "", text.splitlines()[0])
+    # What torch says where a disk is full; the error of the system does not reach the other ranks.
+    return re.sub(r"^unexpected pos \d+ vs \d+$", "a file took fewer bytes than it was given", text)
 
 
 def _free_space(folder: Path) -> str:

@@ -124,7 +124,8 @@ class _Run:
             lines = [line for line in said.splitlines() if "rror" in line]
             self._expect(codes == [2] * self.kind.size, f"codes {codes}")
             self._expect(len(lines) == 1 and lines[0].startswith("train.py: error: "), "lines")
-            self._expect("No space left on device" in said, "no reason")
+            reasons = ("No space left on device", "fewer bytes than it was given (0.")
+            self._expect(any(reason in said for reason in reasons), "no reason")
         for name in ("unfinished-*", "discarded-*"):
             num[f"left {name}"] += bool([*(self.out / "checkpoints").glob(name)])
         num["left history.tmp"] += (self.out / FILE_NAME).with_suffix(".tmp").exists()

@@ -98,8 +98,10 @@ def test_what_a_kill_leaves_is_not_chosen(four_on_cpus: Ranks, tmp_path: Path) -
     four_on_cpus.run(save_and_leave, folder)
     (folder / "unfinished-x-6").mkdir()
     (folder / "step-0000007").mkdir()  # without run.json, which is written last
+    (folder.parent / f"checkpoints.{'a' * 32}").touch()  # a token without its name
     assert four_on_cpus.run(resumed, folder, True) == [["step-0000004", "step-0000005"]] * 4
     assert not (folder / "unfinished-x-6").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "checkpoints.owner"]
     assert four_on_cpus.run(resumed, folder, False) == [[]] * 4
 
 
@@ -321,6 +323,23 @@ def test_old_checkpoints_are_renamed_before_they_are_removed(
     (folder / f"discarded-{'a' * 32}-step-0000009").mkdir()  # of a start before
     four_on_cpus.run(resumed_from_3, folder)
     assert not list(folder.glob("discarded-*"))
+
+
+def test_a_kill_before_the_removal_leaves_two_after_the_next_start(
+    four_on_cpus: Ranks, tmp_path: Path
+) -> None:
+    """A run that has ended makes no other checkpoint, which would remove them."""
+    folder = tmp_path / "checkpoints"
+    four_on_cpus.run(save_and_keep_all, folder)
+    assert len([*folder.glob("step-*")]) == 3
+    four_on_cpus.run(resumed_from_3, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-0000002", "step-0000003"]
+
+
+def save_and_keep_all(folder: Path) -> None:
+    checkpoints = Checkpoints(folder, Value(), WIDTH, resume=False)
+    checkpoints._remove_old = lambda newest: None
+    save_steps(checkpoints, 1, 2, 3)
 
 
 def save_without_removing(folder: Path) -> None:
