@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch import run_facts
-from launch.files import describe, errors_as, one_line, sync_folder
+from launch.files import describe, errors_as, one_line, sync
 from launch.ranks import UserError, agree, gather, on_rank_0
 from launch.trainers import Trainer
 
@@ -154,7 +154,7 @@ class Checkpoints:
             except FileNotFoundError:  # a later start has discarded it in this moment
                 self._check_owned()
                 raise
-            sync_folder(self.folder)
+            sync(self.folder)
             self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:

@@ -51,6 +51,8 @@ def _take_over(path: Path, header: bytes) -> int:
                 if found := _STEP.match(line) or _AFTER.match(line):
                     last_step = int(found[1])
             copy.write(header)
+            copy.flush()
+            os.fsync(copy.fileno())  # after a power cut, else, the name may stand for an empty file
     temporary.replace(path)
     return last_step
 
