@@ -212,7 +212,7 @@ def made(policy: Any) -> Clipper:
 def take_steps(
     clipper: Clipper, num_steps: int, seed: int, right: Exact[Any] | None = None
 ) -> list[bytes]:
-    """The bits of the limits, of the coefficients, and of the count of steps that were left out."""
+    """The bits of the limits, and of what gradients are multiplied by: 0 where a step is left out."""
     params = [param.param for param in clipper.plan.params]
     found: list[bytes] = []
     for all_norms, losses in series(seed, num_steps):
@@ -224,7 +224,7 @@ def take_steps(
             for param, value in zip(params, values, strict=True):
                 param.grad = value.reshape(1).clone()
             report = clipper.clip_(loss=loss if clipper.plan.judges_loss else None)
-            found += [bits(each) for each in (report.limit, report.coefficient, clipper.skipped)]
+            found += [bits(report.limit), bits(report.coefficient)]
             total = torch.linalg.vector_norm(norms).item()
             per_tensor = isinstance(right, ExactAdaGC)
             seen = Seen(norms.tolist() if per_tensor else [total], total, loss)

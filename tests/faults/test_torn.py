@@ -12,24 +12,28 @@ from pathlib import Path
 import pytest
 
 from tests.faults.hostile import TRUST
-from tests.faults.torn import campaign, can_mount
+from tests.faults.torn import KINDS, Kind, Undisturbed, campaign, can_mount, undisturbed
 
 NUM_KILLS, NUM_FULL = (200, 40) if TRUST else (8, 2)
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(7200 if TRUST else 400)]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
     for module in (json, subprocess):
         source = Path(module.__file__)
         (folder / source.name).write_text(source.read_text())
     return folder
 
 
-def test_kills(text: Path, tmp_path: Path) -> None:
-    tally = campaign(text, tmp_path, 0, NUM_KILLS, num_full=0)
+@pytest.fixture(scope="module")
+def rights(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Undisturbed]:
+    return {kind: undisturbed(kind, text, tmp_path_factory.mktemp("right")) for kind in KINDS}
+
+
+def test_kills(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> None:
+    tally = campaign(text, tmp_path, rights, 0, NUM_KILLS, num_full=0)
     print(tally.num)
     assert tally.findings == []
     assert tally.num["kills"] >= NUM_KILLS
@@ -37,8 +41,8 @@ def test_kills(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not can_mount(), reason="to mount a tmpfs takes root")
-def test_full_disks(text: Path, tmp_path: Path) -> None:
-    tally = campaign(text, tmp_path, 1, num_kills=0, num_full=NUM_FULL)
+def test_full_disks(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> None:
+    tally = campaign(text, tmp_path, rights, 1, num_kills=0, num_full=NUM_FULL)
     print(tally.num)
     assert tally.findings == []
     assert tally.num["full disks"] >= NUM_FULL

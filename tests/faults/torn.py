@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,12 +187,16 @@ def moments(drawn: random.Random, kind: Kind, *, full: bool) -> Iterator[Moment]
             yield Moment(rank, operation, seconds, alone)
 
 
-def campaign(text: Path, folder: Path, seed: int, num_kills: int, num_full: int) -> Tally:
+def campaign(
+    text: Path,
+    folder: Path,
+    rights: Mapping[Kind, Undisturbed],
+    seed: int,
+    num_kills: int,
+    num_full: int,
+) -> Tally:
     """Runs of each kind in turn, until so many kills and so many full disks have been seen."""
-    drawn, tally, rights = random.Random(seed), Tally(), list[Undisturbed]()
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory(dir=folder) as each:
-            rights.append(undisturbed(kind, text, Path(each)))
+    drawn, tally = random.Random(seed), Tally()
     for number in range(10_000):
         kills, disks = num_kills - tally.num["kills"], num_full - tally.num["full disks"]
         if kills <= 0 and disks <= 0:
@@ -200,7 +204,7 @@ def campaign(text: Path, folder: Path, seed: int, num_kills: int, num_full: int)
         kind, full = KINDS[number % len(KINDS)], disks > 0 and (number % 4 < 2 or kills <= 0)
         with tempfile.TemporaryDirectory(dir=folder) as each, _disk(Path(each), full):
             some = _until(moments(drawn, kind, full=full), tally, num_kills, num_full)
-            play(kind, text, Path(each), rights[number % len(KINDS)], some, tally)
+            play(kind, text, Path(each), rights[kind], some, tally)
     return tally
 
 
