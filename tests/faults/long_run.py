@@ -1,23 +1,14 @@
-"""Thousands of steps on four ranks, and what each rank holds meanwhile: bits, memory, handles.
-
-A leak of a few bytes a step is a line through many samples, and nothing between two of them.
-"""
+"""Thousands of steps on four ranks: the bits that they hold, and how much."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import math
-import os
 import random
-import resource
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
-from distclip.norms import kept_plans
+from tests.faults.held import counts_of
 from tests.support import reference
 from tests.support.ranks import mesh
 from tests.support.wrapped import local
@@ -57,8 +48,6 @@ class Sample(NamedTuple):
     counts: dict[str, float]
 
 
-# What may come and go: collections find cycles late, and malloc keeps what is freed.
-NOISE = {"blocks": 400.0, "objects": 30.0, "tensors": 3.0, "resident bytes": 6e6}
 _runs: dict[str, Any] = {}
 
 
@@ -79,7 +68,7 @@ def go_on(variant: str, num_steps: int) -> Sample:
         _bits(_leaves(run.clipper.state_dict())),
         run.error,
         int(run.clipper.skipped),
-        _counts(run.clipper),
+        counts_of(run.clipper),
     )
 
 
@@ -213,65 +202,6 @@ def _bits(tensors: Sequence[Tensor] | Iterator[Tensor]) -> str:
     for tensor in tensors:
         digest.update(local(tensor).detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _counts(clipper: distclip.Clipper) -> dict[str, float]:
-    gc.collect()
-    objects = gc.get_objects()
-    caches = [kept_plans._without_mesh, *kept_plans._by_mesh.values()]
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "objects": len(objects),
-        "tensors": sum(isinstance(each, Tensor) for each in objects),
-        "held by the Clipper": _num_held(clipper),
-        "plans": sum(len(cache._entries) for cache in caches),
-        "meshes with plans": len(caches),
-        "handles": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
-        "process groups": len(dist.distributed_c10d._world.pg_map),
-        "blocks": sys.getallocatedblocks(),
-        "resident bytes": pages * resource.getpagesize(),
-    }
-
-
-def _num_held(clipper: distclip.Clipper) -> int:
-    """The entries of all lists and dictionaries in the Clipper and in what is distclip's in it."""
-    num, seen, left = 0, set[int](), [clipper]
-    while left:
-        each: Any = left.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, dict):
-            left += each.values()
-            num += len(each)
-        elif isinstance(each, list | tuple | set):
-            left += each
-            num += len(each)
-        elif type(each).__module__.startswith("distclip"):
-            left.append(getattr(each, "__dict__", {}))
-    return num
-
-
-def rises(samples: Sequence[Sample]) -> dict[str, float]:
-    """How much each count has grown from the first sample to the last, by a straight line."""
-    steps = np.array([each.step for each in samples], dtype=float)
-    found: dict[str, float] = {}
-    for name in samples[0].counts:
-        values = np.array([each.counts[name] for each in samples])
-        slope = np.polyfit(steps, values, 1)[0]
-        found[name] = float(slope * (steps[-1] - steps[0]))
-    return found
-
-
-def leaks(samples: Sequence[Sample]) -> list[str]:
-    """What has grown on one rank, by more than its noise."""
-    return [
-        f"{name} grew by {rise:.1f} in {samples[-1].step - samples[0].step} steps: "
-        f"{[each.counts[name] for each in samples]}"
-        for name, rise in rises(samples).items()
-        if rise > NOISE.get(name, 0.5)
-    ]
 
 
 def differences(ranks: Sequence[Sample]) -> list[str]:

@@ -212,7 +212,7 @@ def made(policy: Any) -> Clipper:
 def take_steps(
     clipper: Clipper, num_steps: int, seed: int, right: Exact[Any] | None = None
 ) -> list[bytes]:
-    """The bits of the limits, and of what gradients are multiplied by: 0 where a step is left out."""
+    """The bits of the limits and coefficients; a coefficient is 0 where a step is left out."""
     params = [param.param for param in clipper.plan.params]
     found: list[bytes] = []
     for all_norms, losses in series(seed, num_steps):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 
 from tests.faults import long_run
+from tests.faults.held import leaks, rises
 from tests.faults.hostile import TRUST
-from tests.faults.long_run import PERIOD, VARIANTS, differences, leaks, rises
+from tests.faults.long_run import PERIOD, VARIANTS, differences
 from tests.support.ranks import Ranks
 
 NUM_SAMPLES = 100 if TRUST else 6
@@ -31,10 +32,10 @@ def test_nothing_drifts_or_grows(four_on_cpus: Ranks, variant: str) -> None:
     for ranks in by_time:
         assert differences(ranks) == []
     assert len({ranks[0].weights for ranks in by_time}) == NUM_SAMPLES
-    by_rank = [list(samples) for samples in zip(*by_time, strict=True)]
-    grown = {name: round(rise, 1) for name, rise in rises(by_rank[0]).items()}
-    print(f"{variant}: {by_time[-1][0]}, grown: {grown}")
-    for samples in by_rank:
-        assert leaks(samples) == []
-        assert samples[-1].error < 2e-7
-        assert samples[-1].num_skipped > samples[0].num_skipped
+    steps = [ranks[0].step for ranks in by_time]
+    for samples in zip(*by_time, strict=True):
+        counts, last = [each.counts for each in samples], samples[-1]
+        print(variant, last, {n: round(rise, 1) for n, rise in rises(steps, counts).items()})
+        assert leaks(steps, counts) == []
+        assert last.error < 2e-7
+        assert last.num_skipped > samples[0].num_skipped

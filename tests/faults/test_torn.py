@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.hostile import TRUST
-from tests.faults.torn import KINDS, Kind, Undisturbed, campaign, can_mount, undisturbed
+from tests.faults.small_disk import can_mount
+from tests.faults.torn import KINDS, Kind, Undisturbed, campaign, undisturbed
 
 NUM_KILLS, NUM_FULL = (200, 40) if TRUST else (8, 2)
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(7200 if TRUST else 400)]
@@ -40,8 +41,9 @@ def test_kills(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> N
     assert tally.num["left unfinished-*"] > 0  # a kill in a save
 
 
-@pytest.mark.skipif(not can_mount(), reason="to mount a tmpfs takes root")
 def test_full_disks(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> None:
+    if not can_mount():
+        pytest.skip("to mount a tmpfs takes root")
     tally = campaign(text, tmp_path, rights, 1, num_kills=0, num_full=NUM_FULL)
     print(tally.num)
     assert tally.findings == []

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,7 +22,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from distclip.monitoring.lines import FILE_NAME
 from distclip.monitoring.records import HistoryError, read_run
-from tests.faults.torn_start import BALLAST, Ended, Moment, start
+from tests.faults.small_disk import drop_ballast, small_disk
+from tests.faults.torn_start import Ended, Moment, start
 from tests.launch.runs import TINY
 from tests.support.rows import Row, rows_of, without_seconds
 
@@ -106,7 +105,7 @@ class _Run:
         resume = ["--resume"] if self.num_starts else []
         self.ended = start(self.out, [*self.words, *resume], self.kind.size, moment)
         self.num_starts += 1
-        (self.out.parent / BALLAST).unlink(missing_ok=True)
+        drop_ballast(self.out.parent)
         if self.newest and "step " in self.ended.said:
             self._expect(f"going on after step {self.newest}," in self.ended.said, "another step")
         self._count()
@@ -202,40 +201,18 @@ def campaign(
         if kills <= 0 and disks <= 0:
             break
         kind, full = KINDS[number % len(KINDS)], disks > 0 and (number % 4 < 2 or kills <= 0)
-        with tempfile.TemporaryDirectory(dir=folder) as each, _disk(Path(each), full):
+        with contextlib.ExitStack() as stack:
+            each = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            if full:
+                stack.enter_context(small_disk(each, DISK))
             some = _until(moments(drawn, kind, full=full), tally, num_kills, num_full)
-            play(kind, text, Path(each), rights[kind], some, tally)
+            play(kind, text, each, rights[kind], some, tally)
     return tally
 
 
 def _until(some: Iterator[Moment], tally: Tally, num_kills: int, num_full: int) -> Iterator[Moment]:
     while tally.num["kills"] < num_kills or tally.num["full disks"] < num_full:
         yield next(some)
-
-
-@contextlib.contextmanager
-def _disk(folder: Path, own: bool) -> Iterator[None]:
-    """A small disk of its own at the folder."""
-    if not own:
-        yield
-        return
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    subprocess.run(command, check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def can_mount() -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
-        if not shutil.which("mount"):
-            return False
-        if subprocess.run(command, check=False, capture_output=True).returncode:
-            return False
-        subprocess.run(["umount", folder], check=True)
-    return True
 
 
 def state_of(checkpoint: Path) -> str:

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
+from tests.faults.small_disk import fill
 from tests.support.ranks import PRELOAD
 
 LIMIT_S = 240.0  # machines are shared: usually a hundredth of it
 GRACE_S = 1.0  # for the ranks that are left, before they are ended too, as torchrun does
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # Python's audit events
-BALLAST = "ballast"
 
 
 class Moment(NamedTuple):
@@ -196,12 +196,3 @@ class _Operations:
         elif not self.moment.seconds:
             os.kill(os.getpid(), signal.SIGKILL)
         self.pipe.send(None)
-
-
-def fill(folder: Path, free: int) -> None:
-    """Leaves so many bytes of the disk."""
-    with (folder / BALLAST).open("ab", buffering=0) as file:
-        stat = os.statvfs(folder)
-        surplus = stat.f_bavail * stat.f_frsize - free
-        if surplus > 0:
-            os.posix_fallocate(file.fileno(), file.tell(), surplus)
