@@ -25,7 +25,8 @@ from tests.support.wrapped import local
 AXES = ("replicate", "shard")
 NAN_EVERY = 37  # steps; the loss of one rank in turn
 PERIOD = 20  # steps after which lists come again, more of them than plans are kept
-VARIANTS = ("step", "attach", "lists that change")
+LISTS = "lists that change"
+VARIANTS = ("step", "attach", LISTS)
 
 
 class Sample(NamedTuple):
@@ -53,7 +54,7 @@ _runs: dict[str, Any] = {}
 
 def begin(variant: str) -> None:
     torch.manual_seed(0)
-    _runs[variant] = _Lists() if variant == "lists that change" else _Trained(variant)
+    _runs[variant] = _Lists() if variant == LISTS else _Trained(variant)
 
 
 def go_on(variant: str, num_steps: int) -> Sample:
@@ -63,7 +64,7 @@ def go_on(variant: str, num_steps: int) -> Sample:
     weights = [*run.tensors()]
     return Sample(
         run.num_steps,
-        mesh((2, 2), AXES).get_coordinate()[1],
+        mesh((2, 2), AXES).get_coordinate()[1] if dist.is_initialized() else 0,
         _bits(weights),
         _bits(_leaves(run.clipper.state_dict())),
         run.error,
@@ -167,26 +168,27 @@ class _Lists:
         drawn = torch.Generator().manual_seed(self.num_steps)
         for param in params:
             values = torch.randn(param.shape, generator=drawn)
-            gradient = distribute_tensor(
-                values, param.device_mesh, param.placements, src_data_rank=None
-            )
-            param.grad = gradient if param.requires_grad else None
+            param.grad = _placed(values) if param.requires_grad else None
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.model.values()
 
 
 def _laid_out(rows: int) -> nn.Parameter:
-    whole = torch.linspace(-1, 1, rows * 3).reshape(rows, 3)
+    return nn.Parameter(_placed(torch.linspace(-1, 1, rows * 3).reshape(rows, 3)))
+
+
+def _placed(whole: Tensor) -> Tensor:
+    """As under HSDP; in one process a plain tensor."""
+    if not dist.is_initialized():
+        return whole
     placements = [Replicate(), Shard(0)]
-    return nn.Parameter(
-        distribute_tensor(whole, mesh((2, 2), AXES), placements, src_data_rank=None)
-    )
+    return distribute_tensor(whole, mesh((2, 2), AXES), placements, src_data_rank=None)
 
 
 def _whole(grad: Tensor | None) -> Tensor:
-    assert isinstance(grad, DTensor)
-    return grad.full_tensor()
+    assert grad is not None
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
 def _leaves(state: Any) -> Iterator[Tensor]:
