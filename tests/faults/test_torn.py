@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.hostile import TRUST
 from tests.faults.small_disk import can_mount
-from tests.faults.torn import KINDS, Kind, Undisturbed, campaign, undisturbed
+from tests.faults.torn import KINDS, Kind, Tally, Undisturbed, campaign, undisturbed
 
 NUM_KILLS, NUM_FULL = (200, 40) if TRUST else (8, 2)
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(7200 if TRUST else 400)]
@@ -33,18 +33,23 @@ def rights(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, U
     return {kind: undisturbed(kind, text, tmp_path_factory.mktemp("right")) for kind in KINDS}
 
 
-def test_kills(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> None:
-    tally = campaign(text, tmp_path, rights, 0, NUM_KILLS, num_full=0)
-    print(tally.num)
-    assert tally.findings == []
-    assert tally.num["kills"] >= NUM_KILLS
+@pytest.mark.parametrize("kind", KINDS, ids=["1 rank", "2 ranks"])
+def test_kills(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed], kind: Kind) -> None:
+    tally = campaign(kind, text, tmp_path, rights[kind], 0, NUM_KILLS // 2)
+    look_at(tally)
+    assert tally.num["kills"] >= NUM_KILLS // 2
     assert tally.num["left unfinished-*"] > 0  # a kill in a save
 
 
 def test_full_disks(text: Path, tmp_path: Path, rights: dict[Kind, Undisturbed]) -> None:
     if not can_mount():
         pytest.skip("to mount a tmpfs takes root")
-    tally = campaign(text, tmp_path, rights, 1, num_kills=0, num_full=NUM_FULL)
+    tally = campaign(KINDS[0], text, tmp_path, rights[KINDS[0]], 1, 0, NUM_FULL)
+    look_at(tally)
+    assert tally.num["full disks"] >= NUM_FULL
+
+
+def look_at(tally: Tally) -> None:
     print(tally.num)
     assert tally.findings == []
-    assert tally.num["full disks"] >= NUM_FULL
+    assert tally.num["resumes from a checkpoint"] > 0

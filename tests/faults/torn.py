@@ -11,7 +11,7 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +40,11 @@ class Kind(NamedTuple):
     options: tuple[str, ...]
 
 
+ZCLIP = "--policy zclip --policy.z-thresh 0.5 --policy.warmup-steps 2 --policy.max-norm inf"
+ADAGC = "--policy adagc --policy.warmup-steps 2"
 KINDS = (
-    Kind(1, ("--policy", "zclip", "--policy.warmup-steps", "4", "--tensor-norms", "3")),
-    Kind(2, ("--policy", "adagc", "--policy.warmup-steps", "4", "--layout", "fsdp2")),
+    Kind(1, (*ZCLIP.split(), "--tensor-norms", "3")),
+    Kind(2, (*ADAGC.split(), "--layout", "fsdp2")),
 )
 
 
@@ -108,6 +110,7 @@ class _Run:
         drop_ballast(self.out.parent)
         if self.newest and "step " in self.ended.said:
             self._expect(f"going on after step {self.newest}," in self.ended.said, "another step")
+        self.tally.num["resumes from a checkpoint"] += self.newest > 0
         self._count()
         self._look_at_history(self._look_at_checkpoints())
         return self.ended.finished
@@ -187,26 +190,21 @@ def moments(drawn: random.Random, kind: Kind, *, full: bool) -> Iterator[Moment]
 
 
 def campaign(
-    text: Path,
-    folder: Path,
-    rights: Mapping[Kind, Undisturbed],
-    seed: int,
-    num_kills: int,
-    num_full: int,
+    kind: Kind, text: Path, folder: Path, right: Undisturbed, seed: int, kills: int, disks: int = 0
 ) -> Tally:
-    """Runs of each kind in turn, until so many kills and so many full disks have been seen."""
+    """Runs of one kind, until so many kills and so many full disks have been seen."""
     drawn, tally = random.Random(seed), Tally()
     for number in range(10_000):
-        kills, disks = num_kills - tally.num["kills"], num_full - tally.num["full disks"]
-        if kills <= 0 and disks <= 0:
+        more_kills, more_disks = kills > tally.num["kills"], disks > tally.num["full disks"]
+        if not more_kills and not more_disks:
             break
-        kind, full = KINDS[number % len(KINDS)], disks > 0 and (number % 4 < 2 or kills <= 0)
+        full = more_disks and (number % 2 == 0 or not more_kills)
         with contextlib.ExitStack() as stack:
             each = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
             if full:
                 stack.enter_context(small_disk(each, DISK))
-            some = _until(moments(drawn, kind, full=full), tally, num_kills, num_full)
-            play(kind, text, each, rights[kind], some, tally)
+            some = _until(moments(drawn, kind, full=full), tally, kills, disks)
+            play(kind, text, each, right, some, tally)
     return tally
 
 
