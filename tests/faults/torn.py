@@ -175,10 +175,10 @@ class _Run:
 
 
 def moments(drawn: random.Random, kind: Kind, *, full: bool) -> Iterator[Moment]:
-    """Most are at a file operation: a save has about 25, and a start begins with 15."""
+    """Most are at a file operation: a save has about 25 on rank 0, and a start begins with 15."""
     for _ in range(MOST_STARTS):
         rank = drawn.randrange(kind.size)
-        operation = drawn.randint(1, 110)
+        operation = drawn.randint(1, 35 if rank else 110)
         if full and drawn.random() < 0.7:
             yield Moment(0, operation, free=drawn.choice([0, 4096, drawn.randint(0, 600_000)]))
         elif drawn.random() < 0.25:
