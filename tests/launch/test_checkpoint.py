@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from launch.checkpoint import Checkpoints
+from launch.checkpoint import Checkpoints, _reason
 from launch.dcp_reader import SafePlanner, SafeReader
 from launch.ranks import UserError, on_rank_0
 from tests.support.ranks import Ranks, mesh
@@ -420,6 +420,12 @@ def test_a_checkpoint_that_cannot_be_written(
     assert "\n" not in found
     if "removed" not in what:
         assert four_on_cpus.run(resumed_after_failure, folder) == [3] * 4
+
+
+def test_a_full_disk_that_torch_reports_as_a_position() -> None:
+    """What it says on the other ranks too, which do not get the error of the system."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert _reason(error) == "a file took fewer bytes than it was given"
 
 
 def failing_save(folder: Path, what: str) -> str:
