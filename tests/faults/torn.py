@@ -209,8 +209,10 @@ def campaign(
 
 
 def _until(some: Iterator[Moment], tally: Tally, num_kills: int, num_full: int) -> Iterator[Moment]:
-    while tally.num["kills"] < num_kills or tally.num["full disks"] < num_full:
-        yield next(some)
+    for moment in some:
+        if tally.num["kills"] >= num_kills and tally.num["full disks"] >= num_full:
+            return
+        yield moment
 
 
 def state_of(checkpoint: Path) -> str:
