@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch import run_facts
-from launch.files import describe, errors_as, one_line, sync_folder
+from launch.files import describe, errors_as, one_line, sync
 from launch.ranks import UserError, agree, gather, on_rank_0
 from launch.trainers import Trainer
 
@@ -62,6 +62,8 @@ class Checkpoints:
             temporary = self.folder.with_suffix(f".{self.token}")
             temporary.write_text(self.token)
             temporary.rename(self.owner)
+            for path in self.folder.parent.glob(f"{self.folder.stem}.{'[0-9a-f]' * 32}"):
+                path.unlink(missing_ok=True)  # of a start that ended in these lines
             steps = self._steps()
             halves = [p for name in ("unfinished-*", "discarded-*") for p in self.folder.glob(name)]
             for path in [*steps, *halves]:
@@ -152,17 +154,26 @@ class Checkpoints:
             except FileNotFoundError:  # a later start has discarded it in this moment
                 self._check_owned()
                 raise
-            sync_folder(self.folder)
+            sync(self.folder)
             self._remove_old(final)
 
     def _remove_old(self, newest: Path) -> None:
         """Removes all but the last two; damaged ones, and what was left of them, as well."""
-        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
-        kept = [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
+        kept = self._kept(newest)
         for path in self._steps():
             if path not in kept and path.is_dir():
                 self._discard(path)
         self.damaged = []
+
+    def _remove_before(self, newest: Path) -> None:
+        """Removes what is older than the last two."""
+        for path in self.complete():
+            if _step(path) < _step(self._kept(newest)[0]):
+                self._discard(path)
+
+    def _kept(self, newest: Path) -> list[Path]:
+        whole = [p for p in self.complete() if p == newest or p not in self.damaged]
+        return [path for path in whole if _step(path) <= _step(newest)][-NUM_KEPT:]
 
     def _steps(self) -> list[Path]:
         """Whatever has the name of a checkpoint, the newest last."""
@@ -188,6 +199,8 @@ class Checkpoints:
                 if reasons:
                     line = f"damaged: {'; '.join(reasons)}: going on from {path.name}"
                     on_rank_0(partial(print, line, flush=True))
+                # A kill after a save leaves those before, and a finished run makes no other save.
+                on_rank_0(partial(self._remove_before, path))
                 return _step(path)
             reasons.append(f"{path} ({one_line(reason)})")
             self.damaged.append(path)
@@ -241,7 +254,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return describe(error)
     text = str(error).strip() or type(error).__name__
-    return re.sub(r"^\[enforce fail[^\]]*\][ .]*", "", text.splitlines()[0])
+    text = re.sub(r"^\[enforce fail[^\]]*\][ .]*", "", text.splitlines()[0])
+    # What torch says where a disk is full; the error of the system does not reach the other ranks.
+    return re.sub(r"^unexpected pos \d+ vs \d+$", "a file took fewer bytes than it was given", text)
 
 
 def _free_space(folder: Path) -> str:

@@ -43,8 +43,8 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk."""
+def sync(path: Path) -> None:
+    """Puts what a file holds on the disk, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

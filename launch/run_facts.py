@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.files import checksum, errors_as, one_line, sync_folder, write_synced
+from launch.files import checksum, errors_as, one_line, sync, write_synced
 from launch.ranks import UserError
 
 NAME = "run.json"
@@ -18,7 +18,7 @@ def write(folder: Path, step: int, facts: Mapping[str, Any], checksums: Mapping[
     """Puts it on the disk, together with the names in the folder."""
     all_facts = {STEP: step, **facts, FILES: dict(sorted(checksums.items()))}
     write_synced(folder / NAME, json.dumps(all_facts, indent=1))
-    sync_folder(folder)
+    sync(folder)
 
 
 def read(folder: Path, step: int, facts: Mapping[str, Any]) -> dict[str, str] | str:

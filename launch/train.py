@@ -37,7 +37,7 @@ from distclip.monitoring.picture import draw
 from distclip.monitoring.records import HistoryError, read_run
 from launch import ranks, report
 from launch.checkpoint import Checkpoints
-from launch.files import errors_as
+from launch.files import errors_as, sync
 from launch.layouts import Wrapped, wrap
 from launch.options import Options, read_options
 from launch.task import Corpus, build_model, read_corpus
@@ -210,10 +210,13 @@ def open_history(folder: Path, done: int) -> History:
 
 
 def check_written(history: History) -> None:
-    """Writes the rows so far. Raises UserError where one could not be written."""
+    """Puts the rows so far on the disk. Raises UserError where one could not be written."""
     history.flush()
     if history.failure:
         raise ranks.UserError(history.failure)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with errors_as(f"{history.path} cannot be written"):
+            sync(history.path)
 
 
 def opening(run: Run, done: int, resume: bool) -> str:

@@ -56,6 +56,8 @@ def _take_over(path: Path, header: bytes) -> int:
                     if found := _STEP.match(line) or _AFTER.match(line):
                         last_step = int(found[1])
                 copy.write(header)
+                copy.flush()
+                os.fsync(copy.fileno())  # after a power cut, else, the file may be empty
         except ValueError:
             temporary.unlink()
             raise

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from launch.checkpoint import Checkpoints
+from launch.checkpoint import Checkpoints, _reason
 from launch.dcp_reader import SafePlanner, SafeReader
 from launch.ranks import UserError, on_rank_0
 from tests.support.ranks import Ranks, mesh
@@ -98,8 +98,10 @@ def test_what_a_kill_leaves_is_not_chosen(four_on_cpus: Ranks, tmp_path: Path) -
     four_on_cpus.run(save_and_leave, folder)
     (folder / "unfinished-x-6").mkdir()
     (folder / "step-0000007").mkdir()  # without run.json, which is written last
+    (folder.parent / f"checkpoints.{'a' * 32}").touch()  # a token without its name
     assert four_on_cpus.run(resumed, folder, True) == [["step-0000004", "step-0000005"]] * 4
     assert not (folder / "unfinished-x-6").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "checkpoints.owner"]
     assert four_on_cpus.run(resumed, folder, False) == [[]] * 4
 
 
@@ -323,6 +325,23 @@ def test_old_checkpoints_are_renamed_before_they_are_removed(
     assert not list(folder.glob("discarded-*"))
 
 
+def test_a_kill_before_the_removal_leaves_two_after_the_next_start(
+    four_on_cpus: Ranks, tmp_path: Path
+) -> None:
+    """A run that has ended makes no other checkpoint, which would remove them."""
+    folder = tmp_path / "checkpoints"
+    four_on_cpus.run(save_and_keep_all, folder)
+    assert len([*folder.glob("step-*")]) == 3
+    four_on_cpus.run(resumed_from_3, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-0000002", "step-0000003"]
+
+
+def save_and_keep_all(folder: Path) -> None:
+    checkpoints = Checkpoints(folder, Value(), WIDTH, resume=False)
+    checkpoints._remove_old = lambda newest: None
+    save_steps(checkpoints, 1, 2, 3)
+
+
 def save_without_removing(folder: Path) -> None:
     checkpoints = Checkpoints(folder, Value(), WIDTH, resume=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -401,6 +420,12 @@ def test_a_checkpoint_that_cannot_be_written(
     assert "\n" not in found
     if "removed" not in what:
         assert four_on_cpus.run(resumed_after_failure, folder) == [3] * 4
+
+
+def test_a_full_disk_that_torch_reports_as_a_position() -> None:
+    """What it says on the other ranks too, which do not get the error of the system."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert _reason(error) == "a file took fewer bytes than it was given"
 
 
 def failing_save(folder: Path, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 import sys
@@ -64,6 +65,26 @@ def test_a_full_disk_is_known_after_the_row(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         with pytest.raises(UserError, match=r"history\.jsonl cannot be written: File too large"):
             check_written(history)
+
+
+def test_rows_are_on_the_disk_before_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut takes what was written and not synced, and a checkpoint would be without rows."""
+    synced: list[tuple[str, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((name_of(file), size_of(file))))
+    with open_history(tmp_path, 0) as history:
+        append(history, 1)
+        check_written(history)
+        assert synced[-1] == (history.path.name, history.path.stat().st_size)
+
+
+def name_of(descriptor: int) -> str:
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+
+def size_of(descriptor: int) -> int:
+    return os.fstat(descriptor).st_size
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])

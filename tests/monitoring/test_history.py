@@ -155,6 +155,24 @@ def test_an_earlier_start_that_still_runs_writes_no_more(tmp_path: Path) -> None
     assert list(read_run(tmp_path).columns["total_norm"]) == [2.0, 3.0]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut can leave the name with an empty file, and no earlier row."""
+    with History(tmp_path) as history:
+        history.append(report_of(2.0))
+    synced: list[bytes] = []
+
+    def fsync(file: int) -> None:
+        path = Path(f"/proc/self/fd/{file}")
+        assert path.readlink().name == "history.tmp"
+        synced.append(path.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with History(tmp_path) as history:
+        assert synced == [history.path.read_bytes()]
+
+
 def test_a_full_disk_ends_the_history_and_not_the_training(tmp_path: Path) -> None:
     with History(tmp_path) as history:
         for _ in range(3):
