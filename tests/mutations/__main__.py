@@ -28,9 +28,10 @@ PATHS = [
     ),
 ]
 CORE = [each for each in core() if each != "tests/kernels"]  # no kernel is changed
-ALONE = ["-m", "not ranks and not slow", "--timeout=120"]
-ON_RANKS = ["-m", "ranks", *CORE, "tests/faults/test_matrix.py"]
-MANY = 40  # functions: those that come after these run most of the code
+CORE += ["tests/faults/test_matrix.py"]
+ALONE = ["-m", "not ranks", "--timeout=120"]
+ON_RANKS = ["-m", "ranks", "--timeout=300"]
+FEW, MANY = 10, 40  # functions: those that come after these run most of the code
 SECONDS = 900.0
 
 
@@ -45,15 +46,16 @@ def main() -> None:
     shutil.rmtree(FOLDER / "tree", ignore_errors=True)
     tree = Tree(ROOT, FOLDER / "tree")
     if not found:
-        measure(tree.root, FOLDER / "coverage", [*ALONE, *CORE])
-    covering = Covering(tree.root, FOLDER / "coverage", CORE)
+        measure(tree.root, FOLDER / "coverage", CORE)
+    covering = Covering(tree.root, FOLDER / "coverage")
     for i, mutant in enumerate(sample(ROOT, PATHS, args.num, args.seed)):
         if mutant not in found:
-            alone = covering.tests(mutant.path, mutant.line)
+            alone, on_ranks = covering.tests(mutant.path, mutant.line)
             stages = [
-                Stage("one process", [*ALONE, *alone[:MANY]] if alone else []),
-                Stage("ranks", ON_RANKS),
-                Stage("one process", [*ALONE, *alone[MANY:]] if alone[MANY:] else []),
+                Stage("one process", ALONE, alone[:MANY]),
+                Stage("ranks", ON_RANKS, on_ranks[:FEW]),
+                Stage("one process", ALONE, alone[MANY:]),
+                Stage("ranks", ON_RANKS, on_ranks[FEW:]),
             ]
             found[mutant] = each = outcome(tree, mutant, stages, SECONDS)
             _append(file, each)

@@ -35,7 +35,8 @@ class Outcome(NamedTuple):
 
 class Stage(NamedTuple):
     name: str
-    tests: Sequence[str]  # and options of pytest
+    options: Sequence[str]  # of pytest
+    tests: Sequence[str]
 
 
 class Tree:
@@ -98,8 +99,8 @@ def outcome(tree: Tree, mutant: Mutant, stages: Sequence[Stage], seconds: float)
     start, source = time.monotonic(), (tree.root / mutant.path).read_text()
     killed_by = None
     with tree.changed(mutant.path, mutant.code(source)):
-        for name, tests in stages:
-            code = tree.run(tests, seconds) if tests else 0
+        for name, options, tests in stages:
+            code = tree.run([*options, *tests], seconds) if tests else PASSED
             if code in (FAILED, NOT_COLLECTED, None):
                 killed_by = "time" if code is None else name
                 break

@@ -27,6 +27,9 @@ def larger(a: int | None, b: int = 1 + 1) -> int | None:
         count += 1
     ((found, _),) = zip([a if a > count else count], [0], strict=True)
     return found
+
+def on_a_rank(a: int) -> int:
+    return a + 1
 '''
 TESTS = """
 from distclip.numbers import larger
@@ -38,21 +41,38 @@ def test_larger() -> None:
 def test_default() -> None:
     assert larger(1) == 2
 """
+TESTS_ON_RANKS = """
+import pytest
+from distclip.numbers import on_a_rank
+from tests.support.ranks import Ranks
+
+@pytest.mark.ranks
+def test_on_a_rank() -> None:
+    ranks = Ranks(1)
+    assert ranks.run(on_a_rank, 1) == [2]
+    ranks.stop()
+"""
 PATH = "distclip/numbers.py"
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     source = tmp_path_factory.mktemp("source")
-    here = Path(__file__).parent
+    here = Path(__file__).parents[2]
+    copied = [
+        *("tests/mutations/server.py", "tests/mutations/contexts.py"),
+        *("tests/support/ranks.py", "tests/support/measured_ranks.py"),
+    ]
     files = {
         "distclip/__init__.py": "",
         PATH: CODE,
         "tests/__init__.py": "",
         "tests/test_numbers.py": TESTS,
+        "tests/test_on_ranks.py": TESTS_ON_RANKS,
         "tests/mutations/__init__.py": "",
-        "tests/mutations/server.py": (here / "server.py").read_text(),
-        "pytest.ini": "[pytest]\n",
+        "tests/support/__init__.py": "",
+        **{name: (here / name).read_text() for name in copied},
+        "pytest.ini": "[pytest]\nmarkers = ranks\n",
     }
     for name, text in files.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +89,7 @@ def the(operator: str, line: int) -> Mutant:
 
 def test_what_changes_nothing_is_not_drawn() -> None:
     lines = {mutant.line for _, mutant in mutants(PATH, CODE)}
-    assert lines == {4, 6, 8, 9, 10, 11}  # the default in 4; no message, no docstring
+    assert lines == {4, 6, 8, 9, 10, 11, 15}  # the default in 4; no message, no docstring
     assert not any("True" in m.operator for _, m in mutants(PATH, CODE))
     of_the_first = [m for _, m in mutants(PATH, CODE) if m.line == 4]
     assert {m.operator.split("_")[0] for m in of_the_first} == {
@@ -88,15 +108,18 @@ def test_places_are_drawn_once(tree: Tree) -> None:
 
 
 def test_mutants_are_killed_or_survive(tree: Tree, tmp_path: Path) -> None:
-    measure(tree.root, tmp_path / "coverage", ["tests/test_numbers.py"])
-    covering = Covering(tree.root, tmp_path / "coverage", ["tests"])
+    measure(tree.root, tmp_path / "coverage", ["tests"])
+    covering = Covering(tree.root, tmp_path / "coverage")
     both = ["tests/test_numbers.py::test_default", "tests/test_numbers.py::test_larger"]
-    assert covering.tests(PATH, 9) == both
-    assert covering.tests(PATH, 4) == both  # it runs at the import
-    assert covering.tests(PATH, 7) == both  # no test runs it
+    assert covering.tests(PATH, 9) == (both, [])
+    assert sorted(covering.tests(PATH, 4).alone) == both  # it runs at the import
+    assert sorted(covering.tests(PATH, 7).alone) == both  # no test runs it
+    of_rank = ["tests/test_on_ranks.py::test_on_a_rank"]
+    assert covering.tests(PATH, 15) == ([], of_rank)
 
     def of(mutant: Mutant) -> str | None:
-        stages = [Stage("one process", covering.tests(PATH, mutant.line))]
+        alone, on_ranks = covering.tests(PATH, mutant.line)
+        stages = [Stage("one process", ["-m", "not ranks"], alone), Stage("ranks", [], on_ranks)]
         found = outcome(tree, mutant, stages, 60.0)
         assert (tree.root / PATH).read_text() == CODE
         return found.killed_by
@@ -104,12 +127,13 @@ def test_mutants_are_killed_or_survive(tree: Tree, tmp_path: Path) -> None:
     assert of(the("core/ReplaceComparisonOperator_Gt_Lt", 11)) == "one process"
     assert of(the("core/ReplaceComparisonOperator_Gt_GtE", 11)) is None  # the same number
     assert of(the("core/ReplaceBinaryOperator_Add_Mul", 4)) == "one process"  # the default, 1
-    assert tree.run(both, 60.0) == 0
+    assert of(the("core/ReplaceBinaryOperator_Add_Mul", 15)) == "ranks"
+    assert tree.run([*both, *of_rank], 60.0) == 0
 
 
 def test_what_does_not_end_is_killed(tree: Tree) -> None:
     _, endless = next(each for each in mutants(PATH, CODE) if "count += 0" in each[1].code(CODE))
-    found = outcome(tree, endless, [Stage("one process", ["tests/test_numbers.py"])], 5.0)
+    found = outcome(tree, endless, [Stage("one process", [], ["tests/test_numbers.py"])], 5.0)
     assert found.killed_by == "time"
     text = summary([found, found._replace(killed_by=None)])
     assert text.endswith("2 mutants, 1 killed (50.0%)")

@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.support.measured_ranks import Measured
+
 LIMIT_S = 180.0  # for one call on all ranks; a loaded machine has taken more than 60
 PRELOAD = [
     "pytest",
@@ -75,7 +77,7 @@ class Ranks:
         """Of each rank that answers: whether the function returned, and what, or the traceback."""
         self._start()
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, os.environ.get("PYTEST_CURRENT_TEST", "")))
         return self._answers(time.monotonic() + limit_s)
 
     def _answers(self, deadline: float) -> dict[int, tuple[bool, Any]]:
@@ -199,16 +201,19 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> N
         world_size=size,
         timeout=timedelta(seconds=LIMIT_S),
     )
+    measured = Measured()
     pipe.send((True, None))
     while True:
         try:
-            function, args = pipe.recv()
+            function, args, test = pipe.recv()
         except EOFError:
             os._exit(0)  # the test worker is gone
+        measured.begin(test)
         try:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        measured.end()
         pipe.send(answer)
 
 
