@@ -64,8 +64,8 @@ test: lint types wheel
 	$(PY) -m pytest -n 3 --ignore=tests/slurm $(PYTEST_ARGS)
 	$(PY) -m pytest tests/slurm -m "not cluster_slow"
 
-# Faults in the gradients of one rank, in every combination of layout, policy and way to step: 20,000
-# cases take over an hour; then 5,000 runs of a state machine of `Clipper`, and hostile files.
+# Faults in the gradients of one rank, 20,000 of them; then, at length, the other tests of
+# docs/reliability.md: the state machine, misbehaving ranks, kills, long runs, hostile files. Hours.
 # TRUST="--cases 1000 --seed 7": other cases; TRUST="--only 12345": one of them.
 TRUST ?= --cases 20000 --seed 0
 test-trust: $(STAMP)
