@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -414,10 +413,12 @@ def test_a_timeout_that_is_none_is_one_line(
 
 
 WITHOUT_FRAMEWORKS = """
-import sys
+import signal, sys
 from distclip.cli import main
 from distclip.cli.doctor import frameworks
 if __name__ == "__main__":
+    # What a shell runs in the background ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     frameworks.MODULES.clear()  # their imports take half a minute
     sys.exit(main(["doctor", *sys.argv[1:]]))
 """
@@ -432,8 +433,6 @@ def start(tmp_path: Path, *words: str, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        # What a shell runs in the background ignores Ctrl-C, and so do its children.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
