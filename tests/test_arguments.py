@@ -585,6 +585,7 @@ WRONG: dict[str, tuple[Callable[[Box], object], str]] = {
     "FlatShard numel": (lambda b: FlatShard((4,), 0, 0, -2, ()), "FlatShard of -2"),
     "ParamShard name": (lambda b: ParamShard(None, 4, BlockShard.whole((4,))), "name=None"),
     "ParamShard shard": (lambda b: ParamShard("w", 4, None), "shard=None"),
+    "ParamShard numel": (lambda b: ParamShard("w", -1, BlockShard.whole((4,))), "numel=-1"),
 }
 
 

@@ -28,7 +28,7 @@ PATHS = [
     ),
 ]
 CORE = [each for each in core() if each != "tests/kernels"]  # no kernel is changed
-CORE += ["tests/faults/test_matrix.py"]
+CORE += [f"tests/faults/test_{name}.py" for name in ("matrix", "machine", "misbehaving")]
 ALONE = ["-m", "not ranks", "--timeout=120"]
 ON_RANKS = ["-m", "ranks", "--timeout=300"]
 FEW, MANY = 10, 40  # functions: those that come after these run most of the code

@@ -151,3 +151,23 @@ def gathered(plan: Plan, whole_model: Model) -> list[Tensor]:
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_smaller_scopes_in_every_wrapper(four_ranks: Ranks, kind: str) -> None:
     four_ranks.run(wrapped_clips, kind, four_ranks.device)
+
+
+@pytest.mark.parametrize(
+    ("unit_dim", "shape", "num"),
+    [
+        (-1, (2, 3), 3),
+        (-1, (1, 5), 1),
+        (-1, (5, 1), 1),
+        (0, (5, 1), 5),
+        (0, (1, 5), 1),
+        (0, (5,), 1),
+    ],
+)
+def test_a_tensor_with_one_long_dim_is_a_vector_in_optax_alone(
+    unit_dim: int, shape: tuple[int, ...], num: int
+) -> None:
+    param = torch.nn.Parameter(torch.ones(shape))
+    clipper = distclip.Clipper([("w", param)], AGC(unit_dim=unit_dim))
+    (group,) = clipper.plan.groups
+    assert group.units.num_units == num

@@ -250,6 +250,7 @@ NO_STATES: dict[str, tuple[Policy[Any], str, Any, str]] = {
     "steps negative": (ADAGC_POLICY, "AdaGC.num_steps", -1, r"body\.AdaGC\.num_steps is -1"),
     "m negative": (AdaGN(), "AdaGN.mean.w", -1.0, r"body\.AdaGN\.mean\['w'\] is -1\.0"),
     "m without a step": (AdaGN(), "AdaGN.num_steps.b", 0, r"body\.AdaGN\.mean\['b'\] is "),
+    "v negative": (AdaGN(), "AdaGN.rms.b", -0.5, r"body\.AdaGN\.rms\['b'\] is -0\.5"),
     "v NaN": (AdaGN(), "AdaGN.rms.b", math.nan, r"body\.AdaGN\.rms\['b'\] is nan"),
     "steps of a tensor": (AdaGN(), "AdaGN.num_steps.w", -1, r"AdaGN\.num_steps\['w'\] is -1"),
     "half a step": (AdaGN(), "AdaGN.num_steps.w", 1.5, r"AdaGN\.num_steps\['w'\] is 1\.5"),
