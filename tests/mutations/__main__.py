@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.mutations.covering import Covering, measure
 from tests.mutations.mutants import Mutant, sample
-from tests.mutations.run import Outcome, Stage, Tree, outcome
+from tests.mutations.run import PASSED, Outcome, Stage, Tree, outcome
 from tests.versions.core import ROOT, core
 
 FOLDER = ROOT / "runs" / "mutations"
@@ -48,6 +48,8 @@ def main() -> None:
     if not found:
         measure(tree.root, FOLDER / "coverage", CORE)
     covering = Covering(tree.root, FOLDER / "coverage")
+    if tree.run(["--collect-only", *covering.names()], SECONDS) != PASSED:
+        raise RuntimeError(f"tests that were measured are not found: {tree.root / 'server.log'}")
     for i, mutant in enumerate(sample(ROOT, PATHS, args.num, args.seed)):
         if mutant not in found:
             alone, on_ranks = covering.tests(mutant.path, mutant.line)

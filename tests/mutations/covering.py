@@ -57,6 +57,10 @@ class Covering:
             for names in self._data.contexts_by_lineno(path).values():
                 self._num_lines.update(names)
 
+    def names(self) -> list[str]:
+        """All tests that ran a line."""
+        return sorted({name.removeprefix(ON_RANKS) for name in self._num_lines} - {""})
+
     def tests(self, path: str, line: int) -> Tests:
         """The tests that run a line; first those that run few others.
 

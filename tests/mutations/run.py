@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from tests.mutations.mutants import Mutant
 
-PASSED, FAILED, NOT_COLLECTED, NONE_FOUND = 0, 1, 2, 5  # pytest's exit codes
+PASSED, FAILED, NONE_FOUND = 0, 1, 5  # pytest's exit codes
+NOT_COLLECTED = {2, 4}  # where the module of a test cannot be imported, the test is unknown
 
 
 class Outcome(NamedTuple):
@@ -101,7 +102,7 @@ def outcome(tree: Tree, mutant: Mutant, stages: Sequence[Stage], seconds: float)
     with tree.changed(mutant.path, mutant.code(source)):
         for name, options, tests in stages:
             code = tree.run([*options, *tests], seconds) if tests else PASSED
-            if code in (FAILED, NOT_COLLECTED, None):
+            if code in {FAILED, None, *NOT_COLLECTED}:
                 killed_by = "time" if code is None else name
                 break
             if code not in (PASSED, NONE_FOUND):

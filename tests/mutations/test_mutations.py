@@ -128,6 +128,7 @@ def test_mutants_are_killed_or_survive(tree: Tree, tmp_path: Path) -> None:
     assert of(the("core/ReplaceComparisonOperator_Gt_GtE", 11)) is None  # the same number
     assert of(the("core/ReplaceBinaryOperator_Add_Mul", 4)) == "one process"  # the default, 1
     assert of(the("core/ReplaceBinaryOperator_Add_Mul", 15)) == "ranks"
+    assert covering.names() == [*both, *of_rank]
     assert tree.run([*both, *of_rank], 60.0) == 0
 
 
