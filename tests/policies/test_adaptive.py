@@ -229,7 +229,10 @@ def test_limits_are_those_of_the_authors_code(case: dict) -> None:
 def test_the_defaults_are_those_of_the_authors_code() -> None:
     assert AdaGC() == AdaGC(ratio=1.04, max_norm=1.0, beta=0.99, warmup_steps=100)
     assert AdaGN() == AdaGN(gamma1=0.7, gamma2=0.9, eps=1e-8)
-    assert AGGC() == AGGC(low=0.95, high=0.6, beta=0.95, max_down=0.9, max_up=1.1)
+    bounds = {"low": 0.95, "high": 0.6, "late_low": 0.98, "late_high": 0.5}
+    assert AGGC() == AGGC(
+        **bounds, beta=0.95, max_down=0.9, max_up=1.1, late_from=math.inf, late_steps=1.0
+    )
     assert ZClip() == ZClip(z_thresh=2.5, alpha=0.97, warmup_steps=25, max_norm=1.0)
 
 

@@ -297,6 +297,14 @@ def test_numbers_that_no_step_leaves_are_refused_and_nothing_is_loaded(name: str
     assert str(clipper.state_dict()) == before
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_state_from_before_the_first_step_is_loaded(name: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    clippers = [Clipper([("w", param)], POLICIES[name]) for _ in range(2)]
+    clippers[1].load_state_dict(clippers[0].state_dict())
+    assert str(clippers[1].state_dict()) == str(clippers[0].state_dict())
+
+
 def test_nothing_is_loaded_where_only_the_last_group_is_broken() -> None:
     params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
     for param in params:
