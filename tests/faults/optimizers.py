@@ -16,6 +16,7 @@ class Optimizer:
     def __init__(self, kind: str) -> None:
         self.is_sgd = kind.startswith("SGD")
         self.num_steps, self.first, self.second = 0, 0.0, 0.0
+        self.sizes = 0.0  # of what the first moment was added up from, which may cancel
 
     def step(self, weights: Any, grads: Any) -> tuple[Any, Any]:
         with np.errstate(all="ignore"):
@@ -24,10 +25,10 @@ class Optimizer:
             return self._sgd(weights, grads) if self.is_sgd else self._adamw(weights, grads)
 
     def _sgd(self, weights: Any, grads: Any) -> tuple[Any, Any]:
-        sizes = np.abs(MOMENTUM * self.first) + np.abs(grads)
+        self.sizes = MOMENTUM * self.sizes + np.abs(grads)
         self.first = _float32(MOMENTUM * self.first + grads)
         right = _float32(weights - LR * self.first)
-        return right, NEAR * (np.abs(weights) + LR * sizes) + 1e-44
+        return right, NEAR * (np.abs(weights) + LR * self.sizes) + 1e-44
 
     def _adamw(self, weights: Any, grads: Any) -> tuple[Any, Any]:
         a, b = BETAS
