@@ -66,6 +66,20 @@ def know(group: dist.ProcessGroup) -> _Known:
     return known
 
 
+_kept: list[Any] = []  # the last work
+
+
+def keep(work: Any) -> Any:
+    """Returns the work, and keeps it until the next one.
+
+    A thread of gloo would else be the last that holds it, and needs the lock of the interpreter to
+    let its tensors go: where the process ends just then, it aborts ("terminate called without an
+    active exception").
+    """
+    _kept[:] = [work]
+    return work
+
+
 def first_form(group: dist.ProcessGroup, form: str) -> str:
     """What the first rank has said of the next collective of the group; `form`, if this one is it.
 

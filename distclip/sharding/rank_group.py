@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distclip.sharding.failures import Meeting, know, looks
+from distclip.sharding.failures import Meeting, keep, know, looks
 from distclip.torch_private import local_tensor, with_real_values
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Line(NamedTuple):
         know(self.group).num_collectives += 1
         try:
             if looks(self.group, tensor):
-                meeting.wait(start(True))
+                meeting.wait(keep(start(True)))
             else:
                 start(False)
         except RuntimeError as error:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from tests.faults.hostile import TRUST
 from tests.faults.small_disk import can_mount
 from tests.faults.torn import KINDS, Kind, Tally, Undisturbed, campaign, undisturbed
+from tests.launch.runs import write_text
 
 NUM_KILLS, NUM_FULL = (200, 40) if TRUST else (8, 2)
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(7200 if TRUST else 400)]
@@ -21,11 +20,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(7200 if TRUST else 400)]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for module in (json, subprocess):
-        source = Path(module.__file__)
-        (folder / source.name).write_text(source.read_text())
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

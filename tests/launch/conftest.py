@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import command, run
+from tests.launch.runs import command, run, write_text
 from tests.support.rows import Row, rows_of, without_seconds
 
 # Enough steps that a run can be killed or warned while it goes on.
@@ -16,11 +14,7 @@ INTERRUPTED = ("--policy", "zclip", "--steps", "100", "--save-every", "20", "--l
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for module in (json, subprocess):
-        source = Path(module.__file__)
-        (folder / source.name).write_text(source.read_text())
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")

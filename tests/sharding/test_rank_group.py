@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import torch_private
-from distclip.sharding import rank_group
+from distclip.sharding import failures, rank_group
 from distclip.sharding.rank_group import Line, RankGroup, combine, with_index
 from tests.support import reference
 from tests.support.layouts import LAYOUTS, lay_out, random_wholes
@@ -317,3 +317,18 @@ def connected() -> None:
 def test_a_clipper_connects_its_ranks_before_the_first_step(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(connected)
     four_on_cpus.stop()  # the count of calls is another on rank 2
+
+
+def the_last_work_is_kept() -> None:
+    group = RankGroup.of_group(dist.group.WORLD, torch.device("cpu"))
+    works = []
+    for _ in range(2):
+        group.all_reduce_(torch.ones(2), doing="testing")
+        works += failures._kept
+    assert len(works) == 2
+    assert all(work.is_completed() for work in works)
+
+
+def test_no_thread_of_gloo_lets_tensors_go_where_the_process_ends(four_on_cpus: Ranks) -> None:
+    """It aborted in one of four runs of a training that ends right after its last step."""
+    four_on_cpus.run(the_last_work_is_kept)

@@ -425,3 +425,14 @@ def unscaled_on_ranks(kind: str, sharded: bool) -> None:
 def test_unscaled_on_ranks(four_ranks: Ranks, kind: str, sharded: bool) -> None:
     if four_ranks.device == "cpu":
         four_ranks.run(unscaled_on_ranks, kind, sharded)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_each_element_of_a_short_tensor_shows_on_a_device(place: int) -> None:
+    tensors = [torch.ones(2), torch.ones(4)]
+    taken = samples.Samples(2, torch.device("cpu"))
+    taken.take([0, 1], tensors)
+    assert taken.changed_on_device([0, 1]).tolist() == [False, False]
+    tensor, index = (0, place) if place < 2 else (1, place - 2)
+    tensors[tensor][index] = 2.0
+    assert taken.changed_on_device([0, 1]).tolist() == [tensor == 0, tensor == 1]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
+from distclip.training.wrappers import list_optimizers
 from tests.support.ranks import Ranks
 from tests.support.training import (
     MAX_NORM,
@@ -573,3 +574,10 @@ def test_what_is_no_optimizer(way: str) -> None:
             call(Copies([*model.parameters()]))
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
     assert "step" not in vars(optimizer)
+
+
+def test_what_is_no_optimizer_is_found_in_a_list() -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert list_optimizers([optimizer, optimizer]) == [optimizer]
+    with pytest.raises(TypeError, match="optimizer"):
+        list_optimizers([optimizer, 3])
