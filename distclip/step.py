@@ -200,7 +200,7 @@ def _ask_policy(
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
-    sizes = _one(each, plan) if units is None else units.sizes
+    sizes = group.num_elements if units is None else units.sizes
     total = norms.total if at_least is None else torch.maximum(norms.total, at_least)
     context = NormContext(sizes, norms.weights, total, loss)
     returned, next_state = policy.limit(each, state, context)
@@ -222,15 +222,6 @@ def _limited(units: Units, group: ParamGroup, plan: Plan) -> Tensor:
     params = plan.params[group.members]
     without = tuple([i for i, param in enumerate(params) if weights_of(param) is None])
     return units.limited_without(without) if without else units.limited
-
-
-def _one(like: Tensor, plan: Plan) -> Tensor:
-    """1, kept on the device; a graph gets its own, which only its replays fill."""
-    if not has_values(like) or is_capturing(plan.device):
-        return torch.ones_like(like)
-    if plan.calls.one is None:
-        plan.calls.one = torch.ones_like(like)
-    return plan.calls.one
 
 
 def _report(

@@ -44,6 +44,7 @@ class ParamGroup:
         description: the policy as text, for people and for `verify`.
         counted: which of the parameters this rank adds to sums, [number of members], bool; None
             where it is all.
+        num_elements: over all ranks; a float64 scalar. NaN where only a collective could tell.
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units are reduced over all coordinates of the distinct
             axes, and the first that belongs to this rank's coordinate.
@@ -58,6 +59,7 @@ class ParamGroup:
     needs_weights: bool
     description: str
     counted: Tensor | None = field(compare=False)
+    num_elements: Tensor = field(compare=False)
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -95,7 +97,6 @@ class Calls:
         late: numbers that are read some steps later.
         reduces: some rank had a gradient that must be reduced first, in one step or more.
         is_settled: no rank has had one, and in the last step none lacked one.
-        one: 1 on the plan's device; a float64 scalar.
         steps: says what the optimizers do, which took the last step or are attached.
     """
 
@@ -103,7 +104,6 @@ class Calls:
     late: LateReads = field(default_factory=LateReads)
     reduces: bool = False
     is_settled: bool = False
-    one: Tensor | None = None
     steps: Steps | None = None
 
 
@@ -284,7 +284,9 @@ def make_plan(
     params, mesh = sharded.params, sharded.reduce_mesh
     device = reduce_device(params, mesh)
     dtype = _norm_dtype(params, mesh)
-    groups = [_make_group(spec, params[spec.members], device, dtype) for spec in specs]
+    groups = [
+        _make_group(spec, params[spec.members], device, dtype, sharded.may_differ) for spec in specs
+    ]
     for group in groups:
         on_accelerator = [p for p in params[group.members] if not p.param.is_cpu]
         kernels.prepare([p.weights for p in on_accelerator if not p.param.is_meta], group.norm_type)
@@ -385,11 +387,16 @@ def _norm_dtype(params: Sequence[LocalParam], mesh: ReduceMesh | None) -> torch.
 
 
 def _make_group(
-    spec: GroupSpec, params: Sequence[LocalParam], device: torch.device, dtype: torch.dtype
+    spec: GroupSpec,
+    params: Sequence[LocalParam],
+    device: torch.device,
+    dtype: torch.dtype,
+    may_differ: bool,
 ) -> ParamGroup:
     policy = spec.policy
     whole = policy.scope in (Scope.MODEL, Scope.ELEMENT)
     units = None if whole else make_units(params, policy, device)
+    size = math.nan if may_differ else sum(s.numel for param in params for s in param.shards)
     return ParamGroup(
         spec.name,
         spec.members,
@@ -398,6 +405,7 @@ def _make_group(
         policy.needs_weights,
         str(policy),
         counted=_counted(params, device),
+        num_elements=torch.full((), size, dtype=torch.float64, device=device),
         units=units,
         num_slots=0 if units is None else units.num_slots,
         norm_dtype=dtype,

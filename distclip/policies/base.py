@@ -31,6 +31,8 @@ class NormContext(NamedTuple):
 
     Attributes:
         sizes: the number of elements of each group over all ranks; float64, shaped like the norms.
+            That of the whole model is NaN where ranks may hold different parameters, along a
+            distinct axis or by `layouts=`: only a collective could tell it.
         weights: the norm of each group's parameters; float64, shaped like the norms. None unless
             the policy sets `needs_weights`. 0 for what is frozen and has no gradient, whose limit
             is not used.

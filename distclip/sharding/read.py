@@ -36,12 +36,14 @@ class ShardedParams(NamedTuple):
         reduce_mesh: None where no rank holds elements that another lacks: nothing is reduced then.
         mesh: the ranks that train together, where a mesh says it, even if nothing is reduced.
         ranks: those that train together, where a mesh or a DistributedDataParallel module says it.
+        may_differ: ranks may hold other parameters than this one.
     """
 
     params: list[LocalParam]
     reduce_mesh: ReduceMesh | None
     mesh: ReduceMesh | None = None
     ranks: RankGroup | None = None
+    may_differ: bool = False
 
 
 @with_real_values()
@@ -80,7 +82,8 @@ def read_layouts(
     check_copies(params, reduce_mesh, during_a_call)
     ranks = reduce_mesh.rank_group
     if _any_rank_shards(params, reduce_mesh):
-        return ShardedParams(params, reduce_mesh, reduce_mesh, ranks)
+        may_differ = reduce_mesh.holds_distinct or layouts is not None
+        return ShardedParams(params, reduce_mesh, reduce_mesh, ranks, may_differ)
     counted = [replace(param, counted=True) for param in params]
     return ShardedParams(counted, None, reduce_mesh, ranks)
 

@@ -118,3 +118,10 @@ class CheckedMachine(ModelMachine):
                 close, far = CLOSE[now.dtype], 100 * CLOSE[now.dtype] * float(moved)
                 torch.testing.assert_close(now, twin, rtol=close, atol=far, equal_nan=True)
             twin.copy_(now)
+            if not is_known:  # what the optimizer remembers of the step is unknown as well
+                of_param = self.optimizer.state[param].items()
+                self.twin.state[self.twins[name]] = {key: _clone(each) for key, each in of_param}
+
+
+def _clone(value: Any) -> Any:
+    return local(value).clone() if isinstance(value, Tensor) else value

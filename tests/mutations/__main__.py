@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutations.covering import Covering, measure
 from tests.mutations.mutants import Mutant, sample
@@ -32,37 +35,55 @@ CORE += [f"tests/faults/test_{name}.py" for name in ("matrix", "machine", "misbe
 ALONE = ["-m", "not ranks", "--timeout=120"]
 ON_RANKS = ["-m", "ranks", "--timeout=300"]
 FEW, MANY = 10, 40  # functions: those that come after these run most of the code
-SECONDS = 900.0
+SECONDS = 3600.0  # of a stage; each test has its own limit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument("--num", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="mutants at a time")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = FOLDER / f"seed-{args.seed}.jsonl"
     found = {each.mutant: each for each in _read(file)}
-    shutil.rmtree(FOLDER / "tree", ignore_errors=True)
-    tree = Tree(ROOT, FOLDER / "tree")
+    shutil.rmtree(FOLDER / "trees", ignore_errors=True)
+    trees = [Tree(ROOT, FOLDER / "trees" / str(i)) for i in range(args.processes)]
+    measured = trees[0].root
     if not found:
-        measure(tree.root, FOLDER / "coverage", CORE)
-    covering = Covering(tree.root, FOLDER / "coverage")
-    if tree.run(["--collect-only", *covering.names()], SECONDS) != PASSED:
-        raise RuntimeError(f"tests that were measured are not found: {tree.root / 'server.log'}")
-    for i, mutant in enumerate(sample(ROOT, PATHS, args.num, args.seed)):
-        if mutant not in found:
-            alone, on_ranks = covering.tests(mutant.path, mutant.line)
-            stages = [
-                Stage("one process", ALONE, alone[:MANY]),
-                Stage("ranks", ON_RANKS, on_ranks[:FEW]),
-                Stage("one process", ALONE, alone[MANY:]),
-                Stage("ranks", ON_RANKS, on_ranks[FEW:]),
-            ]
-            found[mutant] = each = outcome(tree, mutant, stages, SECONDS)
+        measure(measured, FOLDER / "coverage", CORE)
+    covering = Covering(measured, FOLDER / "coverage")
+    if trees[0].run(["--collect-only", *covering.names()], SECONDS) != PASSED:
+        raise RuntimeError(f"tests that were measured are not found: {measured / 'server.log'}")
+    idle: SimpleQueue[Tree] = SimpleQueue()
+    for tree in trees:
+        idle.put(tree)
+
+    def judge(mutant: Mutant) -> Outcome:
+        alone, on_ranks = covering.tests(mutant.path, mutant.line)
+        stages = [
+            Stage("one process", ALONE, alone[:MANY]),
+            Stage("ranks", ON_RANKS, on_ranks[:FEW]),
+            Stage("one process", ALONE, alone[MANY:]),
+            Stage("ranks", ON_RANKS, on_ranks[FEW:]),
+        ]
+        tree = idle.get()
+        try:
+            return outcome(tree, mutant, stages, SECONDS)
+        finally:
+            idle.put(tree)
+
+    with ThreadPoolExecutor(len(trees)) as threads:
+        mutants = sample(ROOT, PATHS, args.num, args.seed)
+        waiting = [threads.submit(judge, each) for each in mutants if each not in found]
+        for future in as_completed(waiting):
+            each = future.result()
+            found[each.mutant] = each
             _append(file, each)
-            print(f"{i + 1} of {args.num}: {each.killed_by or 'SURVIVED'}, {mutant}", flush=True)
-    tree.stop()
+            became = each.killed_by or "SURVIVED"
+            print(f"{len(found)} of {args.num}: {became}, {each.mutant}", flush=True)
+    for tree in trees:
+        tree.stop()
     print(summary(found.values()))
 
 
