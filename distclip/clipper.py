@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 
-from distclip import nonfinite, param_groups, parameters, step
+from distclip import nonfinite, param_groups, parameters
 from distclip.arguments import (
     as_axes,
     as_flag,
@@ -22,39 +21,23 @@ from distclip.arguments import (
     check_mesh_type,
 )
 from distclip.decision import Decision
-from distclip.limits import LimitChecks
 from distclip.nonfinite import OnNonFinite
-from distclip.norms.agreement import policy_text
-from distclip.norms.measure import GroupMeasurement
 from distclip.norms.plan import Plan, make_plan, with_tensor_groups
-from distclip.norms.reduce import check_same_call
 from distclip.param_groups import NamedParameters, ParamGroups
 from distclip.parameters import GradientFunction, Parameters
-from distclip.policies import ClipNorm, Policy, Scope, check_policy, state_dict
+from distclip.policies import ClipNorm, Policy, check_policy, state_dict
 from distclip.report import Report
 from distclip.sharding.layout import LayoutFunction
-from distclip.sharding.local_tensors import any_unreduced, local_gradients
 from distclip.sharding.one_shot import SymmetricMemory
-from distclip.sharding.partial_gradients import reduce_gradients_
 from distclip.sharding.read import read_layouts
-from distclip.torch_private import on_device, outside_of_graphs
-from distclip.training import backward_checks, folding, grad_scaler, optimizers, wrappers
-from distclip.training.backward import BackwardNorms
-from distclip.training.checked_optimizers import CheckedOptimizers, unheld_gradient
-from distclip.training.model_changes import ModelChanges, check_present
+from distclip.torch_private import outside_of_graphs
+from distclip.training import folding, grad_scaler, optimizers, wrappers
+from distclip.training.calls import Calls
+from distclip.training.held import Held, kept_between_calls
 from distclip.training.optimizers import check_attached
-from distclip.training.rounds import Rounds
 from distclip.training.step_hook import AttachedClipper
-from distclip.training.step_in_backward import BackwardClipper, Held
+from distclip.training.step_in_backward import BackwardClipper
 from distclip.training.wrappers import Optimizers
-
-# What is made in inference mode cannot be written outside of it: policies' states, counters,
-# buffers of a plan. `inference_mode(False)` alone would record operations for autograd.
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _kept_between_calls(function: _F) -> _F:
-    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class Clipper:
@@ -120,7 +103,7 @@ class Clipper:
     """
 
     @outside_of_graphs
-    @_kept_between_calls
+    @kept_between_calls
     def __init__(
         self,
         model_or_parameters: Parameters | ParamGroups,
@@ -150,64 +133,42 @@ class Clipper:
                 "writes to `.grad`, and yours lie elsewhere. Leave out one of the two."
             )
         self.policy = policy
-        self._on_nonfinite: OnNonFinite = on_nonfinite
-        self._skips = nonfinite.SkipCounter(max_skips)
-        self._sources = param_groups.list_sources(model_or_parameters, policy)
-        self._modules = as_modules("modules", modules)
+        sources = param_groups.list_sources(model_or_parameters, policy)
+        modules = as_modules("modules", modules)
         check_policy(policy)
-        for group in self._sources:
+        for group in sources:
             check_policy(group.policy, group.name)
-        self._policies = [group.policy for group in self._sources]
+        interval = as_interval("tensor_norms", tensor_norms)
         rule = f"on_nonfinite={on_nonfinite}, max_consecutive_skips={max_skips}"
-        self._tensor_norms = as_interval("tensor_norms", tensor_norms)
-        self._num_calls = 0
-        if self._tensor_norms:
-            rule += f", tensor_norms={self._tensor_norms}"
+        if interval:
+            rule += f", tensor_norms={interval}"
 
         def plan_for(read: NamedParameters) -> Plan:
             sharded = read_layouts(read.named, read.modules, mesh, distinct, layouts)
             return make_plan(sharded, read.groups, rule, shared)
 
-        self._plan_for, self._shared = plan_for, shared
-        self._gradient, self._layouts, self._overlap = gradient, layouts, overlap
-        self._checked = CheckedOptimizers()
-        self._hold(self._read_sources(), is_first=True)
-        self._rounds = Rounds(self.plan)
-        self._in_backward: BackwardClipper | None = None
+        self._held = Held(
+            sources,
+            modules,
+            plan_for,
+            partial(with_tensor_groups, symmetric_memory=shared) if interval else None,
+            may_differ=layouts is not None,
+            overlap=overlap,
+        )
+        skips = nonfinite.SkipCounter(max_skips)
+        self._calls = Calls(self._held, on_nonfinite, skips, gradient, interval)
 
-    def _read_sources(self) -> NamedParameters:
-        return param_groups.read_sources(self._sources, self._modules)
-
-    def _hold(self, read: NamedParameters, is_first: bool = False) -> None:
-        """Makes the plan for these parameters, and the policies' states before the first step."""
-        plan = self._plan_for(read)
-        policies = zip(plan.groups, self._policies, strict=True)
-        texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
-        # With layouts= the ranks may hold different parameters, such as experts.
-        held = "" if self._layouts is not None else plan.parameters_text
-        self._call = "; ".join(filter(None, [plan.rule, *texts, held]))
-        if is_first:
-            plan.connect()
-        if self._tensor_norms:
-            if is_first:
-                check_same_call(plan, self._call)
-            plan = with_tensor_groups(plan, self._shared)
-        if not is_first:
-            plan.calls.steps, plan.calls.number = self.plan.calls.steps, self.plan.calls.number
-        self.plan = plan
-        self._read, self._changes = read, ModelChanges(read)
-        self._params = [param.param for param in plan.params]
-        self._states = self._initial_states()
-        self._limit_checks = LimitChecks(plan, self._policies)
-        self._checked.look_again()
-        self._backward = BackwardNorms(plan, read.modules) if self._overlap else None
+    @property
+    def plan(self) -> Plan:
+        """Which tensors this rank counts, and the ranks that it reduces over, as they are now."""
+        return self._held.plan
 
     @property
     def skipped(self) -> Tensor:
         """How many calls found a norm that was not finite, with "skip" or "zero", or that a policy
         vetoed; int64 scalar.
         """
-        return self._skips.total.clone()
+        return self._calls.skips.total.clone()
 
     @outside_of_graphs
     def clip_(
@@ -299,7 +260,7 @@ class Clipper:
         on_apply = None
         if scaler is not None and scaler.is_enabled():
             on_apply = partial(grad_scaler.record, scaler, stepped)
-        return self._decide(stepped, factor, on_apply, step, loss)
+        return self._calls.decide(stepped, factor, on_apply, step, loss)
 
     @outside_of_graphs
     def step(
@@ -343,20 +304,20 @@ class Clipper:
         check_function("closure", closure, "a function that computes the loss and its gradients")
         stepped = wrappers.list_optimizers(optimizer)
         optimizers.check_steps(stepped, closure)
-        self._check_steps(stepped)
+        self._calls.check_steps(stepped)
         if closure is not None:
             if loss is not None:
                 raise ValueError(
                     "cannot judge a step by loss= and take a closure, which computes losses of its "
                     "own. Leave one out."
                 )
-            return self._step_closure(stepped, scaler, scale, closure, step)
+            return self._calls.step_closure(stepped, scaler, scale, closure, step)
         decision = self.decide(stepped, scaler, scale, step, loss)
         with torch.no_grad():
             skip = decision.skip(grad_scaler.is_on(scaler))
             factors = folding.factors(stepped, decision)
             decision.apply_without(folding.stepped_by(stepped, factors))
-        self._note_steps(stepped)
+        self._calls.note_steps(stepped)
         found_inf = decision.found_inf if grad_scaler.is_on(scaler) else None
         for each in stepped:
             if optimizers.multiplies(each):
@@ -396,15 +357,15 @@ class Clipper:
         grad_scaler.check_scaler(scaler)
         given = wrappers.list_optimizers(optimizer)
         check_attached(given, optimizer)
-        self._check_not_in_backward()
-        if self._gradient is None:
-            for each in given:
-                wrappers.check_wrapped(each, self.plan)
+        calls = self._calls
+        calls.check_not_in_backward()
+        for each in given:
+            calls.check_wrapped(each)
         for each in wrappers.unwrapped(given):  # before it gets others
-            self._checked.new_params([each], self.plan.params, scaled=False)
-        attached = [each.optimizer for each in self._rounds.members()]
-        self._note_steps([*attached, *wrappers.unwrapped(given)])
-        return AttachedClipper(given, scaler, self._decide, self._rounds)
+            self._held.new_params([each], scaled=False)
+        attached = [each.optimizer for each in calls.rounds.members()]
+        calls.note_steps([*attached, *wrappers.unwrapped(given)])
+        return AttachedClipper(given, scaler, calls.decide, calls.rounds)
 
     @outside_of_graphs
     def attach_in_backward(self, optimizers: Optimizers) -> BackwardClipper:
@@ -475,61 +436,19 @@ class Clipper:
         given = wrappers.list_optimizers(optimizers)
         stepped = wrappers.unwrapped(given)
         check_attached(stepped, optimizers)
-        self._check_not_in_backward()
-        if self._rounds.members():
-            raise ValueError(
-                "cannot attach in backward: the Clipper is attached to `optimizer.step()` already. "
-                "End that with `attached.remove()`, or make a Clipper for each."
-            )
-        if self._overlap or self._gradient is not None:
-            raise ValueError(
-                "cannot attach in backward with overlap=True or gradient=: hooks see `.grad`, "
-                "which is measured and freed there. Leave both out."
-            )
-        if fault := self._follow([], scaled=False):
-            raise fault
-        plan = self.plan
-        if self._tensor_norms and any(group.scope is Scope.UNIT for group in plan.groups):
-            raise ValueError(
-                "cannot attach in backward with tensor_norms= and limits per unit: the norms of "
-                "tensors need a second look at gradients, which are freed by then. Leave one out."
-            )
-        backward_checks.check_mode(self._on_nonfinite, plan, self._policies)
-        backward_checks.check_layouts(plan, self._layouts is not None)
-        backward_checks.check_optimizers(stepped, plan, self._read.modules)
-        held = Held(
-            plan,
-            self._policies,
-            self._on_nonfinite,
-            self._call,
-            lambda: self._states,
-            self._changes.any,
-            self._end_step,
-        )
-        self._in_backward = BackwardClipper(stepped, held, self._detached)
-        return self._in_backward
+        self._calls.check_not_in_backward()
+        return BackwardClipper(stepped, self._calls)
 
-    def _detached(self) -> None:
-        self._in_backward = None
-
-    def _check_not_in_backward(self) -> None:
-        if self._in_backward is not None:
-            raise ValueError(
-                "cannot clip: the Clipper is attached in backward, where hooks have clipped and "
-                "stepped the gradients. Call `attached.end_step()` in each step, or end it with "
-                "`attached.remove()` first."
-            )
-
-    @_kept_between_calls
+    @kept_between_calls
     def state_dict(self) -> dict[str, Any]:
         """What the policies remember: tensors and numbers under names.
 
         The names are those of parameter groups, policies and parameters.
         The same on every rank (of a pipeline stage), however many ranks share the model.
         """
-        return state_dict.to_dict(self._group_states(self._states))
+        return state_dict.to_dict(self._held.group_states())
 
-    @_kept_between_calls
+    @kept_between_calls
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on any number of ranks.
 
@@ -538,213 +457,5 @@ class Clipper:
                 number in it that cannot be one of the policy's. Nothing is loaded then.
             TypeError: `saved` is no dictionary.
         """
-        self._states = state_dict.from_dict(self._group_states(self._initial_states()), saved)
-
-    @_kept_between_calls
-    def _decide(
-        self,
-        stepped: list[Optimizer],
-        scale: Tensor | None,
-        on_apply: Callable[[Tensor], None] | None = None,
-        at_step: int | None = None,
-        loss: float | Tensor | None = None,
-    ) -> Decision:
-        """`decide` where it is known which factor the gradients still need; float64."""
-        self._check_not_in_backward()
-        given = None if loss is None else parameters.as_loss(loss, self.plan.device)
-        fault = self._follow(stepped, scaled=scale is not None)
-        if given is not None and not self.plan.judges_loss:
-            raise ValueError(
-                "cannot judge a step by loss=: no policy of the Clipper may leave out steps. Leave "
-                "it out, or use `distclip.SkipSpike()`, alone or as `SkipSpike() & ClipNorm(1.0)`."
-            )
-        try:
-            gradients = self._gradients()
-        except (TypeError, ValueError) as error:  # which other ranks may not have
-            fault, gradients = fault or error, [None] * len(self._params)
-        if fault is None and stepped and all(grad is None for grad in gradients):
-            fault = unheld_gradient(stepped, self.plan.params)
-        if fault is None and self._gradient is None and any(grad is None for grad in gradients):
-            fault = backward_checks.never_clipped(self._params, self.plan.names)
-        measured = None
-        if self._backward is not None and not any_unreduced(gradients):
-            measured = self._backward.measurements(gradients, self._wants_tensors())
-        decision = self._decide_on(gradients, fault, measured, scale, on_apply, at_step, given)
-        self._raise_if_nonfinite(decision)
-        return self._count(decision)
-
-    @_kept_between_calls
-    def _end_step(
-        self, measured: Sequence[GroupMeasurement], fault: Exception | None, at_step: int | None
-    ) -> Decision:
-        """`decide` where hooks have measured, clipped and stepped the gradients."""
-        nothing = [None] * len(self._params)
-        decision = self._decide_on(nothing, fault, measured, None, None, at_step)
-        self._raise_if_nonfinite(decision, measured)
-        return self._count(decision)
-
-    def _wants_tensors(self) -> bool:
-        return self._tensor_norms > 0 and self._num_calls % self._tensor_norms == 0
-
-    def _count(self, decision: Decision) -> Decision:
-        self._states = decision.next_policy_states(self._states)
-        return decision
-
-    def _decide_on(
-        self,
-        gradients: Sequence[Tensor | None],
-        fault: Exception | None,
-        measured: Sequence[GroupMeasurement] | None,
-        scale: Tensor | None,
-        on_apply: Callable[[Tensor], None] | None,
-        at_step: int | None,
-        loss: Tensor | None = None,
-    ) -> Decision:
-        wants_tensors = self._wants_tensors()
-        self._num_calls += 1
-        call = self._call if at_step is None else f"{self._call}; step={at_step}"
-        decision = step.decide(
-            gradients,
-            self.plan,
-            self._policies,
-            self._states,
-            scale=None if scale is None else on_device(scale, self.plan.device),
-            mode=self._on_nonfinite,
-            call=f"{call}; with tensor norms" if wants_tensors else call,
-            reduce=partial(reduce_gradients_, self._params),
-            fault=fault,
-            measured=measured,
-            in_grad=self._gradient is None,
-            on_apply=on_apply,
-            invalid=self._limit_checks.invalid,
-            tensor_norms=wants_tensors,
-            loss=loss,
-        )
-        valid = [clip.valid for clip in decision.clips]
-        self._limit_checks.check(valid, lambda: decision.finite)
-        return decision
-
-    def _follow(self, stepped: Sequence[Optimizer], scaled: bool) -> Exception | None:
-        """Brings the plan up to date with the modules and the optimizers; an error if it cannot."""
-        try:
-            if self._changes.any():
-                self._hold_again(self._read_sources())
-            if stepped:
-                added = self._checked.new_params(stepped, self.plan.params, scaled)
-                if added:
-                    self._sources = param_groups.with_params(self._sources, added)
-                    self._hold_again(self._read_sources())
-        except ValueError as error:
-            return error
-        return None
-
-    def _hold_again(self, read: NamedParameters) -> None:
-        """`_hold`, where the model or the optimizer has got other parameters during training."""
-        before = self._read.named
-        # DDP over tensor parallelism hides parameters in its first forward, FSDP2 shows others.
-        same = {id(tensor) for _, tensor in before} == {id(tensor) for _, tensor in read.named}
-        if same and not self._changes.needs_new_plan():
-            self._changes = ModelChanges(read)
-            return
-        check_present(read, before)
-        states = self._group_states(self._states)
-        self._backward = None  # its hooks go before others come
-        self._hold(read)
-        self._rounds.plan = self.plan
-        self._states = state_dict.carried_over(states, self._group_states(self._states))
-
-    def _raise_if_nonfinite(
-        self, decision: Decision, measured: Sequence[GroupMeasurement] | None = None
-    ) -> None:
-        counted = None
-        if self._on_nonfinite in ("skip", "zero"):
-            counted = decision.accepted
-        elif decision.vetoed is not None:
-            counted = ~decision.vetoed
-        too_many = counted is not None and self._skips.count_(counted)
-        if too_many or (self._on_nonfinite == "raise" and decision.is_known_nonfinite):
-            decision.take_effect()  # a scaler can skip the step of who goes on
-            in_a_row, vetoes = self._skips.max_consecutive, decision.vetoed is not None
-            if too_many and vetoes and not decision.is_known_nonfinite:
-                raise nonfinite.too_many_vetoes(decision.total_norm, in_a_row)
-            raise nonfinite.error(
-                decision.total_norm,
-                decision.gradients,
-                self.plan,
-                in_a_row if too_many else None,
-                vetoes,
-                measured=measured,
-            )
-
-    def _gradients(self) -> list[Tensor | None]:
-        if self._gradient is not None:
-            return parameters.gradients_from(self._gradient, self.plan.params)
-        if self._backward is not None:
-            gradients = self._backward.gradients()
-        else:
-            gradients = local_gradients(self._params)
-        for group in self.plan.groups:
-            if group.scope is Scope.UNIT:
-                parameters.check_dense(self.plan.params[group.members])
-        return gradients
-
-    def _step_closure(
-        self,
-        stepped: Sequence[Optimizer],
-        scaler: GradScaler | None,
-        scale: float | Tensor | None,
-        closure: Callable[[], Any],
-        at_step: int | None,
-    ) -> Report:
-        (optimizer,) = stepped
-        if scaler is not None and scaler.is_enabled():
-            scaler.step(optimizer, closure=closure)  # raises: torch has no closures under a scaler
-        factor = None if scale is None else parameters.as_scalar(scale, self.plan.device)
-
-        def decide_scaled(stepped: list[Optimizer], *_: Any) -> Decision:
-            return self._decide(stepped, factor, at_step=at_step)
-
-        attached = AttachedClipper([optimizer], None, decide_scaled, Rounds(self.plan))
-        try:
-            optimizer.step(closure)
-        finally:
-            attached.remove()
-        assert attached.report is not None
-        return attached.report
-
-    def _initial_states(self) -> list[Any]:
-        return [
-            policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
-            for group, policy in zip(self.plan.groups, self._policies, strict=True)
-        ]
-
-    def _note_steps(self, stepped: Sequence[Optimizer]) -> None:
-        """For `print(clipper.plan)`."""
-        calls = self.plan.calls
-        if not (isinstance(calls.steps, folding.Steps) and calls.steps.is_of(stepped)):
-            calls.steps = folding.Steps(stepped, self._gradient is None, self._on_nonfinite)
-
-    def _check_steps(self, stepped: Sequence[Optimizer]) -> None:
-        attached = [each.optimizer for each in self._rounds.members()]
-        for each in stepped:
-            if any(inner is other for inner in wrappers.unwrapped([each]) for other in attached):
-                raise ValueError(
-                    f"cannot clip and step this {type(each).__qualname__}: the Clipper is attached "
-                    f"to it, and would clip twice and count the step twice. Call "
-                    f"`optimizer.step()`, or end it with `attached.remove()` first."
-                )
-            wrappers.check_accumulated(each)
-            if self._gradient is None:
-                wrappers.check_wrapped(each, self.plan)
-
-    def _group_states(self, states: Sequence[Any]) -> list[state_dict.GroupState]:
-        return [
-            state_dict.GroupState(
-                group.name,
-                type(policy).__name__,
-                group.units.row_names if group.units and group.scope is Scope.TENSOR else None,
-                state,
-                policy,
-            )
-            for group, policy, state in zip(self.plan.groups, self._policies, states, strict=True)
-        ]
+        held = self._held
+        held.states = state_dict.from_dict(held.initial_group_states(), saved)

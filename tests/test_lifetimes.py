@@ -93,7 +93,7 @@ def test_optimizers_that_are_gone_are_gone() -> None:
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
     clipper.clip_(last := SGD(model.parameters(), lr=0.1), scaler)
-    assert [[ref() for ref in each.optimizers] for each in clipper._checked._seen] == [[last]]
+    assert [[ref() for ref in each.optimizers] for each in clipper._held._checked._seen] == [[last]]
 
 
 def test_another_optimizer_of_other_parameters_is_checked() -> None:

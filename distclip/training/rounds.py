@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -41,11 +42,16 @@ class Rounds:
     that steps again. Optimizers of other clippers, as in a GAN, are not concerned.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Callable[[], Plan]) -> None:
+        self._plan = plan
         self._attached: list[weakref.ref[Attached]] = []
         self._decision: Decision | None = None
         self._waiting: dict[int, _Snapshot] = {}  # by the id of what has yet to step
+
+    @property
+    def plan(self) -> Plan:
+        """As it is now."""
+        return self._plan()
 
     def join(self, attached: Attached) -> None:
         """Raises ValueError for an optimizer that is in already."""

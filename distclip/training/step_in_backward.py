@@ -8,8 +8,8 @@ the ranks communicate only where they share one tensor, which all of them step t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,45 +18,18 @@ from torch.optim import Optimizer
 from distclip import step as clip_step
 from distclip import torch_private
 from distclip.decision import Decision
-from distclip.nonfinite import OnNonFinite
-from distclip.norms.measure import GroupMeasurement, NormBuffer, measure, with_tensors
+from distclip.norms.measure import NormBuffer, measure, with_tensors
 from distclip.norms.plan import Plan, plan_of_members
 from distclip.parameters import check_dense
-from distclip.policies import ClipNorm, Policy, Scope
+from distclip.policies import ClipNorm, Scope
 from distclip.report import Report
 from distclip.scaling import check_writable
 from distclip.sharding.local_tensors import any_unreduced, local_gradients
 from distclip.torch_private import has_values, outside_of_graphs
 from distclip.training import backward_checks as checks
+from distclip.training.calls import Calls
 from distclip.training.optimizers import HiddenGradients
 from distclip.training.wrappers import params_of
-
-
-class EndStep(Protocol):
-    """Decides on the norms of a step whose gradients were stepped already."""
-
-    def __call__(
-        self, measured: Sequence[GroupMeasurement], fault: Exception | None, step: int | None, /
-    ) -> Decision: ...
-
-
-@dataclass
-class Held:
-    """What a Clipper holds.
-
-    Attributes:
-        call: what must be the same on all ranks, as text.
-        states: of its policies, as they are when asked for.
-        changed: whether the model has other parameters than those of the plan.
-    """
-
-    plan: Plan
-    policies: Sequence[Policy[Any]]
-    mode: OnNonFinite
-    call: str
-    states: Callable[[], Sequence[Any]]
-    changed: Callable[[], bool]
-    end_step: EndStep
 
 
 class BackwardClipper:
@@ -68,11 +41,10 @@ class BackwardClipper:
 
     report: Report | None = None
 
-    def __init__(
-        self, optimizers: Sequence[Optimizer], held: Held, on_remove: Callable[[], None]
-    ) -> None:
-        plan = held.plan
-        self._held, self._on_remove = held, on_remove
+    def __init__(self, optimizers: Sequence[Optimizer], calls: Calls) -> None:
+        _check(optimizers, calls)
+        self._calls, self._held = calls, calls.held
+        plan = calls.held.plan
         # What policies of the whole model limit by, and what the others know of the whole model.
         self._coefficients: list[Tensor | None] = [None] * len(plan.groups)
         self._norms: list[Tensor | None] = [None] * len(plan.groups)
@@ -85,6 +57,7 @@ class BackwardClipper:
         self._hooks = [
             _Hook(each, self._parts(each, index), self._before, self._clip) for each in optimizers
         ]
+        calls.are_in_backward = True
 
     @outside_of_graphs
     @torch.no_grad()
@@ -119,7 +92,7 @@ class BackwardClipper:
         self._stepped.clear()
         for buffer in self._buffers:
             buffer.clear_all()
-        decision = held.end_step(measured, fault, step)
+        decision = self._calls.end_step(measured, fault, step)
         self.report = self._applied(decision)
         counts = decision.finite & (decision.total_norm > 0)
         for i, clip in enumerate(decision.clips):
@@ -156,10 +129,10 @@ class BackwardClipper:
 
     def remove(self) -> None:
         """Ends it. The optimizers are as they were before."""
-        self._removed = True
-        for hook in self._hooks:
-            hook.remove()
-        self._on_remove()
+        if not self._removed:
+            for hook in self._hooks:
+                hook.remove()
+            self._removed, self._calls.are_in_backward = True, False
 
     def _parts(self, optimizer: Optimizer, index: dict[int, int]) -> list[_Part]:
         """What an optimizer steps of each group."""
@@ -192,7 +165,7 @@ class BackwardClipper:
     def _clip_(self, part: _Part) -> None:
         held, plan = self._held, part.plan
         (group,) = plan.groups
-        policy, state = held.policies[part.group], held.states()[part.group]
+        policy, state = held.policies[part.group], held.states[part.group]
         scale = at_least = None
         if group.scope is Scope.MODEL:
             policy, state = ClipNorm(float("inf"), group.norm_type), ()
@@ -216,7 +189,7 @@ class BackwardClipper:
             [state],
             call=f"{held.call}; in backward: {', '.join(plan.names)}",
             scale=scale,
-            mode="propagate" if held.mode == "propagate" else "zero",
+            mode="propagate" if self._calls.mode == "propagate" else "zero",
             measured=measured,
             at_least=at_least,
         )
@@ -235,6 +208,31 @@ class BackwardClipper:
                     coefficient=one if used is None else used
                 )
         return replace(decision.report, figures=figures)
+
+
+def _check(stepped: Sequence[Optimizer], calls: Calls) -> None:
+    """Raises ValueError, LayoutError for what cannot be clipped in backward."""
+    held = calls.held
+    if calls.rounds.members():
+        raise ValueError(
+            "cannot attach in backward: the Clipper is attached to `optimizer.step()` already. "
+            "End that with `attached.remove()`, or make a Clipper for each."
+        )
+    if held.backward is not None or calls.gradient is not None:
+        raise ValueError(
+            "cannot attach in backward with overlap=True or gradient=: hooks see `.grad`, "
+            "which is measured and freed there. Leave both out."
+        )
+    if fault := held.follow([], scaled=False):
+        raise fault
+    if calls.tensor_norms and any(group.scope is Scope.UNIT for group in held.plan.groups):
+        raise ValueError(
+            "cannot attach in backward with tensor_norms= and limits per unit: the norms of "
+            "tensors need a second look at gradients, which are freed by then. Leave one out."
+        )
+    checks.check_mode(calls.mode, held.plan, held.policies)
+    checks.check_layouts(held.plan, held.may_differ)
+    checks.check_optimizers(stepped, held.plan, held.modules)
 
 
 class _Part(NamedTuple):

@@ -183,11 +183,15 @@ class SteppingMachine(CheckedMachine):
             for n, w in weights.items()  # what is frozen has no limit
         }
         held = {name for group in self.groups for name in group.names}
-        grads = {n: g * factor for n, g in raw.items() if n in held}
+        # The scaler has unscaled these before the Clipper reads them, in their own dtype.
+        unscaled = self.stepped if how == "attach" and has_scaler and not self.folds else ()
+        after_error = {
+            n: (g * factor).to(untouched[n].dtype).double() if n in unscaled else g
+            for n, g in raw.items()
+        }
+        grads = {n: after_error[n] if n in unscaled else raw[n] * factor for n in raw if n in held}
         given = None if loss is None else float(loss)
         want = expected(self.groups, read, grads, self.single, given)
-        unscaled = self.stepped if how == "attach" and has_scaler and not self.folds else ()
-        after_error = {n: g * (factor if n in unscaled else 1) for n, g in raw.items()}
         return Before(want, grads, untouched, after_error, weights, held)
 
     def _step_optimizer(self, how: str, has_scaler: bool, skips: bool) -> None:

@@ -177,7 +177,7 @@ def test_a_clipper_keeps_the_same_states(name: str) -> None:
     clipper, right = made(policy), exact(policy)
     take_steps(clipper, 1200, seed=3, right=right)
     assert int(clipper.skipped) >= 24
-    assert state_distance(clipper._states[0], right, window=CLOSE) < close(policy)
+    assert state_distance(clipper._held.states[0], right, window=CLOSE) < close(policy)
 
 
 @pytest.mark.parametrize("name", ["ZClip", "AutoClip, median", "AdaGC", "SkipSpike"])

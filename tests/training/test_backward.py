@@ -217,7 +217,7 @@ def test_a_parameter_without_gradient_in_the_next_step() -> None:
 def test_a_bucket_that_was_reduced_but_never_written() -> None:
     model, clipper = model_and_clipper()
     backward(model, batches(1)[0])
-    clipper._backward.reduced([model.head.weight], [torch.full_like(model.head.weight, 100.0)])
+    clipper._held.backward.reduced([model.head.weight], [torch.full_like(model.head.weight, 100.0)])
     norm = reference.total_norm(gradients(model))
     torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
@@ -385,7 +385,7 @@ def test_each_stream_measures_what_was_made_on_it(monkeypatch: pytest.MonkeyPatc
         for i, param in enumerate(params):
             param.grad = torch.full_like(param, float(i + offset))
             made_on[i] = current[0] = "ab"[(i + offset) % 2]
-            clipper._backward.accumulated(param)
+            clipper._held.backward.accumulated(param)
     assert sorted(set(measured)) == list(range(12))
     norm = reference.total_norm([p.grad for p in params])
     with nothing_is_measured():
@@ -410,8 +410,8 @@ def test_a_gradient_that_comes_again_counts_as_changed() -> None:
     clipper = distclip.Clipper([param], overlap=True)
     param.square().sum().backward()
     param.grad.data[1] = 1000.0  # between two elements of the sample
-    clipper._backward._together = 10**9
-    clipper._backward.accumulated(param)
+    clipper._held.backward._together = 10**9
+    clipper._held.backward.accumulated(param)
     norm = reference.total_norm([param.grad])
     torch.testing.assert_close(clipper.clip_().total_norm.double(), norm, rtol=1e-6, atol=0)
 
@@ -462,7 +462,7 @@ def test_without_values_and_streams() -> None:
     clipper = distclip.Clipper(model, overlap=True)
     for param in model.parameters():
         param.grad = torch.empty_like(param)
-        clipper._backward.accumulated(param)
+        clipper._held.backward.accumulated(param)
     assert clipper.clip_().total_norm.shape == ()
 
 

@@ -196,8 +196,8 @@ def test_what_did_not_change_is_not_measured_again(
 ) -> None:
     params, grads = made(kind)
     clipper = clipper_of(params, distclip.ClipNorm(1e-3, norm_type))
-    clipper._backward._waits = not on_device
-    clipper._backward._is_too_little = lambda _: False
+    clipper._held.backward._waits = not on_device
+    clipper._held.backward._is_too_little = lambda _: False
     backward(params, grads)
     with counted_measurements() as counted:
         check(clipper.clip_(), reference.total_norm(grads, norm_type))
@@ -218,7 +218,7 @@ def test_without_a_wait_for_the_device(write: Callable[[Tensor], None], norm_typ
     params.append(nn.Parameter(torch.zeros(3)))  # never has a gradient
     policy = distclip.ClipNorm(1e-3, norm_type)
     clipper = clipper_of(params, policy)
-    clipper._backward._waits = False
+    clipper._held.backward._waits = False
     for changed in (range(1, len(grads)), [3], [5], [9], [13], [14], [15], [16], []):
         backward(params[:-1], grads)
         for i in changed:
