@@ -186,7 +186,7 @@ def test_each_optimizer_takes_the_factor_of_its_group(
     for way in ("step", "clip_") if scale else ("step", "clip_", "attach"):
         model, _, reports, written = train(way, makes, limits, scaled, scale)
         last = {group: norm.item() for group, norm in reports[-1].norms.items()}
-        # Muon rounds to bfloat16, and makes small directions large: a part of a step, which is 0.01.
+        # Muon rounds to bfloat16 and makes small directions large; its step is 0.01.
         close = {"rtol": 0.0, "atol": 5e-4} if muon in makes else CLOSE
         assert last == pytest.approx(norms[-1], rel=2.0**-8 if muon in makes else 1e-5)
         torch.testing.assert_close(weights(model), weights(expected), **close)
