@@ -21,7 +21,8 @@ from distclip.arguments import as_axes, as_flag, as_number, check_mesh_type
 from distclip.decision import Decision
 from distclip.norms.agreement import policy_text
 from distclip.norms.kept_plans import plans_of
-from distclip.norms.plan import Plan, make_plan
+from distclip.norms.make_plan import make_plan
+from distclip.norms.plan import Plan
 from distclip.param_groups import read_parameters
 from distclip.parameters import (
     Parameters,

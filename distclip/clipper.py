@@ -22,7 +22,8 @@ from distclip.arguments import (
 )
 from distclip.decision import Decision
 from distclip.nonfinite import OnNonFinite
-from distclip.norms.plan import Plan, make_plan, with_tensor_groups
+from distclip.norms.make_plan import make_plan, with_tensor_groups
+from distclip.norms.plan import Plan
 from distclip.param_groups import NamedParameters, ParamGroups
 from distclip.parameters import GradientFunction, Parameters
 from distclip.policies import ClipNorm, Policy, check_policy, state_dict

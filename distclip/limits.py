@@ -19,7 +19,7 @@ from distclip.arguments import kind_of, shown
 from distclip.nonfinite import SkipCounter
 from distclip.norms import power_sums
 from distclip.norms.plan import ParamGroup, Plan
-from distclip.norms.reduce import gather_objects, rank_group
+from distclip.norms.shared_errors import gather_objects, rank_group
 from distclip.policies import Policy, never_negative
 from distclip.torch_private import has_values, host_has_values
 

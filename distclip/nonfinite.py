@@ -16,7 +16,7 @@ from distclip.errors import NonFiniteGradientError, SkippedStepsError
 from distclip.norms.late_reads import LateReads
 from distclip.norms.measure import GroupMeasurement, measure
 from distclip.norms.plan import Plan
-from distclip.norms.reduce import RankGroup, gather_objects, rank_group
+from distclip.norms.shared_errors import RankGroup, gather_objects, rank_group
 
 OnNonFinite = Literal["propagate", "raise", "skip", "zero"]
 

@@ -27,7 +27,8 @@ from distclip.norms.agreement import Header
 from distclip.norms.measure import GroupMeasurement, measure, weights_of
 from distclip.norms.plan import ParamGroup, Plan
 from distclip.norms.power_sums import norm_of_norms
-from distclip.norms.reduce import GroupNorms, raise_fault, rank_group, total_norms
+from distclip.norms.reduce import GroupNorms, total_norms
+from distclip.norms.shared_errors import raise_fault, rank_group
 from distclip.norms.units import Units
 from distclip.policies import NormContext, Policy, Scope, StatelessPolicy, accept, raises
 from distclip.report import GroupFigures, Report, TensorFigures

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.errors import CollectiveError, LayoutError
 from distclip.norms import power_sums
 from distclip.norms.agreement import HEADER_SIZE, Header, decode, encode
 from distclip.norms.loss import average_loss, loss_slots, mean_loss
 from distclip.norms.measure import GroupMeasurement, tensor_slots
 from distclip.norms.plan import LOSS_SIZE, ParamGroup, Plan
-from distclip.sharding.failures import by_text, first_form
-from distclip.sharding.rank_group import RankGroup, combine
+from distclip.norms.shared_errors import disagreement
+from distclip.sharding.failures import first_form
+from distclip.sharding.rank_group import combine
 from distclip.torch_private import has_values, host_has_values, is_capturing
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ def _check_form(message: Tensor, how: str, plan: Plan, call: str) -> None:
         ranks.all_reduce_(numbers, _OPS[how], doing=call)
         agrees = numbers[:2].equal(mine if how == "max" else mine * ranks.num_combined)
     if not agrees:  # else the store had the form of another start, which they all have taken
-        raise _disagreement(plan, call)
+        raise disagreement(plan, call)
 
 
 def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: int) -> _Flags:
@@ -222,7 +222,7 @@ def _read(first: Tensor, plan: Plan, header: Header, is_max: bool, num_ranks: in
         answer = None if late is None else decode(late.numbers, late.about, is_max, num_ranks)
         flags = _Flags(False, True, header.fault or (answer is not None and answer.is_wrong))
     if answer is not None and not answer.agrees:
-        raise _disagreement(plan, header.text)
+        raise disagreement(plan, header.text)
     return flags
 
 
@@ -249,67 +249,7 @@ def check_same_call(plan: Plan, call: str) -> None:
         return
     reduced = cast("list[float]", first.tolist())
     if not decode(reduced, header, all(is_max), ranks.num_combined).agrees:
-        raise _disagreement(plan, call)
-
-
-def raise_fault(fault: Exception | None, plan: Plan) -> NoReturn:
-    """Raises the error that one or more ranks have found, on all ranks together.
-
-    Args:
-        fault: what this rank has found.
-
-    Collective: on CPUs an all-gather of the texts, of which every rank raises the first.
-    """
-    found = None if fault is None else (_kind_of(fault), str(fault))
-    if plan.device.type == "cpu":
-        by_rank = gather_objects(found, rank_group(plan)).values()
-        found = next((each for each in by_rank if each is not None), found)
-    if found is None:
-        found = (
-            LayoutError,
-            "cannot clip together: another rank has found an error, and raised it there.",
-        )
-    kind, text = found
-    raise kind(text)
-
-
-def _kind_of(fault: Exception) -> type[Exception]:
-    kinds = (LayoutError, TypeError, ValueError)
-    return next(kind for kind in kinds if isinstance(fault, kind))
-
-
-def _disagreement(plan: Plan, call: str) -> LayoutError:
-    assert plan.reduce_mesh is not None
-    found = ""
-    if plan.device.type == "cpu":
-        names = plan.names if plan.parameters_text and plan.parameters_text in call else []
-        try:
-            said = plan.reduce_mesh.rank_group.all_gather_objects(
-                (call, names), doing=f"{call}; comparing the calls"
-            )
-        except (CollectiveError, LayoutError):  # messages of other sizes have ended it
-            said = {}
-        found = by_text({rank: text for rank, (text, _) in said.items()})
-        found += _odd_parameter({rank: held for rank, (_, held) in said.items() if held})
-    return LayoutError(
-        f"cannot clip together: the ranks of this all-reduce do not make the same call "
-        f"({found or 'their tags differ'}), and sums of different things would be added. Give the "
-        f"Clipper the same policies, groups and `on_nonfinite` on every rank, and call it equally "
-        f"often and in the same order, with the same `step=`."
-    )
-
-
-def _odd_parameter(names: Mapping[int, Sequence[str]]) -> str:
-    """The first parameter that some ranks lack, or hold at another place; "" if there is none."""
-    for place in range(max(map(len, names.values()), default=0)):
-        at = {rank: held[place] if place < len(held) else None for rank, held in names.items()}
-        if len({*at.values()}) > 1:
-            for name in filter(None, at.values()):
-                if lacking := [rank for rank, held in names.items() if name not in held]:
-                    return f"; the ranks {lacking} do not have {name!r}"
-            texts = [f"rank {rank}: {name!r}" for rank, name in at.items()]
-            return f"; parameter {place} is {', '.join(texts[:8])}"
-    return ""
+        raise disagreement(plan, call)
 
 
 def sum_(sums: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
@@ -332,21 +272,6 @@ def maximum_of_ranks(number: int, plan: Plan) -> int:
     doing = "comparing what has happened to gradients since the norm was measured"
     plan.reduce_mesh.rank_group.all_reduce_(largest.view(1), dist.ReduceOp.MAX, doing=doing)
     return int(largest)
-
-
-def rank_group(plan: Plan) -> RankGroup | None:
-    """The ranks that a plan's sums are reduced over; None for this rank alone."""
-    return None if plan.reduce_mesh is None else plan.reduce_mesh.rank_group
-
-
-def gather_objects(mine: T, group: RankGroup | None) -> dict[int, T]:
-    """`mine` of every rank, by global rank. For what is rare, such as a failure on all ranks.
-
-    Collective: an all-gather of objects over `group`; none where it is None.
-    """
-    if group is None:
-        return {dist.get_rank() if dist.is_initialized() else 0: mine}
-    return group.all_gather_objects(mine)
 
 
 def _norms(group: ParamGroup, reduced: Tensor, measured: GroupMeasurement) -> GroupNorms:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from distclip import step as clip_step
 from distclip import torch_private
 from distclip.decision import Decision
+from distclip.norms.make_plan import plan_of_members
 from distclip.norms.measure import NormBuffer, measure, with_tensors
-from distclip.norms.plan import Plan, plan_of_members
+from distclip.norms.plan import Plan
 from distclip.parameters import check_dense
 from distclip.policies import ClipNorm, Scope
 from distclip.report import Report

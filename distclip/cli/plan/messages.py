@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from distclip.cli.console import UserError
-from distclip.norms.plan import ParamGroup, Plan, gathers_slots
+from distclip.norms.make_plan import gathers_slots
+from distclip.norms.plan import ParamGroup, Plan
 from distclip.sharding.copies import compares_copies
 
 
