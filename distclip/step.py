@@ -201,7 +201,7 @@ def _ask_policy(
 ) -> GroupClip:
     units = group.units
     each = norms.total if norms.units is None else norms.units
-    sizes = group.num_elements if units is None else units.sizes
+    sizes = _size(each, group, plan) if units is None else units.sizes
     total = norms.total if at_least is None else torch.maximum(norms.total, at_least)
     context = NormContext(sizes, norms.weights, total, loss)
     returned, next_state = policy.limit(each, state, context)
@@ -223,6 +223,15 @@ def _limited(units: Units, group: ParamGroup, plan: Plan) -> Tensor:
     params = plan.params[group.members]
     without = tuple([i for i, param in enumerate(params) if weights_of(param) is None])
     return units.limited_without(without) if without else units.limited
+
+
+def _size(like: Tensor, group: ParamGroup, plan: Plan) -> Tensor:
+    """Kept on the device; a graph gets its own, which only its replays fill."""
+    if not has_values(like) or is_capturing(plan.device):
+        return torch.full_like(like, group.num_elements)
+    if group.name not in plan.calls.sizes:
+        plan.calls.sizes[group.name] = torch.full_like(like, group.num_elements)
+    return plan.calls.sizes[group.name]
 
 
 def _report(

@@ -168,7 +168,7 @@ def _make_group(
         policy.needs_weights,
         str(policy),
         counted=_counted(params, device),
-        num_elements=torch.full((), size, dtype=torch.float64, device=device),
+        num_elements=size,
         units=units,
         num_slots=0 if units is None else units.num_slots,
         norm_dtype=dtype,

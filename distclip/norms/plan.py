@@ -39,7 +39,7 @@ class ParamGroup:
         description: the policy as text, for people and for `verify`.
         counted: which of the parameters this rank adds to sums, [number of members], bool; None
             where it is all.
-        num_elements: over all ranks; a float64 scalar. NaN where only a collective could tell.
+        num_elements: over all ranks; NaN where only a collective could tell.
         units: where the policy's scope is smaller than the group.
         num_slots, first_slot: how many units are reduced over all coordinates of the distinct
             axes, and the first that belongs to this rank's coordinate.
@@ -54,7 +54,7 @@ class ParamGroup:
     needs_weights: bool
     description: str
     counted: Tensor | None = field(compare=False)
-    num_elements: Tensor = field(compare=False)
+    num_elements: float = field(compare=False)  # NaN is not equal to itself
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -92,6 +92,7 @@ class Calls:
         late: numbers that are read some steps later.
         reduces: some rank had a gradient that must be reduced first, in one step or more.
         is_settled: no rank has had one, and in the last step none lacked one.
+        sizes: of each group by its name, `num_elements` on the plan's device; float64 scalars.
         steps: says what the optimizers do, which took the last step or are attached.
     """
 
@@ -99,6 +100,7 @@ class Calls:
     late: LateReads = field(default_factory=LateReads)
     reduces: bool = False
     is_settled: bool = False
+    sizes: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     steps: Steps | None = None
 
 
