@@ -446,6 +446,10 @@ class Clipper:
 
         The names are those of parameter groups, policies and parameters.
         The same on every rank (of a pipeline stage), however many ranks share the model.
+
+        Raises:
+            ValueError: a policy of your own remembers a number for each unit, and the model is
+                sharded.
         """
         return state_dict.to_dict(self._held.group_states())
 

@@ -28,7 +28,7 @@ from distclip.sharding.rank_group import RankGroup
 LOSS_SIZE = 2  # numbers in the message: the sum of the losses, and how many ranks gave one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParamGroup:
     """Parameters that share a policy: `plan.params[members]`.
 
@@ -53,8 +53,8 @@ class ParamGroup:
     norm_type: float
     needs_weights: bool
     description: str
-    counted: Tensor | None = field(compare=False)
-    num_elements: float = field(compare=False)  # NaN is not equal to itself
+    counted: Tensor | None
+    num_elements: float
     units: Units | None = None
     num_slots: int = 0
     first_slot: int = 0
@@ -104,7 +104,7 @@ class Calls:
     steps: Steps | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Every parameter that this rank holds, in groups, and the ranks to reduce over.
 
@@ -136,10 +136,10 @@ class Plan:
     copied_dtensors: Sequence[int] = ()
     tensor_groups: Sequence[ParamGroup] = ()
     judges_loss: bool = False
-    ranks: RankGroup | None = field(default=None, compare=False, repr=False)
-    one_shot: OneShot | None = field(default=None, compare=False, repr=False)
+    ranks: RankGroup | None = None
+    one_shot: OneShot | None = None
     not_one_shot: str = ""
-    calls: Calls = field(default_factory=Calls, compare=False, repr=False)
+    calls: Calls = field(default_factory=Calls)
 
     @cached_property
     def message_size(self) -> int:

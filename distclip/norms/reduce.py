@@ -122,7 +122,7 @@ class _Flags(NamedTuple):
 
 
 def _reduce(
-    payload: Sequence[Tensor], plan: Plan, header: Header, tensors: bool = False
+    payload: Sequence[Tensor], plan: Plan, header: Header, tensors: bool
 ) -> tuple[Tensor, _Flags]:
     """The payloads of all groups, combined over the ranks, and what the ranks said beside them.
 

@@ -82,6 +82,11 @@ def from_dict(groups: Sequence[GroupState], saved: Any) -> list[Any]:
     return loaded
 
 
+def has_vectors(state: Any) -> bool:
+    """Whether a state has more than one number in some field."""
+    return any(each.ndim if isinstance(each, Tensor) else has_vectors(each) for each in state)
+
+
 def carried_over(before: Sequence[GroupState], now: Sequence[GroupState]) -> list[Any]:
     """The states of the same groups after a model got other parameters: those of new tensors are as
     before the first step.

@@ -109,11 +109,18 @@ class Held:
         return self._checked.new_params(stepped, self.plan.params, scaled)
 
     def group_states(self) -> list[state_dict.GroupState]:
-        """The states with their names."""
+        """The states with their names.
+
+        Raises:
+            ValueError: a policy remembers numbers of units, which have no names, and ranks hold
+                different ones.
+        """
+        self._check_units("save", is_local=self.plan.reduce_mesh is not None)
         return self._with_names(self.states)
 
     def initial_group_states(self) -> list[state_dict.GroupState]:
-        """Those before the first step."""
+        """Those before the first step. Raises: as `group_states`."""
+        self._check_units("load", is_local=self.plan.reduce_mesh is not None)
         return self._with_names(self._initial_states())
 
     def _read_sources(self) -> NamedParameters:
@@ -151,16 +158,28 @@ class Held:
             self._changes = ModelChanges(read)
             return
         check_present(read, before)
-        states = self.group_states()
+        self._check_units("carry over", is_local=True)
+        states = self._with_names(self.states)
         self.backward = None  # its hooks go before others come
         self._hold(read)
-        self.states = state_dict.carried_over(states, self.group_states())
+        self.states = state_dict.carried_over(states, self._with_names(self.states))
 
     def _initial_states(self) -> list[Any]:
         return [
             policy.init(1 if group.units is None else group.units.num_units, self.plan.device)
             for group, policy in zip(self.plan.groups, self.policies, strict=True)
         ]
+
+    def _check_units(self, doing: str, is_local: bool) -> None:
+        """Args: is_local: other ranks, or the model as it is now, have other units."""
+        for group, policy, state in zip(self.plan.groups, self.policies, self.states, strict=True):
+            if is_local and group.scope is Scope.UNIT and state_dict.has_vectors(state):
+                raise ValueError(
+                    f"cannot {doing} what {type(policy).__name__} remembers of group "
+                    f"{group.name!r}: it has a number for each unit, and units have no names by "
+                    f"which other ranks, or a changed model, would know them. Let the policy "
+                    f"remember numbers of tensors (Scope.TENSOR) or of the model."
+                )
 
     def _with_names(self, states: Sequence[Any]) -> list[state_dict.GroupState]:
         return [

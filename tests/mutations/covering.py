@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Covering:
         return sorted({name.removeprefix(ON_RANKS) for name in self._num_lines} - {""})
 
     def tests(self, path: str, line: int) -> Tests:
-        """The tests that run a line; first those that run few others.
+        """The tests that run a line; first those that run little else than this file.
 
         A line that runs when the module is imported, such as a default or a decorator, has all
         tests of its file.
@@ -72,8 +72,11 @@ class Covering:
         if not here:
             here = {each for names in of_lines.values() for each in names} - {""}
         alone = [each for each in here if not each.startswith(ON_RANKS)]
-        return Tests(self._in_order(alone), self._in_order(here.difference(alone)))
+        of_file = Counter(each for names in of_lines.values() for each in names)
+        shares = {each: of_file[each] / self._num_lines[each] for each in here}
+        return Tests(_in_order(alone, shares), _in_order(here.difference(alone), shares))
 
-    def _in_order(self, names: Iterable[str]) -> list[str]:
-        found = sorted(names, key=lambda name: (self._num_lines[name], name))
-        return [name.removeprefix(ON_RANKS) for name in found]
+
+def _in_order(names: Iterable[str], shares: Mapping[str, float]) -> list[str]:
+    found = sorted(names, key=lambda name: (-shares[name], name))
+    return [name.removeprefix(ON_RANKS) for name in found]

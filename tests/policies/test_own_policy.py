@@ -23,6 +23,8 @@ from distclip.policies import (
     check_policy,
 )
 from tests.policies.steps import POLICIES
+from tests.support.layouts import LAYOUTS, lay_out, random_wholes
+from tests.support.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,77 @@ def test_a_policy_with_a_state_keeps_it_from_step_to_step_and_saves_it_by_name()
         "w1": 0.3,
     }
     assert clipped_gradient_norms(clipper, params, [10 * g for g in GRADS]) == [20.0, 0.6]
+
+
+@dataclass(frozen=True)
+class NoUnitFasterThan(NoFasterThan):
+    scope = Scope.UNIT
+
+
+def test_numbers_of_units_are_saved_in_one_process() -> None:
+    """Rows have no names of their own: they are saved in order."""
+    grads = [torch.tensor([[3.0, 4.0], [0.6, 0.8]]), torch.tensor([2.0])]
+    clipper, params = clipper_of(NoUnitFasterThan(2.0), grads)
+    clipped_gradient_norms(clipper, params, grads)
+    saved = clipper.state_dict()
+    other, _ = clipper_of(NoUnitFasterThan(2.0), grads)
+    other.load_state_dict(saved)
+    norms = other.state_dict()["groups"]["all"]["NoUnitFasterThan"]["norms"]
+    assert norms.tolist() == pytest.approx([5.0, 1.0, 2.0])
+
+
+def test_numbers_of_units_do_not_outlive_a_change_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    clipper = Clipper(model, NoUnitFasterThan(2.0))
+    model(torch.ones(1, 2)).sum().backward()
+    clipper.clip_()
+    model[1] = nn.Linear(3, 4)
+    model(torch.ones(1, 2)).sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="cannot carry over what NoUnitFasterThan remembers"):
+        clipper.clip_()
+    after = [None if p.grad is None else p.grad for p in model.parameters()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+class Steps(NamedTuple):
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class UnitsLater(PolicyBase):
+    """Each unit's norm is at most `max_norm`, but not in the first step."""
+
+    max_norm: float
+    scope = Scope.UNIT
+    norm_type = 2.0
+
+    def init(self, num_groups: int, device: torch.device) -> Steps:
+        return Steps(torch.zeros((), dtype=torch.int64, device=device))
+
+    def limit(self, norms: Tensor, state: Steps, context: NormContext) -> tuple[Tensor, Steps]:
+        limit = torch.where(state.count > 0, self.max_norm, torch.inf)
+        return limit.double().expand_as(norms), Steps(state.count + 1)
+
+
+def of_sharded_units(device: str) -> None:
+    placed = LAYOUTS["fsdp"]
+    params = lay_out(random_wholes(placed, 0), placed, device)
+    clipper = Clipper(params, NoUnitFasterThan(2.0))
+    clipper.clip_()
+    with pytest.raises(ValueError, match="cannot save what NoUnitFasterThan remembers"):
+        clipper.state_dict()
+    with pytest.raises(ValueError, match="cannot load what NoUnitFasterThan remembers"):
+        clipper.load_state_dict({"version": 1})
+    clipper = Clipper(params, UnitsLater(2.0))
+    clipper.clip_()
+    saved = clipper.state_dict()
+    assert saved["groups"]["all"]["UnitsLater"]["count"] == 1  # of the model, not of units
+    clipper.load_state_dict(saved)
+
+
+def test_numbers_of_units_that_ranks_share_are_not_saved(four_ranks: Ranks) -> None:
+    four_ranks.run(of_sharded_units, four_ranks.device)
 
 
 def test_own_policies_combine_with_others() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distclip.sharding import BlockShard, FlatShard, ParamShard
-from distclip.sharding.shard import UnitRange, UnitView
+from distclip.sharding.shard import FlatBlockShard, UnitRange, UnitView
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 Shape = tuple[int, ...]
@@ -174,6 +174,18 @@ def test_a_rank_without_elements_takes_part_in_the_norm_of_the_tensor() -> None:
     assert shard.unit_range(None) == UnitRange(0, 1)
     assert list(shard.cut_units(None)) == [0]
     assert list(shard.cut_units(0)) == []
+
+
+@pytest.mark.parametrize("boundaries", [(), (1,)], ids=["whole block", "cut block"])
+def test_a_part_of_a_block_is_cut_where_the_block_or_the_tensor_is(
+    boundaries: tuple[int, ...],
+) -> None:
+    """The block of tensor parallelism cuts rows, the flat range cuts the block."""
+    block = BlockShard((4, 3), (0, 1), (4, 1), frozenset({1}))
+    shard = FlatBlockShard(block, FlatShard((4, 1), 0, 0, 4, boundaries))
+    assert [list(shard.cut_units(dim)) for dim in (None, 0)] == [[0], [0, 1, 2, 3]]
+    columns = [0, 1, 2] if boundaries else []  # each column lies in one block
+    assert list(shard.cut_units(1)) == columns
 
 
 def test_the_global_shape_is_that_of_the_shard() -> None:

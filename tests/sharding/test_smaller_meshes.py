@@ -183,3 +183,24 @@ def own_reduction_over_the_pipeline() -> None:
 
 def test_a_trainer_that_reduces_over_the_pipeline(four_on_cpus: Ranks) -> None:
     four_on_cpus.run(own_reduction_over_the_pipeline)
+
+
+def two_stages_of_plain_tensors() -> None:
+    """The smallest pipeline: a mesh of two ranks, of which one may hold nothing."""
+    worker, stage = divmod(dist.get_rank(), 2)
+    pipeline = mesh((2, 2), ("worker", "pp"))["pp"]
+    for sizes in ((3, 4), (3, 0)):
+        params = [nn.Parameter(torch.zeros(2)) for _ in range(sizes[stage])]
+        for param in params:
+            param.grad = torch.full((2,), 1.0 + worker)
+        report = distclip.Clipper(params, distclip.ClipNorm(0.5), mesh=pipeline).clip_()
+        expected = (1.0 + worker) * (2 * sum(sizes)) ** 0.5
+        assert report.total_norm.item() == pytest.approx(expected)
+        for param in params:
+            torch.testing.assert_close(
+                param.grad, torch.full((2,), (1.0 + worker) * 0.5 / expected)
+            )
+
+
+def test_a_pipeline_of_two_ranks_has_one_norm(four_on_cpus: Ranks) -> None:
+    four_on_cpus.run(two_stages_of_plain_tensors)

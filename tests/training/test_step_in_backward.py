@@ -821,3 +821,17 @@ def test_hooks_in_another_order_on_a_rank(four_on_cpus: Ranks) -> None:
     for text in four_on_cpus.run(_another_order):
         assert "do not make the same call" in text
         assert "in backward" in text
+
+
+def test_one_that_has_ended_does_not_end_the_next() -> None:
+    model = make_model()
+    clipper = distclip.Clipper(model, PER_TENSOR["tensor"])
+    optimizers = with_hooks(model)
+    first = clipper.attach_in_backward(optimizers)
+    first.remove()
+    second = clipper.attach_in_backward(optimizers)
+    first.remove()
+    with pytest.raises(ValueError, match="the Clipper is attached in backward"):
+        clipper.clip_()
+    second.remove()
+    clipper.attach_in_backward(optimizers)
