@@ -35,7 +35,7 @@ CORE += [f"tests/faults/test_{name}.py" for name in ("matrix", "machine", "misbe
 ALONE = ["-m", "not ranks", "--timeout=120"]
 ON_RANKS = ["-m", "ranks", "--timeout=300"]
 FEW, MANY = 10, 40  # functions: those that come after these run most of the code
-SECONDS = 3600.0  # of a stage; each test has its own limit
+SECONDS = 900.0
 
 
 def main() -> None:
