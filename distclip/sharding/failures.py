@@ -151,18 +151,20 @@ class Meeting(NamedTuple):
 
     def _case(self) -> str:
         """The key of what is said of a failure; "" where none has been found."""
+        latest = self._latest()
+        return latest if _is_current(latest) else ""
+
+    def _latest(self) -> str:
+        """The key of the latest failure, which may be that of an earlier group."""
         store = _store()
-        key = store.get(self._key).decode() if store.check([self._key]) else ""
-        began = float(key.split("/")[-2]) if key else 0.0
-        return key if began >= know(_world()).since else ""
+        return store.get(self._key).decode() if store.check([self._key]) else ""
 
     def _open_case(self) -> str:
-        if key := self._case():
-            return key
-        store = _store()
-        old = store.get(self._key).decode() if store.check([self._key]) else ""
+        # Read once: what another rank opens from here on must stay, and is what this one gets.
+        if _is_current(latest := self._latest()):
+            return latest
         mine = f"{self._key}/{time.time()}/{dist.get_rank()}-{os.getpid()}"
-        return store.compare_set(self._key, old, mine).decode()
+        return _store().compare_set(self._key, latest, mine).decode()
 
     def _report(self) -> str:
         """Says that this rank has failed; the key of the failure."""
@@ -184,6 +186,10 @@ class Meeting(NamedTuple):
         mine = json.dumps([sorted({*self.ranks} - {*here}), [*doing.items()]])
         missing, items = json.loads(store.compare_set(f"{case}/verdict", "", mine))
         return _Verdict(missing, dict(items))
+
+
+def _is_current(case: str) -> bool:
+    return bool(case) and float(case.split("/")[-2]) >= know(_world()).since
 
 
 def _world() -> dist.ProcessGroup:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -134,6 +135,30 @@ def test_a_failure_of_an_earlier_group_is_over(world: World) -> None:
     assert case_of(range(4)) == ""
     found = errors_of({0: 0.0, 1: 0.0, 2: 0.0})
     assert all([*named(error)] == [3] for error in found.values())
+
+
+def test_two_that_open_a_case_at_once_have_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 opens it right after rank 3 has seen that there is none."""
+    store = world.store
+    report = Meeting(range(4), "a step")._report  # pyright: ignore[reportPrivateUsage]
+
+    class Store:
+        def check(self, keys: list[str]) -> bool:
+            there = store.check(keys)
+            monkeypatch.setattr(world, "store", store)
+            first = threading.Thread(target=report, name="0")
+            first.start()
+            first.join(10)
+            return there
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    monkeypatch.setattr(world, "store", Store())
+    found = errors_of({3: 0.0})
+    assert [*named(found[3])] == [1, 2]
 
 
 def test_ranks_do_not_hear_of_failures_of_others(world: World) -> None:
