@@ -68,3 +68,12 @@ def test_equal_names_are_kept_apart() -> None:
     params = [with_gradient("w", torch.tensor([i])) for i in (1.0, 2.0, 3.0)]
     report = Clipper(params, tensor_norms=True).decide().report
     assert report.tensor_norms() == {"w": 1, "w (2)": 2, "w (3)": 3}
+
+
+@pytest.mark.parametrize("mode", ["propagate", "skip", "zero"])
+def test_only_skip_leaves_the_step_out(mode: str) -> None:
+    param = nn.Parameter(torch.zeros(2))
+    clipper = Clipper([param], on_nonfinite=mode)
+    for value, skipped in ((1.0, False), (math.nan, mode == "skip"), (1.0, False)):
+        param.grad = torch.full((2,), value)
+        assert bool(clipper.clip_().skipped) is skipped

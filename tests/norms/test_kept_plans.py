@@ -76,6 +76,10 @@ def test_few_plans_are_kept(made: list[int]) -> None:
     for length in range(1, 40):
         distclip.clip_grad_norm_([param_with(1.0) for _ in range(length)], 1.0)
     assert len(kept_plans._without_mesh._entries) == kept_plans._MAX_PLANS
+    before = len(made)
+    for length in (39, 38):  # the latest ones
+        distclip.clip_grad_norm_([param_with(1.0) for _ in range(length)], 1.0)
+    assert len(made) == before
 
 
 def test_kept_plans_work_under_threads(made: list[int]) -> None:
@@ -147,6 +151,25 @@ def equal_meshes_with_two_roots() -> None:
         torch.testing.assert_close(distclip.clip_grad_norm_([param], 100.0), torch.tensor(2.0))
         kept = [entry.plan.reduce_mesh for entry in plans_of(param._spec.mesh)._entries.values()]
         assert [each.ranks.numel() for each in kept] == [num_ranks]
+
+
+def one_plan_for_many_calls() -> None:
+    on, make, calls = mesh((2, 2), ("dp", "tp")), api._make_plan, []
+    api._make_plan = lambda *args: calls.append(args) or make(*args)
+    try:
+        for _ in range(3):
+            whole = torch.zeros(8)
+            param = nn.Parameter(distribute_tensor(whole, on, [Replicate(), Shard(0)]))
+            param.grad = distribute_tensor(whole + 1.0, on, [Replicate(), Shard(0)])
+            distclip.clip_grad_norm_([param], 1.0)
+    finally:
+        api._make_plan = make
+    assert len(calls) == 1
+
+
+def test_sharded_models_share_a_plan(four_ranks: Ranks) -> None:
+    if four_ranks.device == "cpu":
+        four_ranks.run(one_plan_for_many_calls)
 
 
 def plans_of_layouts_that_are_gone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,6 +170,15 @@ def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
     match = rf"cannot load the state of a Clipper: .*{message}.*Nothing was loaded"
     with pytest.raises(ValueError, match=match):
         from_dict([held], saved)
+
+
+@pytest.mark.parametrize(("num_steps", "fits"), [(2**53, True), (2**53 + 1, False)])
+def test_a_count_of_more_steps_than_can_be_counted(num_steps: int, fits: bool) -> None:
+    """float64, in which policies compute with it, has no 2**53 + 1."""
+    clipper = Clipper([("w", nn.Parameter(torch.zeros(2)))], AdaGC())
+    state = {"AdaGC": {"gamma": {"w": 1.0}, "num_steps": num_steps}}
+    with nullcontext() if fits else pytest.raises(ValueError, match="num_steps"):
+        clipper.load_state_dict({"version": 1, "groups": {"all": state}})
 
 
 def used_clipper(policy: Policy[Any], num_steps: int = 4) -> Clipper:

@@ -436,3 +436,15 @@ def test_each_element_of_a_short_tensor_shows_on_a_device(place: int) -> None:
     tensor, index = (0, place) if place < 2 else (1, place - 2)
     tensors[tensor][index] = 2.0
     assert taken.changed_on_device([0, 1]).tolist() == [tensor == 0, tensor == 1]
+
+
+@pytest.mark.parametrize("copy_at", [0, 64], ids=["before", "after"])
+def test_no_sample_of_a_copy(monkeypatch: pytest.MonkeyPatch, copy_at: int) -> None:
+    """Wherever the copy lies in memory: it would not show what is written to the gradient."""
+    memory = torch.arange(96.0)
+    values = memory[32:64].view(8, 4).t()
+    copy = memory[copy_at : copy_at + 32].copy_(values.flatten())
+    monkeypatch.setattr(samples, "flat", lambda _: copy)
+    assert samples.sample(values) is None
+    monkeypatch.setattr(samples, "flat", lambda _: memory[32:64])
+    assert samples.sample(values) is not None

@@ -278,6 +278,21 @@ def test_another_hook_that_raises(
     torch.testing.assert_close(attached.report.total_norm, torch.tensor(6.0))
 
 
+def test_a_step_without_the_wrapper_after_one_with_it_is_left_out() -> None:
+    """accelerate calls the step of the class, which runs the hooks alone."""
+    model = with_gradients()
+    optimizer = SGD(model.parameters(), lr=LR)
+    attached = Clipper(model, on_nonfinite="skip").attach(optimizer)
+    optimizer.step()
+    assert_stepped_once_clipped(model)
+    before = model.weight.clone()
+    model.weight.grad.fill_(math.nan)
+    SGD.step(optimizer)
+    assert attached.report.skipped
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is not None
+
+
 def test_hidden_gradients_of_a_step_that_raised_do_not_come_back() -> None:
     """Where another step stands in the wrapper's place; the next one has one gradient less."""
     first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))

@@ -622,6 +622,22 @@ def test_clipping_after_backward_what_has_stepped_there(with_torch: bool) -> Non
         distclip.clip_grad_norm_(model.parameters(), 1.0)
 
 
+def test_the_only_tensor_that_trains_has_stepped_in_backward() -> None:
+    model = nn.Linear(3, 1)
+    model.bias.requires_grad_(False)
+    optimizer = SGD([model.weight], lr=LR)
+
+    def hook(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.weight.register_post_accumulate_grad_hook(hook)
+    clipper = distclip.Clipper(model)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match=r"cannot clip 'weight'.*attach_in_backward"):
+        clipper.clip_()
+
+
 def test_hooks_that_do_not_step_are_no_error() -> None:
     model = double_model()
     for param in model.parameters():
@@ -722,6 +738,10 @@ def _errors_on_ranks() -> list[str]:
     _mean_loss_backward(model, 0)
     optimizers = apply_in_backward(SGD, inner, lr=LR)
     error(lambda: distclip.Clipper(model).attach_in_backward(optimizers))
+    beside = double_model()  # what DDP does not reduce may step in hooks
+    optimizers = apply_in_backward(SGD, inner := double_model(), lr=LR)
+    both = nn.ModuleList([DistributedDataParallel(inner), beside])
+    distclip.Clipper(both).attach_in_backward([*optimizers, *with_hooks(beside)]).remove()
     sharded = double_model()
     fully_shard(sharded, mesh=mesh((4,), ("dp",)))
     clipper = distclip.Clipper(sharded, on_nonfinite="zero")
