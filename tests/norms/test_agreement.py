@@ -336,7 +336,7 @@ def test_what_is_an_error_where_nobody_looks(
 
 
 def test_another_call_is_an_error_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduce, "_disagreement", lambda plan, call: LayoutError("another call"))
+    monkeypatch.setattr(reduce, "disagreement", lambda plan, call: LayoutError("another call"))
     with pytest.raises(LayoutError, match="another call"):
         read_without_a_look(monkeypatch, Header("call"), Header("other"))
 
@@ -421,7 +421,7 @@ def test_a_late_header_is_compared_with_that_of_its_own_step(
     """With `step=` the header of each step is another."""
     plan = Clipper([nn.Parameter(torch.zeros(1))]).plan
     monkeypatch.setattr(reduce, "host_has_values", lambda tensor: False)
-    monkeypatch.setattr(reduce, "_disagreement", lambda plan, call: LayoutError(call))
+    monkeypatch.setattr(reduce, "disagreement", lambda plan, call: LayoutError(call))
     queue: list[Late] = []
 
     def read_all(numbers: torch.Tensor, about: Header) -> Late | None:
