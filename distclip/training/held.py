@@ -50,7 +50,8 @@ class Held:
         call: what must be the same on all ranks, as text.
         backward: what backward has measured, with `overlap`.
 
-    Collective: see `Clipper`; none for another plan during training.
+    Collective: those of `Clipper` at construction; for another plan during training those of
+        `read_layouts`, and the all-gathers where ranks hold units or tensors of their own.
     """
 
     plan: Plan
