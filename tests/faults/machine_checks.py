@@ -64,7 +64,9 @@ class CheckedMachine(ModelMachine):
         held: set[str],
         rounds: bool = False,
     ) -> None:
-        """Args: rounds: two factors make each gradient, of which the product may be 1."""
+        """Args: rounds: a gradient may change although the reference leaves it: two factors of
+        which the product is 1, a norm that is the limit up to rounding.
+        """
         for name, before in untouched.items():
             now, grad = local(self.params[name].grad), left[name]
             if name not in held or (torch.equal(grad, before.double()) and not rounds):

@@ -156,7 +156,7 @@ class SteppingMachine(CheckedMachine):
         left = self._gradients_after(before.untouched, before.grads, want, vetoed)
         if how not in ("step", "attach"):
             stays = vetoed or (not want.finite and self.mode == "skip")
-            rounds = not (stays or before.factor == 1)
+            rounds = not stays and (before.factor != 1 or want.is_at_limit)
             self._assert_gradients(before.untouched, left, before.held, rounds)
         if steps:
             skips = vetoed or not want.finite if has_scaler else bool(report.skipped)

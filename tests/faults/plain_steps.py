@@ -53,6 +53,14 @@ class Step(NamedTuple):
     vetoed: bool | None
     clipped: dict[str, Tensor]
 
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether rounding decides if some norm is above its limit."""
+        each = [zip(g.seen.norms, g.limits or [], strict=False) for g in self.groups]
+        return any(
+            math.isclose(norm, limit, rel_tol=1e-6) for pairs in each for norm, limit in pairs
+        )
+
 
 def rows_of(group: Group, weights: Mapping[str, Tensor]) -> list[tuple[str, Any]]:
     """The name of each row, and how to take it out of the tensor of that name."""
