@@ -110,10 +110,12 @@ class CheckedMachine(ModelMachine):
         skips: bool,
         want: Step,
         weights: dict[str, Tensor],
+        factor: float,
     ) -> None:
         """The optimizer did what its twin does with the gradients of the reference."""
         least = min((c for each in want.groups for c in each.coefficients), default=1.0)
-        is_known = not (self.folds and least < 1e-36)  # then folded as 0, as documented
+        # Folded as 0, as documented: the coefficient and what the gradients still need are one.
+        is_known = not (self.folds and min(least, least * abs(factor)) < 1e-36)
         if not skips:
             for name, twin in self.twins.items():
                 twin.grad = left[name].to(twin.dtype) if name in left else None

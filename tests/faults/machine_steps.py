@@ -164,7 +164,7 @@ class SteppingMachine(CheckedMachine):
             # Else the scaler saw the elements alone, which are finite: whether the step counts
             # depends on how torch rounds them.
             if self._is_clear(how, has_scaler, want):
-                self._check_parameters(left, skips, want, before.weights)
+                self._check_parameters(left, skips, want, before.weights, before.factor)
             else:
                 self._repair()
             self._end_step()
