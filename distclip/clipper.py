@@ -279,7 +279,7 @@ class Clipper:
 
         Each optimizer with `fused=True` gets the coefficient of its parameter group, the loss scale
         and `scale` as one number (`grad_scale`), and its kernel writes the gradients; those of
-        others are clipped before. The result is the same up to rounding, except that a coefficient
+        others are clipped before. The result is the same up to rounding, except that a product
         below 1e-38 becomes zero. Clipped before, as `print(clipper.plan)` tells: the gradients of
         subclasses, of optimizers whose groups are not all fused, that step several parameter groups
         of the clipper or what it does not hold, limits per tensor, unit or element, gradients
