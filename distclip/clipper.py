@@ -153,7 +153,7 @@ class Clipper:
             modules,
             plan_for,
             partial(with_tensor_groups, symmetric_memory=shared) if interval else None,
-            may_differ=layouts is not None,
+            declared=layouts is not None,
             overlap=overlap,
         )
         skips = nonfinite.SkipCounter(max_skips)
@@ -449,7 +449,8 @@ class Clipper:
 
         Raises:
             ValueError: a policy of your own remembers a number for each unit, and the model is
-                sharded.
+                sharded. Where it is not, these are saved in the order of the parameters, without
+                names.
         """
         return state_dict.to_dict(self._held.group_states())
 

@@ -29,6 +29,8 @@ class Scope(Enum):
 class NormContext(NamedTuple):
     """What a policy knows about its groups of elements beside their norms; equal on every rank.
 
+    The tensors may be those of later steps too: do not write to them.
+
     Attributes:
         sizes: the number of elements of each group over all ranks; float64, shaped like the norms.
             That of the whole model is NaN where ranks may hold different parameters, along a

@@ -40,11 +40,11 @@ class Held:
         modules: what parameters without a name are from.
         plan_for: makes a plan.
         with_tensors: adds `Plan.tensor_groups`; None where no step wants the norm of every tensor.
-        may_differ: the ranks may hold different parameters, such as experts.
+        declared: there is a `LayoutFunction`; the ranks may hold different parameters then.
         overlap: measure in backward.
 
     Attributes:
-        may_differ: as given.
+        declared: as given.
         params: in the order of `plan.params`.
         policies, states: of each group of the plan.
         call: what must be the same on all ranks, as text.
@@ -68,12 +68,12 @@ class Held:
         plan_for: Callable[[NamedParameters], Plan],
         with_tensors: Callable[[Plan], Plan] | None,
         *,
-        may_differ: bool,
+        declared: bool,
         overlap: bool,
     ) -> None:
         self._sources, self._modules = sources, modules
         self._plan_for, self._with_tensors = plan_for, with_tensors
-        self.may_differ, self._overlap = may_differ, overlap
+        self.declared, self._overlap = declared, overlap
         self.policies = [source.policy for source in sources]
         self._checked = CheckedOptimizers()
         self._hold(self._read_sources(), is_first=True)
@@ -132,7 +132,7 @@ class Held:
         plan = self._plan_for(read)
         policies = zip(plan.groups, self.policies, strict=True)
         texts = [f"{group.name}: {policy_text(policy)}" for group, policy in policies]
-        listed = "" if self.may_differ else plan.parameters_text
+        listed = "" if self.declared else plan.parameters_text
         self.call = "; ".join(filter(None, [plan.rule, *texts, listed]))
         if is_first:
             plan.connect()

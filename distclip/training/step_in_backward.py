@@ -232,7 +232,7 @@ def _check(stepped: Sequence[Optimizer], calls: Calls) -> None:
             "tensors need a second look at gradients, which are freed by then. Leave one out."
         )
     checks.check_mode(calls.mode, held.plan, held.policies)
-    checks.check_layouts(held.plan, held.may_differ)
+    checks.check_layouts(held.plan, held.declared)
     checks.check_optimizers(stepped, held.plan, held.modules)
 
 

@@ -50,6 +50,16 @@ def test_each_group_has_its_own_size_in_each_step() -> None:
         params[1].grad = None  # a tensor without a gradient has its elements still
 
 
+def test_a_model_that_grows_has_another_size() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    clipper = Clipper(model, ClipModelRMS(1e-3))
+    for num_elements in (9 + 4, 9 + 16):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, 7.0)
+        assert clipper.clip_().limit.item() == pytest.approx(limit_of(num_elements))
+        model[1] = nn.Linear(3, 4)
+
+
 def on_layouts(device: str) -> None:
     for placed in LAYOUTS.values():
         wholes = random_wholes(placed, 0)
